@@ -1,0 +1,34 @@
+# Every target makes its own virtual environment: only Python >= 3.10 and make are needed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: test test-faults demo lint clean
+
+test: $(VENV)/.dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow and not gpu and not faults"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+demo: $(VENV)/.demo
+	$(BIN)/python tools/demo.py --output runs/demo
+
+clean:
+	rm -rf $(VENV) runs
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --upgrade pip setuptools wheel
+	$(PIP_INSTALL) -e .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	$(PIP_INSTALL) -e ".[demo]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP_INSTALL) -e ".[dev,demo]"
+	touch $@

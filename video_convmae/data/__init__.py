@@ -1,0 +1,1 @@
+"""Lists, clips and batches: from a list file to what a training step consumes."""

@@ -1,0 +1,149 @@
+"""List files: one record a line. This is the only reader of them.
+
+Three formats, named by `data.format`; fields are split off from the right, so paths may hold spaces:
+
+    video    path label  |  path  |  path start -1        (the last is VideoMAE V2's: no label)
+    frames   folder count label  |  folder 0 count        (the last is VideoMAE V2's: no label)
+    image    path label  |  path
+
+Empty lines and lines that begin with `#` are passed over. Relative paths are joined to `root`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+ListFormat = Literal["video", "frames", "image"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a list: where it lies, its class if the list says so, its frames if it is a folder of frames."""
+
+    path: str
+    label: int | None = None
+    num_frames: int | None = None
+    format: ListFormat = "video"
+
+
+class ListError(ValueError):
+    """A list file that cannot be used; the message names file, line and what was expected."""
+
+
+class Records(Sequence[Record]):
+    """The records of one list, held as three arrays.
+
+    A list of Python objects is copied page by page into every forked worker as reference counts change (about 400
+    bytes a record: 100 MB a worker for Kinetics-400); arrays are shared, and cheap to pickle for spawned workers.
+    """
+
+    def __init__(self, records: Iterable[Record], format: ListFormat = "video") -> None:
+        records = list(records)
+        paths = [os.fsencode(record.path) for record in records]
+        self.format = format
+        self._paths = np.frombuffer(b"".join(paths), dtype=np.uint8)
+        self._ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
+        self._labels = _int_array([record.label for record in records])
+        self._num_frames = _int_array([record.num_frames for record in records])
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Record:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of a list of {len(self)}")
+        index %= len(self)
+        start = self._ends[index - 1] if index else 0
+        path = os.fsdecode(self._paths[start : self._ends[index]].tobytes())
+        return Record(path, _none_if_absent(self._labels[index]), _none_if_absent(self._num_frames[index]), self.format)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The class of every record, int64; -1 where the list gives none."""
+        return self._labels
+
+
+def read_list(path: str | Path, format: ListFormat = "video", root: str | Path = "") -> Records:
+    """Read a list file.
+
+    Args:
+        path: the list.
+        format: what its lines hold (see the head of this file).
+        root: folder that relative paths are joined to; empty: relative to the working directory.
+
+    Raises:
+        ListError: the list is missing or empty, or a line fits no form of its format (the message has its number).
+    """
+    if format not in get_args(ListFormat):
+        raise ListError(f"data.format is {format!r}; expected one of {', '.join(get_args(ListFormat))}")
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise ListError(f"cannot read the list {path}: {error.strerror or error}") from error
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.strip()
+        if line and not line.startswith("#"):
+            try:
+                record = parse_line(line, format)
+            except ValueError as error:
+                raise ListError(f"{path}, line {number}: {error}; the line is {line!r}") from None
+            records.append(Record(os.path.join(root, record.path), record.label, record.num_frames, format))
+    if not records:
+        raise ListError(f"the list {path} holds no records")
+    return Records(records, format)
+
+
+def parse_line(line: str, format: ListFormat) -> Record:
+    """One line (not a comment) to a record, its path as written. Raises ValueError with what was expected."""
+    head, numbers = _split_off_integers(line)
+    if format == "frames":
+        if len(numbers) < 2:
+            raise ValueError("expected 'folder count label' or 'folder 0 count'")
+        head = _rejoin(head, numbers[:-2])
+        first, second = numbers[-2:]
+        if first == "0":  # no folder holds 0 frames: this is VideoMAE V2's 'folder start count'
+            return Record(head, None, _at_least(1, second, "frame count"), format)
+        return Record(head, _at_least(0, second, "label"), _at_least(1, first, "frame count"), format)
+    if not numbers:
+        return Record(head, None, None, format)
+    if format == "video" and len(numbers) >= 2 and numbers[-1] == "-1":
+        return Record(_rejoin(head, numbers[:-2]), None, None, format)
+    return Record(_rejoin(head, numbers[:-1]), _at_least(0, numbers[-1], "label"), None, format)
+
+
+def _split_off_integers(line: str) -> tuple[str, list[str]]:
+    """'a b.mp4  3' -> ('a b.mp4', ['3']): the integers at the end, and the path before them as written."""
+    numbers: list[str] = []
+    head = line
+    while True:
+        parts = head.rsplit(None, 1)
+        if len(parts) < 2 or not parts[1].removeprefix("-").isdecimal():
+            return head, numbers
+        head = parts[0]
+        numbers.insert(0, parts[1])
+
+
+def _rejoin(head: str, numbers: list[str]) -> str:
+    """Integers that belong to the path after all: 'take 2 7' is the path 'take 2' and the label 7."""
+    return " ".join([head, *numbers])
+
+
+def _at_least(least: int, text: str, name: str) -> int:
+    if int(text) < least:
+        raise ValueError(f"the {name} is {text}, expected {least} or more")
+    return int(text)
+
+
+def _int_array(values: list[int | None]) -> np.ndarray:
+    return np.array([-1 if value is None else value for value in values], dtype=np.int64)
+
+
+def _none_if_absent(value: np.integer) -> int | None:
+    return None if value < 0 else int(value)
