@@ -170,7 +170,8 @@ class Autoencoder(nn.Module):
         prediction = self.decoder(tokens, packing)
         config = self.encoder.config
         target = patch_target(take_patches(clips, config.tubelet, config.patch, packing.hidden), self.target)
-        loss = F.mse_loss(prediction.float(), target.float())
+        dtype = torch.promote_types(target.dtype, torch.float32)  # at least float32, whatever autocast made of the rest
+        loss = F.mse_loss(prediction.to(dtype), target.to(dtype))
         return AutoencoderOutput(loss, prediction, target, tokens)
 
     def encode(self, clips: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -222,7 +223,7 @@ def patch_target(patches: Tensor, target: Target) -> Tensor:
 
 
 def undo_target(prediction: Tensor, patches: Tensor, target: Target) -> Tensor:
-    """Predictions `(B, k, pixels)` -> pixels `(B, k, pt, P, P, C)`, with mean and variance of the original `patches`."""
+    """Predictions `(B, k, pixels)` -> pixels `(B, k, pt, P, P, C)`, scaled back as the original `patches` were."""
     pixels = prediction.view(patches.shape)
     if target == "none":
         return pixels

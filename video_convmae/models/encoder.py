@@ -82,7 +82,9 @@ class EncoderConfig:
 
 
 def encoder_config(size: str, num_frames: int, image_size: int | tuple[int, int], **overrides: Any) -> EncoderConfig:
-    """The numbers of a named size for clips or, at one frame, for images; any field of `EncoderConfig` may be overridden.
+    """The numbers of a named size for clips or, at one frame, for images.
+
+    `overrides` are fields of `EncoderConfig`.
 
     Raises:
         ValueError: an unknown size or numbers that do not fit together.
@@ -219,7 +221,7 @@ class Encoder(nn.Module):
         return parts
 
     def _join_cells(self, x: Tensor, stage: int) -> Tensor:
-        """The cells that one window of embedding `stage` covers, side by side: `(B, m, cells, C)` -> `(B, m, cells / s², s² C)`."""
+        """Join the cells under each window of embedding `stage`: `(B, m, cells, C)` -> `(B, m, cells / s², s² C)`."""
         window = self.config.strides[stage] ** 2
         return x.reshape(*x.shape[:2], x.shape[2] // window, window * x.shape[3])
 

@@ -164,9 +164,9 @@ def put_patches(patches: Tensor, grid: Grid) -> Tensor:
 
 
 def patch_cells(patches: Tensor, factors: tuple[int, ...]) -> Tensor:
-    """Pixels of tokens `(B, k, tubelet, P, P, C)` -> of their nested stage-1 cells `(B, k, cells, tubelet * s * s * C)`.
+    """Pixels of tokens `(B, k, tubelet, P, P, C)` -> of their nested stage-1 cells `(B, k, cells, pixels of a cell)`.
 
-    `factors` are the strides after the first, s. The pixels of a cell run over (pt, ph, pw, c).
+    `factors` are the strides after the first. The pixels of a cell run over (pt, ph, pw, c).
     """
     batch, k, tubelet, side, _, channels = patches.shape
     cells = prod(factors)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Size:
-    """Widths and depths of the stages, heads of the last one, spatial strides, and (width, depth, heads) of decoders."""
+    """Widths, depths and spatial strides of the stages, heads of the last; (width, depth, heads) of the decoders."""
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]

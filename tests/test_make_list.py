@@ -1,0 +1,356 @@
+"""tools/make_list.py over trees in the official layouts: what is listed reads back as what was meant."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from video_convmae.data.records import ListError, read_list
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import make_list as tool
+
+ODD_NAMES = (
+    "plain",
+    "two words",
+    "comma, and 'quotes' \"both\"",
+    "déjà vu 東京",
+    "take 2",
+    "100% # sure?",
+    "ends in 7",
+)
+
+
+def touch(root: Path, *paths: str) -> None:
+    """Empty files: the tool opens none."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+
+
+def rows_of(path: Path, format: str = "video") -> list[tuple[str, int | None]]:
+    return [(record.path, record.label) for record in read_list(path, format)]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    tool.main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        tool.main([str(argument) for argument in arguments])
+    assert stop.value.code == 1
+    return capsys.readouterr().err
+
+
+# Kinetics-400
+
+K400_ROWS = (
+    ("zumba", "--3bOJ8vXqM", 4, 14),
+    ("passing American football (in game)", "abcDEF_-123", 0, 10),
+    ("air drumming", "-0xyz", 115, 125),
+    ("massaging person's head", "gone", 3, 13),
+)
+
+
+def k400_csv(path: Path, columns: str = "label,youtube_id,time_start,time_end,split") -> Path:
+    names = columns.split(",")
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        for label, video, start, end in K400_ROWS:
+            values = {"label": label, "youtube_id": video, "time_start": start, "time_end": end}
+            writer.writerow({**dict.fromkeys(names, "train"), **{k: v for k, v in values.items() if k in names}})
+    return path
+
+
+def test_kinetics_with_flat_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = tmp_path / "videos", tmp_path / "lists" / "train.txt"
+    touch(root, "--3bOJ8vXqM_000004_000014.mp4", "abcDEF_-123.mp4", "-0xyz_000115_000125.webm")
+    touch(root, "unknown_000000_000010.mp4", "notes.txt", ".hidden.mp4")
+    printed = run(capsys, "kinetics400", "--annotation", k400_csv(tmp_path / "train.csv"), "--root", root, "--out", out)
+    assert rows_of(out) == [
+        ("--3bOJ8vXqM_000004_000014.mp4", 399),
+        ("abcDEF_-123.mp4", 208),
+        ("-0xyz_000115_000125.webm", 1),
+    ]
+    assert (out.parent / "train.missing.txt").read_text() == "gone_000003_000013\n"
+    labels = (out.parent / "train.labels.txt").read_text().splitlines()
+    assert labels == tool.read_labels(tool.DATA_LISTS / "kinetics400.txt")
+    assert labels[208] == "passing American football (in game)"
+    for words in ("3 listed", "1 in the annotation are missing", "1 files under", ".txt 1"):
+        assert words in printed
+
+
+@pytest.mark.parametrize("separator", [" ", "_"])
+def test_kinetics_with_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str], separator: str) -> None:
+    root, out = tmp_path / "videos", tmp_path / "train.txt"
+    paths = [
+        f"{label.replace(' ', separator)}/{video}_{start:06d}_{end:06d}.mp4" for label, video, start, end in K400_ROWS
+    ]
+    touch(root, *paths)
+    copy = "replacement/-0xyz_000115_000125.mp4"  # not in the folder of its class
+    touch(root, copy)
+    printed = run(capsys, "kinetics400", "--annotation", k400_csv(tmp_path / "train.csv"), "--root", root, "--out", out)
+    assert rows_of(out) == list(zip(paths, [399, 208, 1, 196]))
+    assert "0 missing" in printed
+    assert not tool.missing_file(out).exists()
+
+
+def test_kinetics_test_split_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "videos", "-0xyz_000115_000125.mp4")
+    annotation = k400_csv(tmp_path / "test.csv", "youtube_id,time_start,time_end,split")
+    run(
+        capsys, "kinetics400", "--annotation", annotation, "--root", tmp_path / "videos", "--out", tmp_path / "test.txt"
+    )
+    assert rows_of(tmp_path / "test.txt") == [("-0xyz_000115_000125.mp4", None)]
+
+
+def test_the_shipped_label_names_are_the_usual_ones() -> None:
+    kinetics = tool.read_labels(tool.DATA_LISTS / "kinetics400.txt")
+    something = tool.read_labels(tool.DATA_LISTS / "something_something_v2.txt")
+    assert (len(set(kinetics)), len(set(something))) == (400, 174)
+    assert kinetics == sorted(kinetics)
+    assert (kinetics[0], kinetics[399], something[0], something[173]) == (
+        "abseiling",
+        "zumba",
+        "Approaching something with your camera",
+        "Wiping something off of something",
+    )
+
+
+# Something-Something V2
+
+
+def ssv2_json(path: Path) -> Path:
+    videos = [
+        {"id": "78687", "label": "holding potato next to can", "template": "Holding [something] next to [something]"},
+        {"id": "42326", "template": "[Something] falling like a feather or paper", "placeholders": ["leaf"]},
+        {"id": "5", "template": "Poking [something] so lightly that it doesn't or almost doesn't move"},
+    ]
+    path.write_text(json.dumps(videos))
+    return path
+
+
+def test_something_something(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = tmp_path / "20bn something, v2", tmp_path / "train.txt"
+    touch(root, "78687.webm", "42326.mp4", "1.webm")
+    arguments = ["--annotation", ssv2_json(tmp_path / "train.json"), "--root", root, "--out", out]
+    printed = run(capsys, "ssv2", *arguments)
+    names = tool.read_labels(tool.DATA_LISTS / "something_something_v2.txt")
+    assert [(path, names[label]) for path, label in rows_of(out)] == [
+        ("78687.webm", "Holding something next to something"),
+        ("42326.mp4", "Something falling like a feather or paper"),
+    ]
+    assert tool.missing_file(out).read_text() == "5\n"
+    assert "1 files under" in printed
+
+    official = tmp_path / "labels.json"
+    official.write_text(json.dumps({name: str(number) for number, name in reversed(list(enumerate(names)))}))
+    shipped = rows_of(out), tool.labels_file(out).read_text()
+    run(capsys, "ssv2", *arguments, "--labels", official)
+    assert (rows_of(out), tool.labels_file(out).read_text()) == shipped
+
+
+def test_something_something_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "test.json").write_text(json.dumps([{"id": "1420"}, {"id": 9}]))
+    touch(tmp_path / "videos", "1420.webm", "9.webm")
+    out = tmp_path / "test.txt"
+    run(capsys, "ssv2", "--annotation", tmp_path / "test.json", "--root", tmp_path / "videos", "--out", out)
+    assert rows_of(out) == [("1420.webm", None), ("9.webm", None)]
+
+
+# UCF101 and HMDB51
+
+
+def test_ucf101(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    splits = tmp_path / "ucfTrainTestlist"
+    splits.mkdir()
+    (splits / "classInd.txt").write_text("1 ApplyEyeMakeup\r\n2 HandstandPushups\r\n")
+    (splits / "trainlist02.txt").write_text(
+        "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\r\nHandstandPushups/v_HandStandPushups_g01_c01.avi 2\r\n"
+    )
+    (splits / "testlist02.txt").write_text("HandstandPushups/v_HandStandPushups_g02_c01.avi\r\n")
+    root, out = tmp_path / "UCF-101", tmp_path / "train.txt"
+    touch(root, "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", "HandstandPushups/v_HandStandPushups_g01_c01.avi")
+    touch(root, "v_HandStandPushups_g02_c01.avi")
+    run(capsys, "ucf101", "--splits", splits, "--fold", 2, "--part", "train", "--root", root, "--out", out)
+    assert rows_of(out) == [
+        ("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", 0),
+        ("HandstandPushups/v_HandStandPushups_g01_c01.avi", 1),
+    ]
+    run(capsys, "ucf101", "--splits", splits, "--fold", 2, "--part", "test", "--root", root, "--out", out)
+    assert rows_of(out) == [("v_HandStandPushups_g02_c01.avi", 1)]
+    assert tool.labels_file(out).read_text() == "ApplyEyeMakeup\nHandstandPushups\n"
+
+
+def test_hmdb51(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    splits, root, out = tmp_path / "testTrainMulti_7030_splits", tmp_path / "hmdb51", tmp_path / "out.txt"
+    splits.mkdir()
+    files = {
+        "brush_hair": {"April_09_brush_hair_u_nm_np1_ba_goo_0": 1, "sarah_brushing_hair_0": 0, "both_0": 2},
+        "clap": {"#20_Rhythm_clap_u_nm_np1_fr_goo_0": 1, "(Rad) Schlag die Bank, 2! é_clap_0": 2, "both_0": 1},
+    }
+    for label, videos in files.items():
+        lines = [f"{name}.avi {flag} \n" for name, flag in videos.items()]
+        (splits / f"{label}_test_split1.txt").write_text("".join(lines), encoding="utf-8")
+        (splits / f"{label}_test_split2.txt").write_text("")
+        touch(root, *(f"{label}/{name}.avi" for name in videos))
+    printed = run(capsys, "hmdb51", "--splits", splits, "--part", "train", "--root", root, "--out", out)
+    assert rows_of(out) == [
+        ("brush_hair/April_09_brush_hair_u_nm_np1_ba_goo_0.avi", 0),
+        ("clap/#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi", 1),
+        ("clap/both_0.avi", 1),
+    ]
+    assert "3 files under" in printed
+    run(capsys, "hmdb51", "--splits", splits, "--part", "test", "--root", root, "--out", out)
+    assert rows_of(out) == [("brush_hair/both_0.avi", 0), ("clap/(Rad) Schlag die Bank, 2! é_clap_0.avi", 1)]
+
+
+# Folders, and names
+
+
+def test_folders_with_odd_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = tmp_path / "my videos", tmp_path / "mine.txt"
+    paths = [f"{label}/{name}{suffix}" for label in ODD_NAMES for name in ODD_NAMES for suffix in (".mp4", ".webm")]
+    touch(root, *paths, "loose.mp4")
+    printed = run(capsys, "folders", "--root", root, "--out", out)
+    labels = tool.labels_file(out).read_text(encoding="utf-8").splitlines()
+    assert labels == sorted(ODD_NAMES)
+    listed = rows_of(out)
+    assert sorted(path for path, _ in listed) == sorted(paths)
+    assert all(path.startswith(labels[label] + "/") for path, label in listed)
+    assert "1 files under" in printed
+
+
+def test_folders_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "images", "n01440764/a 1.JPEG", "n01443537/b.png", "n01443537/c.mp4")
+    out = tmp_path / "images.txt"
+    printed = run(capsys, "folders", "--format", "image", "--root", tmp_path / "images", "--out", out)
+    assert rows_of(out, "image") == [("n01440764/a 1.JPEG", 0), ("n01443537/b.png", 1)]
+    assert ".mp4 1" in printed
+
+
+def test_folders_split_in_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "videos"
+    paths = {f"{label}/{index}.mp4" for label in "ab" for index in range(20)}
+    touch(root, *paths)
+    parts = {}
+    for part in ("train", "validation"):
+        options = ["--part", part, "--validation-fraction", 0.25, "--seed", 1]
+        run(capsys, "folders", "--root", root, "--out", tmp_path / f"{part}.txt", *options)
+        parts[part] = rows_of(tmp_path / f"{part}.txt")
+    assert [label for _, label in parts["validation"]] == [0] * 5 + [1] * 5
+    assert len(parts["train"]) == 30
+    assert {path for rows in parts.values() for path, _ in rows} == paths
+    assert "needs both" in fails(capsys, "folders", "--root", root, "--out", tmp_path / "x.txt", "--part", "train")
+
+
+@given(
+    paths=st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1), min_size=1, max_size=5),
+    label=st.none() | st.integers(0, 1000),
+)
+def test_what_is_written_reads_back_or_is_refused(tmp_path_factory: pytest.TempPathFactory, paths, label) -> None:
+    out = tmp_path_factory.mktemp("lists") / "list.txt"
+    rows = [(path, label) for path in paths]
+    try:
+        tool.write(out, rows, ["a"])
+    except ListError as refusal:
+        message = str(refusal)
+    else:
+        message = ""
+    assert out.exists() != bool(message)
+    if message:
+        assert any(repr(path) in message for path in paths)
+    else:
+        assert rows_of(out) == rows
+
+
+@pytest.mark.parametrize("path", ["#1/a.mp4", "two\nlines.mp4", "a\r.mp4", " a.mp4", "a.mp4 ", "a  2"])
+def test_a_name_that_no_list_can_hold_is_refused(tmp_path: Path, path: str) -> None:
+    (tmp_path / "list.txt").write_text("the list before\n")
+    with pytest.raises(ListError, match="cannot hold"):
+        tool.write(tmp_path / "list.txt", [("good.mp4", 0), (path, 3), ("good too.mp4", 1)], ["a"])
+    assert [file.name for file in tmp_path.iterdir()] == ["list.txt"]
+    assert (tmp_path / "list.txt").read_text() == "the list before\n"
+
+
+@pytest.mark.parametrize("path", ["take 2", "folder 3/take 4 -1", "a 0 -1", "-1", "7", "x -1/y.mp4", "a.mp4 5 6"])
+def test_names_that_end_in_numbers(tmp_path: Path, path: str) -> None:
+    tool.write(tmp_path / "list.txt", [(path, 3)], ["a"])
+    assert rows_of(tmp_path / "list.txt") == [(path, 3)]
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"caf\xe9.mp4")
+    touch(tmp_path / "videos", f"class/{name}")
+    run(capsys, "folders", "--root", tmp_path / "videos", "--out", tmp_path / "list.txt")
+    assert rows_of(tmp_path / "list.txt") == [(f"class/{name}", 0)]
+    assert (tmp_path / "list.txt").read_bytes() == b"class/caf\xe9.mp4 0\n"
+
+
+def test_accents_may_be_written_in_two_ways(tmp_path: Path) -> None:
+    """macOS takes a name apart into letter and accent; the path is listed as the disk has it."""
+    apart = unicodedata.normalize("NFD", "café")
+    touch(tmp_path, f"{apart}.webm")
+    annotation = tool.Annotation([tool.Entry(("café",), "x")], ["x"])
+    assert tool.match(annotation, tool.scan(tmp_path)).rows == [(f"{apart}.webm", 0)]
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    touch(tmp_path / "elsewhere", "b.mp4")
+    touch(tmp_path / "root", "a/a.mp4")
+    (tmp_path / "root" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "a" / "back").symlink_to(tmp_path / "root")
+    assert tool.scan(tmp_path / "root").files == {"a": ["a/a.mp4"], "b": ["linked/b.mp4"]}
+
+
+# Errors say what is wrong, where, and what was expected
+
+
+def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = tmp_path / "videos", tmp_path / "out.txt"
+    touch(root, "other.mp4")
+    ends = ["--root", root, "--out", out]
+    annotation = k400_csv(tmp_path / "train.csv")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+
+    message = fails(capsys, "kinetics400", "--annotation", annotation, *ends)
+    assert "nothing to list" in message
+    assert "'other.mp4'" in message
+    assert "'--3bOJ8vXqM_000004_000014'" in message
+    assert "not a folder" in fails(capsys, "folders", "--root", tmp_path / "no", "--out", out)
+    assert "No such file" in fails(capsys, "kinetics400", "--annotation", tmp_path / "no.csv", *ends)
+    assert "expected a folder a class" in fails(capsys, "folders", *ends)
+
+    columns = k400_csv(tmp_path / "columns.csv", "label,youtube_id,split")
+    assert "expected also time_start, time_end" in fails(capsys, "kinetics400", "--annotation", columns, *ends)
+    (tmp_path / "few.txt").write_text("zumba\n")
+    message = fails(capsys, "kinetics400", "--annotation", annotation, "--labels", tmp_path / "few.txt", *ends)
+    assert "train.csv, line 3" in message
+    assert "passing American football" in message
+
+    (tmp_path / "bad.json").write_text("{")
+    assert "is not json" in fails(capsys, "ssv2", "--annotation", tmp_path / "bad.json", *ends)
+    (tmp_path / "bad.json").write_text('[{"id": "1", "template": "Eating [something]"}]')
+    assert "'Eating something'" in fails(capsys, "ssv2", "--annotation", tmp_path / "bad.json", *ends)
+    assert "bad.json" in fails(
+        capsys, "ssv2", "--annotation", ssv2_json(tmp_path / "t.json"), *ends, "--labels", "bad.json"
+    )
+
+    (empty / "classInd.txt").write_text("1 Archery\n3 Biking\n")
+    assert "classInd.txt, line 2" in fails(capsys, "ucf101", "--splits", empty, "--part", "test", *ends)
+    assert "<class>_test_split1.txt" in fails(capsys, "hmdb51", "--splits", empty, "--part", "test", *ends)
+    (empty / "clap_test_split1.txt").write_text("a.avi 3\n")
+    assert "clap_test_split1.txt, line 1" in fails(capsys, "hmdb51", "--splits", empty, "--part", "test", *ends)
+    assert not out.exists()

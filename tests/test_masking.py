@@ -1,0 +1,85 @@
+"""Masks: counts, shapes of the hidden region, and that a mask is a function of its generator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from video_convmae import masking
+
+grids = st.tuples(st.integers(1, 8), st.integers(1, 14), st.integers(1, 14))
+ratios = st.floats(0, 0.99)
+seeds = st.integers(0, 2**31)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("kind", masking.MASKS)
+@given(grid=grids, ratio=ratios, seed=seeds)
+def test_count_depends_on_grid_and_ratio_alone(kind: str, grid: masking.Grid, ratio: float, seed: int) -> None:
+    t, h, w = grid
+    visible = masking.MASKS[kind](grid, ratio, generator(seed))
+    hidden = t * int(ratio * h * w) if kind == "tube" else int(ratio * t * h * w)
+    assert visible.shape == grid
+    assert visible.dtype == torch.bool
+    assert int((~visible).sum()) == hidden
+    assert torch.equal(visible, masking.MASKS[kind](grid, ratio, generator(seed)))
+
+
+@given(grid=grids, ratio=ratios, seed=seeds)
+def test_tube_is_constant_in_time(grid: masking.Grid, ratio: float, seed: int) -> None:
+    visible = masking.tube(grid, ratio, generator(seed))
+    assert (visible == visible[:1]).all()
+
+
+@given(grid=grids, ratio=ratios, seed=seeds)
+def test_frame_cuts_at_most_one_frame(grid: masking.Grid, ratio: float, seed: int) -> None:
+    per_frame = masking.frame(grid, ratio, generator(seed)).flatten(1).sum(1)
+    assert int(((per_frame > 0) & (per_frame < grid[1] * grid[2])).sum()) <= 1
+
+
+@given(grid=grids, ratio=st.floats(0.01, 0.99), count=st.integers(1, 8), seed=seeds)
+def test_complementary_masks_are_disjoint(grid: masking.Grid, ratio: float, count: int, seed: int) -> None:
+    tokens = grid[0] * grid[1] * grid[2]
+    n = tokens - int(ratio * tokens)
+    if count * n > tokens:
+        with pytest.raises(ValueError, match="do not fit"):
+            masking.complementary(grid, ratio, count, generator(seed))
+        return
+    visible = masking.complementary(grid, ratio, count, generator(seed))
+    assert visible.shape == (count, *grid)
+    assert (visible.flatten(1).sum(1) == n).all()
+    assert int(visible.sum(0).max()) == 1
+
+
+def test_four_complementary_masks_cover_the_image() -> None:
+    assert masking.complementary((1, 14, 14), 0.75, 4).any(0).all()
+
+
+def test_twenty_of_196_are_visible_at_nine_tenths() -> None:
+    assert (masking.tube((8, 14, 14), 0.9).flatten(1).sum(1) == 20).all()
+
+
+def test_block_hides_neighbours() -> None:
+    """A hidden token's right neighbour is hidden more often than in a random mask of the same ratio."""
+
+    def share(mask: masking.Mask) -> float:
+        hidden = torch.stack([~mask((8, 14, 14), 0.5, generator(seed)) for seed in range(20)])
+        return float((hidden[..., 1:] & hidden[..., :-1]).sum() / hidden[..., :-1].sum())
+
+    assert share(masking.block) > 0.75 > 0.6 > share(masking.random)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 2])
+def test_impossible_ratio_is_an_error(ratio: float) -> None:
+    with pytest.raises(ValueError, match="mask ratio"):
+        masking.tube((8, 14, 14), ratio)
+
+
+def test_impossible_grid_is_an_error() -> None:
+    with pytest.raises(ValueError, match="token grid"):
+        masking.random((8, 0, 14), 0.5)

@@ -1,0 +1,449 @@
+"""The model's promises: no leakage, packed equals dense, the counts of the paper's sizes, every parameter alive.
+
+`PlainConvMAE` below is a second implementation from DESIGN.md section 3 with ordinary dense Conv3d layers, so that
+packed and dense are both held against something that shares no layout code with them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor, nn
+
+from video_convmae import create_autoencoder, create_classifier, masking
+from video_convmae.models import positions
+from video_convmae.models.autoencoder import Autoencoder, patch_target, undo_target
+from video_convmae.models.packing import nest, put_patches, take_patches, unnest
+
+HYBRIDS = ["tiny", "small", "base", "large", "huge"]
+SIZES = [*HYBRIDS, "vit_tiny", "vit_base"]
+PARAMETERS = {  # INTERFACES.md: encoder for images, for video, fusion
+    "tiny": (2_032_896, 2_042_400, 221_568),
+    "small": (21_867_264, 21_911_808, 1_180_416),
+    "base": (84_455_296, 84_531_584, 4_326_912),
+    "large": (272_157_312, 272_290_944, 9_439_232),
+    "huge": (652_978_176, 653_194_240, 20_974_080),
+}
+GEOMETRIES = {
+    "video": {"num_frames": 8, "image_size": 64},
+    "kernel 1": {"num_frames": 4, "image_size": 64, "temporal_kernel": 1},
+    "kernel 5": {"num_frames": 12, "image_size": 64, "temporal_kernel": 5},
+    "strides 2,2,2": {"num_frames": 4, "image_size": 32, "strides": (2, 2, 2)},
+    "strides 7,1,2": {"num_frames": 4, "image_size": 56, "strides": (7, 1, 2)},
+    "not square": {"num_frames": 6, "image_size": (48, 80)},
+    "tubelet 1": {"num_frames": 3, "image_size": 64, "tubelet": 1},
+    "image": {"num_frames": 1, "image_size": 64},
+}
+
+
+def shrunk(size: str, **overrides: object) -> Autoencoder:
+    """A model of that size, with one block a stage where it would be large."""
+    depths = (2,) if size.startswith("vit") else (1, 1, 1)
+    cut = {} if size in ("tiny", "vit_tiny") else {"depths": depths, "decoder": (96, 1, 3)}
+    torch.manual_seed(0)
+    return create_autoencoder(size, **{"num_frames": 4, "image_size": 64, **cut, **overrides})
+
+
+def batch(model: Autoencoder, mask: str = "tube", ratio: float = 0.75, clips: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    visible = torch.stack([masking.MASKS[mask](model.grid, ratio, generator) for _ in range(clips)])
+    return torch.randn(clips, *model.encoder.config.clip_shape, generator=generator), visible
+
+
+def hidden_pixels(model: Autoencoder, visible: Tensor) -> Tensor:
+    """`visible` at pixel resolution, inverted: `(B, 1, T, H, W)`."""
+    config = model.encoder.config
+    fine = visible.repeat_interleave(config.tubelet, 1)
+    return ~fine.repeat_interleave(config.patch, 2).repeat_interleave(config.patch, 3)[:, None]
+
+
+# No leakage
+
+
+@pytest.mark.parametrize("implementation", ["packed", "dense"])
+@pytest.mark.parametrize("mask", masking.MASKS)
+@pytest.mark.parametrize("size", SIZES)
+def test_hidden_pixels_do_not_reach_the_tokens(size: str, mask: str, implementation: str) -> None:
+    model = shrunk(size, implementation=implementation)
+    clips, visible = batch(model, mask)
+    hidden = hidden_pixels(model, visible)
+    with torch.inference_mode():
+        tokens = model.encode(clips, visible)
+        for value in (torch.randn_like(clips) * 10, torch.full_like(clips, math.inf), torch.full_like(clips, math.nan)):
+            assert torch.equal(model.encode(torch.where(hidden, value, clips), visible), tokens)
+        assert not torch.equal(model.encode(torch.where(hidden, clips, clips + 1), visible), tokens)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_no_leakage_in_any_geometry(geometry: str) -> None:
+    for implementation in ("packed", "dense"):
+        model = shrunk("tiny", implementation=implementation, **GEOMETRIES[geometry])
+        clips, visible = batch(model, "random")
+        broken = torch.where(hidden_pixels(model, visible), math.nan, clips)
+        with torch.inference_mode():
+            assert torch.equal(model.encode(broken, visible), model.encode(clips, visible))
+
+
+def test_visible_neighbours_do_reach_each_other_through_the_convolutions() -> None:
+    """What the masked convolution is for: without attention, a visible token still depends on a visible neighbour."""
+    model = shrunk("tiny", depths=(1, 1, 0))
+    visible = torch.zeros(1, *model.grid, dtype=torch.bool)
+    visible[:, :, 1, 1:3] = True
+    clips = torch.randn(1, *model.encoder.config.clip_shape)
+    changed = clips.clone()
+    changed[..., 16:32, 32:48] += 1  # the token at row 1, column 2
+    with torch.inference_mode():
+        before, after = (model.encode(x, visible).view(-1, 2, 192) for x in (clips, changed))
+    assert not torch.equal(before[:, 0], after[:, 0])
+
+
+# Packed equals dense
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item()
+
+
+def gradients(model: Autoencoder, clips: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, tokens and every parameter's gradient; the loss also reads the tokens, so that nothing is left out."""
+    output = model(clips, visible)
+    (output.loss + output.tokens.square().mean()).backward()
+    return output.loss, output.tokens, {name: p.grad for name, p in model.named_parameters()}
+
+
+def without_key_bias(name: str, gradient: Tensor) -> Tensor:
+    """Softmax does not feel the key bias: its gradient is rounding error around zero, of no relative precision."""
+    if name.endswith("qkv.bias"):
+        q, _, v = gradient.chunk(3)
+        return torch.cat([q, v])
+    return gradient
+
+
+def assert_equal(ours: Autoencoder, theirs: nn.Module, mask: str, dtype: torch.dtype) -> None:
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    clips, visible = batch(ours, mask)
+    clips = clips.to(dtype)
+    loss, tokens, grads = gradients(ours, clips, visible)
+    their_loss, their_tokens, their_grads = gradients(theirs, clips, visible)
+    assert relative(loss, their_loss) < tolerance
+    assert relative(tokens, their_tokens) < tolerance
+    assert grads.keys() == their_grads.keys()
+    for name in grads:
+        ours_, theirs_ = (without_key_bias(name, g[name]) for g in (grads, their_grads))
+        assert relative(ours_, theirs_) < tolerance, name
+
+
+def pair(size: str, dtype: torch.dtype = torch.float64, **overrides: object) -> tuple[Autoencoder, Autoencoder]:
+    packed = shrunk(size, implementation="packed", **overrides).to(dtype)
+    dense = shrunk(size, implementation="dense", **overrides).to(dtype)
+    dense.load_state_dict(packed.state_dict())
+    return packed, dense
+
+
+@pytest.mark.parametrize("mask", masking.MASKS)
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_packed_equals_dense(size: str, mask: str) -> None:
+    packed, dense = pair(size)
+    assert [n for n, _ in packed.named_parameters()] == [n for n, _ in dense.named_parameters()]
+    assert_equal(packed, dense, mask, torch.float64)
+
+
+@pytest.mark.parametrize("size", ["large", "huge"])
+def test_packed_equals_dense_at_large_widths(size: str) -> None:
+    assert_equal(*pair(size, num_frames=2, image_size=32), "random", torch.float64)
+
+
+@pytest.mark.parametrize("mask", ["tube", "random"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_packed_equals_dense_in_any_geometry(geometry: str, mask: str) -> None:
+    assert_equal(*pair("tiny", **GEOMETRIES[geometry]), mask, torch.float64)
+
+
+@pytest.mark.parametrize("mask", masking.MASKS)
+def test_packed_equals_dense_in_float32(mask: str) -> None:
+    assert_equal(*pair("tiny", torch.float32), mask, torch.float32)
+
+
+class PlainConvMAE(nn.Module):
+    """The autoencoder with ordinary dense convolutions on `(B, C, t, H, W)`, reading the parameters of ours."""
+
+    def __init__(self, model: Autoencoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def named_parameters(self, *args: object, **kwargs: object):  # the gradients are compared name by name
+        return self.model.named_parameters()
+
+    def forward(self, clips: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        model, config = self.model, self.model.encoder.config
+        x, branches = clips, []
+        for i, (embedding, stride) in enumerate(zip(model.encoder.embeddings, config.strides)):
+            tubelet = config.tubelet if i == 0 else 1
+            kernel = rearrange(embedding.linear.weight, "o (t h w c) -> o c t h w", t=tubelet, h=stride, w=stride)
+            x = F.conv3d(x, kernel, embedding.linear.bias, stride=(tubelet, stride, stride))
+            x = self.pointwise(lambda y, e=embedding: F.gelu(e.norm(y)), x)
+            if i == len(config.strides) - 1:
+                break
+            side = math.prod(config.strides[i + 1 :])
+            shown = visible.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, None]
+            for block in model.encoder.conv_stages[i]:
+                y = self.pointwise(lambda z, b=block: b.proj_in(b.norm1(z)), x)
+                weight = block.depthwise.weight
+                padding = [size // 2 for size in weight.shape[2:]]
+                y = F.conv3d(torch.where(shown, y, 0), weight, block.depthwise.bias, padding=padding, groups=y.shape[1])
+                x = x + self.pointwise(block.proj_out, y)
+                x = x + self.pointwise(lambda z, b=block: b.mlp(b.norm2(z)), x)
+            if model.fusion is not None:
+                joint = model.fusion.joints[i]
+                kernel = self.unnested(joint.weight, config.strides[i + 1 :])
+                branches.append(F.conv3d(x, kernel, joint.bias, stride=(1, side, side)))
+        x = model.encoder.projection(rearrange(x, "b c t h w -> b (t h w) c"))
+        x = (x + model.encoder.positions)[visible.flatten(1)].view(len(x), -1, x.shape[-1])
+        for block in model.encoder.attention_blocks:
+            x = block(x)
+        for branch in branches:
+            branch = rearrange(branch, "b c t h w -> b (t h w) c")
+            x = x + branch[visible.flatten(1)].view_as(x)
+        tokens = model.norm(x)
+        patch = config.patch
+        patches = rearrange(clips, "b c (t u) (h p) (w q) -> b (t h w) (u p q) c", u=config.tubelet, p=patch, q=patch)[
+            ~visible.flatten(1)
+        ].view(len(x), -1, config.tubelet * patch * patch, config.channels)
+        mean, variance = patches.mean(2, keepdim=True), patches.var(2, keepdim=True, unbiased=True)
+        target = ((patches - mean) / (variance.sqrt() + 1e-6)).flatten(2)
+        packing = model.encoder.packing(clips, visible)
+        prediction = model.decoder(tokens, packing)
+        return Output((prediction - target).square().mean(), tokens)
+
+    @staticmethod
+    def pointwise(function, x: Tensor) -> Tensor:
+        return function(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+
+    @staticmethod
+    def unnested(weight: Tensor, later: tuple[int, ...]) -> Tensor:
+        """A fusion Linear's weight over nested cells as a convolution kernel `(out, in, 1, side, side)`."""
+        if len(later) == 2:
+            return rearrange(
+                weight, "o (a b c d i) -> o i 1 (a c) (b d)", a=later[1], b=later[1], c=later[0], d=later[0]
+            )
+        return rearrange(weight, "o (a b i) -> o i 1 a b", a=later[0], b=later[0])
+
+
+class Output:
+    def __init__(self, loss: Tensor, tokens: Tensor) -> None:
+        self.loss, self.tokens = loss, tokens
+
+
+@pytest.mark.parametrize("geometry", ["video", "kernel 5", "strides 2,2,2", "not square"])
+def test_both_equal_plain_convolutions(geometry: str) -> None:
+    packed, dense = pair("tiny", **GEOMETRIES[geometry])
+    reference, _ = pair("tiny", **GEOMETRIES[geometry])
+    reference.load_state_dict(packed.state_dict())
+    assert_equal(packed, PlainConvMAE(reference), "random", torch.float64)
+    reference.zero_grad()
+    assert_equal(dense, PlainConvMAE(reference), "tube", torch.float64)
+
+
+# Counts
+
+
+@pytest.mark.parametrize("size", HYBRIDS)
+def test_parameter_counts(size: str) -> None:
+    def count(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    with torch.device("meta"):
+        image, video = create_autoencoder(size, num_frames=1), create_autoencoder(size)
+    assert (
+        count(image.encoder) + count(image.norm),
+        count(video.encoder) + count(video.norm),
+        count(video.fusion),
+    ) == PARAMETERS[size]
+
+
+def test_classifier_has_the_published_86_million() -> None:
+    with torch.device("meta"):
+        model = create_classifier("base", num_classes=400)
+    positions_ = model.encoder.positions.numel()
+    assert positions_ == 1_204_224
+    assert sum(p.numel() for p in model.parameters()) - positions_ == 84_839_184
+
+
+def test_multiply_adds_of_the_base_model() -> None:
+    """DESIGN.md section 3: 97.8 G dense, 39.1 G packed; 17.2 and 11.2 G for an image at 0.75."""
+    with torch.device("meta"):
+        models = {
+            (frames, name): create_autoencoder("base", num_frames=frames, implementation=name)
+            for frames in (16, 1)
+            for name in ("dense", "packed")
+        }
+    totals = {key: sum(m.multiply_adds(160 if key[0] == 16 else 49).values()) / 1e9 for key, m in models.items()}
+    assert {key: round(total, 1) for key, total in totals.items()} == {
+        (16, "dense"): 97.8,
+        (16, "packed"): 39.1,
+        (1, "dense"): 17.2,
+        (1, "packed"): 11.2,
+    }
+
+
+def test_multiply_adds_equal_fvcores_count_of_the_dense_model() -> None:
+    model = shrunk("tiny", implementation="dense", num_frames=8, image_size=96).eval()
+    clips, visible = batch(model, clips=1)
+    ours = model.multiply_adds(int(visible.sum()))
+
+    def attention(inputs: list, outputs: list) -> int:
+        batch_, heads, queries, width = inputs[0].type().sizes()
+        return 2 * batch_ * heads * queries * inputs[1].type().sizes()[2] * width
+
+    analysis = FlopCountAnalysis(model, (clips, visible))
+    analysis.set_op_handle("aten::scaled_dot_product_attention", attention)
+    analysis.set_op_handle("aten::layer_norm", lambda inputs, outputs: 0)  # fvcore's own counts norms; we do not
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    by_module = analysis.by_module()
+    assert sum(ours.values()) == analysis.total()
+    assert ours["stage 1"] == by_module["encoder.conv_stages.0"]
+    assert ours["stage 3"] == by_module["encoder.attention_blocks"]
+    assert ours["fusion"] == by_module["fusion"]
+    assert ours["decoder"] == by_module["decoder"]
+
+
+# Parameters
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_parameter_is_initialised(size: str) -> None:
+    autoencoder = shrunk(size)
+    depths = autoencoder.encoder.config.depths
+    classifier = create_classifier(size, num_classes=3, num_frames=2, image_size=32, depths=depths)
+    for model in (autoencoder, classifier):
+        tensors = [*model.parameters(), *model.buffers()]
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.fill_(math.nan)
+        model.init_weights()
+        assert all(tensor.isfinite().all() for tensor in tensors)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_parameter_receives_a_gradient(size: str) -> None:
+    model = shrunk(size)
+    output = model(*batch(model))
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    depths = model.encoder.config.depths
+    classifier = create_classifier(size, num_classes=3, num_frames=4, image_size=64, depths=depths)
+    classifier(batch(model)[0]).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in classifier.parameters())
+
+
+def test_a_model_built_on_the_meta_device_is_the_same() -> None:
+    ours = shrunk("tiny")
+    with torch.device("meta"):
+        model = create_autoencoder("tiny", num_frames=4, image_size=64)
+    model.to_empty(device="cpu")
+    model.init_weights()
+    model.load_state_dict(ours.state_dict())
+    clips, visible = batch(ours)
+    assert torch.equal(model(clips, visible).loss, ours(clips, visible).loss)
+
+
+# Shapes, order, targets
+
+
+def test_output_shapes_and_order() -> None:
+    model = shrunk("tiny", target="none")
+    clips, visible = batch(model, "random")
+    output = model(clips, visible)
+    hidden = int((~visible[0]).sum())
+    assert output.prediction.shape == output.target.shape == (2, hidden, 2 * 16 * 16 * 3)
+    assert output.tokens.shape == (2, visible[0].sum(), 192)
+    patches = rearrange(clips, "b c (t u) (h p) (w q) -> b (t h w) (u p q c)", u=2, p=16, q=16)
+    assert torch.equal(output.target[0], patches[0][~visible[0].flatten()])
+    assert torch.equal(model.encode(clips, visible), output.tokens)
+    assert model.encode(clips).shape == (2, 2 * 4 * 4, 192)
+
+
+@pytest.mark.parametrize("target", ["patch", "patch_channel", "none"])
+def test_targets_are_normalised_and_undone(target: str) -> None:
+    patches = torch.rand(2, 5, 2, 4, 4, 3, dtype=torch.float64)
+    values = patch_target(patches, target).view_as(patches)
+    axes = {"patch": (2, 3, 4, 5), "patch_channel": (2, 3, 4)}.get(target)
+    if axes:
+        assert values.mean(axes).abs().max() < 1e-12
+        assert (values.var(axes) - 1).abs().max() < 1e-4
+    assert torch.allclose(undo_target(values.flatten(2), patches, target), patches)
+
+
+def test_reconstruction_keeps_the_visible_pixels() -> None:
+    model = shrunk("tiny")
+    clips, visible = batch(model)
+    hidden = hidden_pixels(model, visible).expand_as(clips)
+    result = model.reconstruct(clips, visible)
+    assert torch.equal(result[~hidden], clips[~hidden])
+    assert not torch.equal(result[hidden], clips[hidden])
+
+
+def test_patches_and_cells_are_permutations() -> None:
+    clips = torch.randn(2, 3, 4, 32, 48)
+    index = torch.arange(2 * 2 * 3).expand(2, -1)
+    assert torch.equal(put_patches(take_patches(clips, 2, 16, index), (2, 2, 3)), clips)
+    grid = torch.randn(2, 2, 12, 24, 5)
+    assert torch.equal(unnest(nest(grid, (2, 3)), (2, 3), (2, 12, 24)), grid)
+    rows = torch.arange(4.0).view(1, 1, 4, 1, 1).expand(1, 1, 4, 4, 1)
+    assert nest(rows, (2, 2)).flatten().tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
+
+
+def test_video_positions_at_one_frame_are_the_image_table() -> None:
+    image = positions.sincos((1, 14, 14), 768)
+    video = positions.sincos((8, 14, 14), 768).view(8, 196, 768)
+    time = video[:, :1] - image[:1]
+    assert torch.allclose(video, image + time, atol=1e-6)
+    column = torch.arange(14.0)[:, None] / 10000 ** (torch.arange(192) / 192)
+    assert torch.allclose(image.view(14, 14, 768)[3, :, :192], column.sin(), atol=1e-5)  # width comes first
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_frames": 5}, "multiple of the tubelet"),
+        ({"image_size": 60}, "multiples of the spatial stride"),
+        ({"widths": (8, 8)}, "differ in length"),
+        ({"implementation": "sparse"}, "packed"),
+        ({"target": "edges"}, "target"),
+        ({"position_table": "learned"}, "position_table"),
+        ({"temporal_kernel": 2}, "odd"),
+        ({"heads": 7}, "heads"),
+    ],
+)
+def test_impossible_models_are_errors(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_autoencoder("tiny", **{"num_frames": 4, "image_size": 64, **wrong})
+
+
+def test_unknown_names_are_errors() -> None:
+    with pytest.raises(ValueError, match="expected one of tiny"):
+        create_autoencoder("enormous")
+    with pytest.raises(TypeError, match="unknown overrides: hieght"):
+        create_autoencoder("tiny", hieght=3)
+
+
+def test_impossible_batches_are_errors() -> None:
+    model = shrunk("tiny")
+    clips, visible = batch(model)
+    uneven = visible.clone()
+    uneven[0] = True
+    for wrong_clips, wrong_visible, message in [
+        (clips[:, :, :2], visible, "clips are"),
+        (clips, visible[:, :, :2], "visible is"),
+        (clips, uneven, "same number"),
+        (clips, torch.zeros_like(visible), "at least one"),
+        (clips, torch.ones_like(visible), "nothing is hidden"),
+        (clips, visible.float(), "expected bool"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model(wrong_clips, wrong_visible)

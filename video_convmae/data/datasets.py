@@ -1,0 +1,138 @@
+"""Clips: record + sampling + decoding + crop + mask -> a sample.
+
+A sample is a function of (seed, epoch, record index, repeat) and of nothing else: not of the worker, the rank or the
+number of either. An epoch and an index are therefore what a data set is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .decoding import DecodeError
+from .isolation import IsolatedDecoder
+from .records import Records
+from .sampling import Sampling
+from .transforms import Augmentation
+
+
+class Draw(NamedTuple):
+    """What a data set is asked for: a record in an epoch."""
+
+    epoch: int
+    index: int
+
+
+class Fault(NamedTuple):
+    """A record that could not be read."""
+
+    index: int
+    path: str
+    error: str
+
+
+class Sample(NamedTuple):
+    """R clips of one record.
+
+    clips: `(R, C, T, H, W)` uint8. visible: `(R, t, h, w)` bool. label: -1 where the list has none.
+    index: the record that is shown. faults: records that were asked for first and could not be read.
+    """
+
+    clips: Tensor
+    visible: Tensor
+    label: int
+    index: int
+    faults: tuple[Fault, ...]
+
+
+def sample_generator(seed: int, *key: int) -> torch.Generator:
+    """A generator for one purpose: its numbers are a function of the seed and the key, and of no other draw."""
+    state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+# What a key's last number says, so that no two purposes share their numbers.
+CLIP, REPLACEMENT, ORDER, STEP = range(4)
+
+
+class Clips(Dataset):
+    """Training clips with masks.
+
+    Args:
+        records: the list.
+        sampling: which frames.
+        augmentation: crop and flip.
+        size: (height, width) of a clip.
+        draw_mask: generator -> `visible (t, h, w)`; drawn here, in the worker, with the clip's own generator.
+        repeats: clips of one decoded record (repeated augmentation), each with its own start, crop and mask.
+        seed: of the run.
+        decoder: reads frames in a process that can be ended.
+        attempts: how many records are tried for one slot before giving up.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        sampling: Sampling,
+        augmentation: Augmentation,
+        size: tuple[int, int],
+        draw_mask: Callable[[torch.Generator], Tensor],
+        decoder: IsolatedDecoder,
+        repeats: int = 1,
+        seed: int = 0,
+        attempts: int = 10,
+    ) -> None:
+        self.records = records
+        self.sampling = sampling
+        self.augmentation = augmentation
+        self.size = size
+        self.draw_mask = draw_mask
+        self.decoder = decoder
+        self.repeats = repeats
+        self.seed = seed
+        self.attempts = attempts
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        """The record's clips; where it cannot be read, those of another, drawn from (seed, epoch, index, attempt).
+
+        Raises:
+            DecodeError: `attempts` records in a row could not be read.
+        """
+        epoch, asked = draw
+        faults: list[Fault] = []
+        index = asked
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return self._sample(epoch, asked, index, attempt, tuple(faults))
+            except DecodeError as error:
+                faults.append(Fault(index, self.records[index].path, str(error)))
+            generator = sample_generator(self.seed, epoch, asked, attempt, REPLACEMENT)
+            index = int(torch.randint(len(self.records), (), generator=generator))
+        raise DecodeError(
+            f"{len(faults)} records in a row could not be read, from record {asked} on; the first: {faults[0].error}"
+        )
+
+    def _sample(self, epoch: int, asked: int, index: int, attempt: int, faults: tuple[Fault, ...]) -> Sample:
+        record = self.records[index]
+        generators = [
+            sample_generator(self.seed, epoch, asked, repeat, attempt, CLIP) for repeat in range(self.repeats)
+        ]
+        with self.decoder.open(record) as reader:
+            indices = [self.sampling.clip(len(reader), generator) for generator in generators]
+            wanted = np.unique(np.concatenate(indices))  # each frame is decoded once, whatever the repeats ask for
+            frames = reader.read(wanted)
+        clips, masks = [], []
+        for generator, of_clip in zip(generators, indices):
+            crop = self.augmentation.draw(*frames.shape[1:3], generator)
+            clips.append(self.augmentation.apply(frames[np.searchsorted(wanted, of_clip)], crop, self.size))
+            masks.append(self.draw_mask(generator))
+        label = -1 if record.label is None else record.label
+        return Sample(torch.stack(clips), torch.stack(masks), label, index, faults)

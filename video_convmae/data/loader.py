@@ -1,0 +1,128 @@
+"""Batches: which records a step sees, workers that read them, tensors that cross to the device.
+
+A global batch is a slice of the epoch's order, whatever the number of ranks and accumulated parts: for each part, each
+rank takes its records of the slice. So 1, 2 and 4 processes see the same global batches, and a run that is resumed at a
+step goes on with the records that it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from .datasets import ORDER, Clips, Draw, Fault, Sample, sample_generator
+
+
+class Batch(NamedTuple):
+    """What a task turns into a loss; B counts clips, R of each record side by side.
+
+    clips: `(B, C, T, H, W)` uint8. visible: `(B, t, h, w)` bool. labels, records: `(B,)` int64.
+    faults: records that could not be read while this batch was made.
+    """
+
+    clips: Tensor
+    visible: Tensor
+    labels: Tensor
+    records: Tensor
+    faults: tuple[Fault, ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """How a global batch is dealt out: `per_device` records to each of `ranks`, `accumulate` times a step."""
+
+    per_device: int
+    ranks: int = 1
+    rank: int = 0
+    accumulate: int = 1
+
+    @property
+    def global_batch(self) -> int:
+        """Records of one optimizer step, repeats not counted."""
+        return self.per_device * self.ranks * self.accumulate
+
+
+class Batches(Sampler[list[Draw]]):
+    """The batches of one rank from one step to the last, across epochs: `accumulate` of them make a step.
+
+    An epoch's order is a permutation drawn from (seed, epoch); what does not fill a global batch is left for the next
+    epoch's order to show.
+
+    Raises:
+        ValueError: the list does not fill one global batch.
+    """
+
+    def __init__(self, count: int, share: Share, seed: int, first_step: int, last_step: int) -> None:
+        self.count, self.share, self.seed = count, share, seed
+        self.first_step, self.last_step = first_step, last_step
+        self.steps_per_epoch = count // share.global_batch
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"the list has {count} records and a step takes {share.global_batch} ({share.per_device} a device x "
+                f"{share.ranks} devices x {share.accumulate} accumulated); make the batch smaller"
+            )
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.share.accumulate
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        share, epoch, order = self.share, -1, []
+        for step in range(self.first_step, self.last_step):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = epoch_order(self.count, self.seed, epoch)
+            start = step % self.steps_per_epoch * share.global_batch
+            for part in range(share.accumulate):
+                mine = start + (part * share.ranks + share.rank) * share.per_device
+                yield [Draw(epoch, index) for index in order[mine : mine + share.per_device]]
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of the records in an epoch."""
+    return torch.randperm(count, generator=sample_generator(seed, epoch, ORDER)).tolist()
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples -> a batch; the clips of one record stay side by side."""
+    repeats = len(samples[0].clips)
+    return Batch(
+        clips=torch.cat([sample.clips for sample in samples]),
+        visible=torch.cat([sample.visible for sample in samples]),
+        labels=torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
+        records=torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),
+        faults=tuple(fault for sample in samples for fault in sample.faults),
+    )
+
+
+def build_loader(
+    clips: Clips, batches: Batches, workers: int, pin_memory: bool = False, start_method: str | None = None
+) -> DataLoader:
+    """A loader whose workers live as long as the run.
+
+    Args:
+        clips: the data set.
+        batches: what to load.
+        workers: processes; 0 loads in this one.
+        pin_memory: page-locked batches, for copies to CUDA that do not wait.
+        start_method: fork, spawn or forkserver; None is the platform's own.
+    """
+    return DataLoader(
+        clips,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        multiprocessing_context=start_method if workers else None,
+        prefetch_factor=2 if workers else None,
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    """Parallelism belongs to the workers: threads within each only take turns on the same cores."""
+    torch.set_num_threads(1)

@@ -1,0 +1,82 @@
+"""Checkpoints: save, load the newest that is whole, prune.
+
+A file is written beside its place, flushed to the disk and renamed, so that a kill at any instant leaves the last good
+one. Files load with `weights_only=True`: no code of a stranger's is ever run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_NAME = re.compile(r"step_(\d+)\.pt")
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int | None = None) -> Path:
+    """Write `state` (tensors and plain data) as `folder/step_N.pt`.
+
+    Args:
+        folder: made if it is not there.
+        step: optimizer steps done.
+        state: what `load` returns.
+        keep: how many newest files stay; None: all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:08d}.pt"
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    if keep is not None:
+        for old in checkpoints(folder)[:-keep]:
+            old.unlink()
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted((p for p in folder.glob("step_*.pt") if _NAME.fullmatch(p.name)), key=lambda p: p.name)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read one checkpoint, on the CPU.
+
+    Raises:
+        ValueError: the file is missing, damaged or holds more than tensors and plain data.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is not a checkpoint that can be read: {type(error).__name__}: {error}") from error
+
+
+def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest checkpoint that can be read (None if there is none), and a line for each newer one that cannot."""
+    complaints: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            return load(path), complaints
+        except ValueError as error:
+            complaints.append(str(error))
+    return None, complaints
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint that a path means: a file, or the newest of a run folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    found = checkpoints(path / "checkpoints") or checkpoints(path)
+    if not found:
+        raise FileNotFoundError(f"no checkpoint at {path}: expected a .pt file or a run folder with checkpoints/ in it")
+    return found[-1]

@@ -1,0 +1,145 @@
+"""Where a run writes: console, JSON lines, TensorBoard, bad records."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from video_convmae.data.datasets import Fault
+
+
+class TooManyBadRecords(RuntimeError):
+    """More of the list cannot be read than `data.max_bad_fraction` allows."""
+
+
+class NoLog:
+    """The log of a rank that writes nothing."""
+
+    def step(self) -> None:
+        """One optimizer step is done."""
+
+    def write(self, values: dict[str, float | int | None]) -> None:
+        """A logged step."""
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+
+    def close(self) -> None:
+        """The run ends."""
+
+
+class RunLog(NoLog):
+    """The files of a run folder that grow while it runs, and its progress line. Only rank 0 has one.
+
+    A resumed run takes up its own log: lines of steps that will be done again are dropped.
+
+    Args:
+        folder: the run folder.
+        first_step, steps: where this process starts, and where the run ends.
+    """
+
+    def __init__(self, folder: Path, first_step: int, steps: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._keep_until(folder / "log.jsonl", first_step)
+        self._lines = open(folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115, closed in close()
+        self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
+        # disable=None: a bar on a terminal, plain lines elsewhere.
+        self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
+        self._steps = steps
+
+    def step(self) -> None:
+        """One optimizer step is done."""
+        self._bar.update()
+
+    def write(self, values: dict[str, float | int | None]) -> None:
+        """A logged step: `values` has "step"; all of them go to the JSON lines and to TensorBoard."""
+        self._lines.write(json.dumps(values) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(name, value, values["step"])
+        if self._bar.disable:
+            print(f"step {values['step']}/{self._steps}  {_line(values)}", flush=True)
+        else:
+            self._bar.set_postfix_str(_line(values))
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        self._bar.write(text)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._board.close()
+        self._lines.close()
+
+    @staticmethod
+    def _keep_until(path: Path, step: int) -> None:
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_text(path, "".join(kept))
+
+
+class BadRecords:
+    """Records that could not be read: each is written to `bad_records.jsonl` once, and counted.
+
+    Args:
+        path: the file; its lines of an earlier part of the run count.
+        records: records in the list.
+        max_fraction: the largest share of the list that may be bad.
+    """
+
+    def __init__(self, path: Path, records: int, max_fraction: float) -> None:
+        self.path = path
+        self.records = records
+        self.max_fraction = max_fraction
+        self.faults: dict[int, Fault] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                self._known(Fault(**json.loads(line)))
+
+    def __len__(self) -> int:
+        return len(self.faults)
+
+    def add(self, faults: Iterable[Fault], write: bool) -> list[Fault]:
+        """Count the faults that are new, write them if `write`, and return them.
+
+        Raises:
+            TooManyBadRecords: after they were written.
+        """
+        new = [fault for fault in faults if self._known(fault)]
+        if new and write:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(fault._asdict()) + "\n" for fault in new)
+        if len(self) > self.max_fraction * self.records:
+            first = "".join(f"\n  {fault.path}: {fault.error}" for fault in list(self.faults.values())[:5])
+            raise TooManyBadRecords(
+                f"{len(self)} of {self.records} records cannot be read, more than data.max_bad_fraction "
+                f"{self.max_fraction} allows; all are in {self.path}, the first:{first}"
+            )
+        return new
+
+    def _known(self, fault: Fault) -> bool:
+        """Take note of a fault; whether it is a new one."""
+        return self.faults.setdefault(fault.index, fault) is fault
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file beside its place and rename it: readers see the old or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _line(values: dict[str, float | int | None]) -> str:
+    remaining = int(values["eta_seconds"])
+    loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
+    return (
+        f"loss {loss}  lr {values['lr']:.2e}  {values['clips_per_second']:.1f} clips/s  "
+        f"data wait {values['data_wait']:.0%}  ETA {remaining // 3600}:{remaining // 60 % 60:02d}:{remaining % 60:02d}"
+    )

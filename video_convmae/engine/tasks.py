@@ -1,0 +1,59 @@
+"""Tasks: a batch -> a loss and named values, one class a recipe. The loop only steps."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from video_convmae.data.loader import Batch
+
+
+class Task(Protocol):
+    """A model and what it is trained on."""
+
+    model: nn.Module
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar loss to step on, and detached scalars to log; nothing here makes the host wait for the device."""
+        ...
+
+
+class Pixels(nn.Module):
+    """Bytes as they cross to the device -> normalised floats there.
+
+    Args:
+        mean, std: of each channel, for pixels from 0 to 1.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        super().__init__()
+        self.mean = 255 * torch.tensor(mean, device=device).view(1, -1, 1, 1, 1)
+        self.std = 255 * torch.tensor(std, device=device).view(1, -1, 1, 1, 1)
+
+    def normalise(self, clips: Tensor) -> Tensor:
+        """`(B, C, T, H, W)` uint8, on any device -> float32 on this one."""
+        return (clips.to(self.mean.device, non_blocking=True).float() - self.mean) / self.std
+
+    def restore(self, clips: Tensor) -> Tensor:
+        """Normalised floats -> uint8, rounded and cut to 0 .. 255."""
+        return (clips.float() * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
+
+
+class Pretraining:
+    """Masked autoencoding.
+
+    Args:
+        model: an `Autoencoder`, wrapped or not.
+        pixels: how bytes become the model's input.
+    """
+
+    def __init__(self, model: nn.Module, pixels: Pixels) -> None:
+        self.model = model
+        self.pixels = pixels
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reconstruction loss over the hidden patches. `visible` stays on the CPU: see `Packing`."""
+        loss = self.model(self.pixels.normalise(batch.clips), batch.visible).loss
+        return loss, {"loss": loss.detach()}
