@@ -1,14 +1,13 @@
-"""Small video files made at test time with PyAV: good ones of many kinds, and ones that break careless readers.
+"""Small video files made at test time with PyAV: good ones of many kinds (`make`), and ways to spoil them.
 
-`GOOD` maps a name to a function that writes such a file into a folder and returns its path; `BAD` likewise. Pictures are
-64 x 48 unless the kind asks for others; no two frames of a file are alike.
+Pictures are 48 rows by 64 columns unless the kind asks for others; no two frames of a file are alike.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -90,123 +89,132 @@ def _write_silence(file: Any) -> None:
     file.mux(stream.encode())
 
 
-# ---- what encoders do not offer: written into the boxes of an mp4 ----------------------------------------------------
+# ---- what encoders do not offer: written into the finished file -----------------------------------------------------
 
 
-def rotate(path: Path, degrees: int) -> Path:
+def rotate(path: Path, degrees: int) -> None:
     """Set the display matrix of an mp4, as phones do: the player turns the picture clockwise by 90, 180 or 270."""
     cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
     matrix = [cos, sin, 0, -sin, cos, 0, 0, 0]
     data = bytearray(path.read_bytes())
-    start = data.index(b"tkhd") + 4 + 40  # version 0: the matrix is 40 bytes behind the name
-    struct.pack_into(">8i", data, start, *[value * 65536 for value in matrix])
+    struct.pack_into(">8i", data, data.index(b"tkhd") + 44, *[value * 65536 for value in matrix])
     path.write_bytes(data)
-    return path
 
 
-def hide(path: Path, first: int, shown: int, frame_ticks: int = 512) -> Path:
-    """Change the edit list of an mp4 (25 frames/s) so that a player skips `first` frames and shows `shown` of the rest."""
+def edit(path: Path, first: int, shown: int) -> None:
+    """Change the edit list of an mp4 (25 frames/s): a player skips `first` frames and shows the next `shown`."""
     data = bytearray(path.read_bytes())
-    start = data.index(b"elst") + 4 + 8
-    duration, media_time = struct.unpack_from(">Ii", data, start)
-    assert duration > 40 * shown, "the edit list counts milliseconds"
-    struct.pack_into(">Ii", data, start, 40 * shown, media_time + first * frame_ticks)
+    start = data.index(b"elst") + 12
+    _, media_time = struct.unpack_from(">Ii", data, start)
+    struct.pack_into(">Ii", data, start, 40 * shown, media_time + first * 512)  # milliseconds, 1/12800 s
     path.write_bytes(data)
-    return path
 
 
-def cut(path: Path, fraction: float) -> Path:
+def hide_vp8(path: Path, place: int) -> None:
+    """Clear the flag `show_frame` of one VP8 packet, as encoders do for frames that only others refer to."""
+    copy = path.with_name("copy of " + path.name)
+    with av.open(str(path)) as source, av.open(str(copy), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(video=0)):
+            if packet.size:
+                if number == place:
+                    memoryview(packet)[0] &= 0b11101111
+                packet.stream = stream
+                target.mux(packet)
+    copy.replace(path)
+
+
+def cut(path: Path, fraction: float) -> None:
     """Keep only this part of the file."""
     data = path.read_bytes()
     path.write_bytes(data[: int(fraction * len(data))])
-    return path
 
 
-def blank(path: Path, first: float, last: float) -> Path:
+def blank(path: Path, first: float, last: float) -> None:
     """Overwrite the bytes between these two fractions of the file with zeros."""
     data = bytearray(path.read_bytes())
     begin, end = int(first * len(data)), int(last * len(data))
     data[begin:end] = bytes(end - begin)
     path.write_bytes(data)
-    return path
 
 
-# ---- the kinds ------------------------------------------------------------------------------------------------------
+# ---- the kinds: name -> arguments of `encode`, and what is then done to the file -------------------------------------
 
-_B = {"bf": "3", "b_strategy": "0", "g": "20"}  # strategy 0: as many B-frames as allowed, whatever is shown
+# b_strategy 0: as many B-frames as are allowed, whatever is shown.
+_B = {"bf": "3", "b_strategy": "0", "g": "20"}
 _OPEN = {"x264-params": "open-gop=1:bframes=3:b-adapt=0:keyint=12:min-keyint=12:scenecut=0"}
-_OPEN_HEVC = {"x265-params": "log-level=none:open-gop=1:keyint=12:min-keyint=12:bframes=3"}
-_VARIABLE = np.cumsum(np.random.default_rng(0).integers(1, 90, 60)).tolist()
-_FAST_START = {"movflags": "+faststart"}
-
-GOOD: dict[str, Callable[[Path], Path]] = {
-    "h264.mp4": lambda at: encode(at / "h264.mp4", options=_B),
-    "h264_no_b.mp4": lambda at: encode(at / "h264_no_b.mp4", options={"bf": "0", "g": "20"}),
-    "h264_keyframes_only.mp4": lambda at: encode(at / "h264_keyframes_only.mp4", options={"bf": "0", "g": "1"}),
-    "h264_short_gop.mp4": lambda at: encode(at / "h264_short_gop.mp4", options=_B | {"g": "4"}),
-    "h264.mkv": lambda at: encode(at / "h264.mkv", options=_B),
-    "h264.mov": lambda at: encode(at / "h264.mov", options=_B),
-    "h264_422.mp4": lambda at: encode(at / "h264_422.mp4", options=_B, pix_fmt="yuv422p"),
-    "h264_444.mp4": lambda at: encode(at / "h264_444.mp4", options=_B, pix_fmt="yuv444p", size=(49, 65)),
-    "h264_full_range.mp4": lambda at: encode(at / "h264_full_range.mp4", options=_B, pix_fmt="yuvj420p"),
-    "h264_10_bits.mp4": lambda at: encode(at / "h264_10_bits.mp4", options=_B, pix_fmt="yuv420p10le"),
-    "h264_refresh.mkv": lambda at: encode(
-        at / "h264_refresh.mkv", options={"g": "20", "x264-params": "intra-refresh=1"}
-    ),
-    "h264_interlaced.mp4": lambda at: encode(
-        at / "h264_interlaced.mp4", size=(64, 64), options=_B | {"x264-params": "tff=1"}
-    ),
-    "open_gop.mp4": lambda at: encode(at / "open_gop.mp4", options=_OPEN),
-    "open_gop.mkv": lambda at: encode(at / "open_gop.mkv", options=_OPEN),
-    "hevc.mp4": lambda at: encode(at / "hevc.mp4", 30, "libx265", options={"x265-params": "log-level=none:open-gop=0"}),
-    "hevc_open_gop.mp4": lambda at: encode(at / "hevc_open_gop.mp4", 40, "libx265", options=_OPEN_HEVC),
-    "vp9.webm": lambda at: encode(at / "vp9.webm", codec="libvpx-vp9", options={"g": "20"}),
-    "vp9_alt_ref.webm": lambda at: encode(
-        at / "vp9_alt_ref.webm",
-        codec="libvpx-vp9",
-        options={"deadline": "good", "auto-alt-ref": "1", "lag-in-frames": "16"},
-    ),
-    "vp9_odd.webm": lambda at: encode(at / "vp9_odd.webm", codec="libvpx-vp9", options={"g": "20"}, size=(48, 65)),
-    "vp9_odd_height.webm": lambda at: encode(at / "vp9_odd_height.webm", codec="libvpx-vp9", size=(49, 64)),
-    "vp8.webm": lambda at: encode(at / "vp8.webm", codec="libvpx", options={"g": "20"}),
-    "vp8_alt_ref.webm": lambda at: encode(
-        at / "vp8_alt_ref.webm",
-        codec="libvpx",
-        options={"deadline": "good", "auto-alt-ref": "1", "lag-in-frames": "16"},
-    ),
-    "av1.mp4": lambda at: encode(at / "av1.mp4", 30, "libsvtav1", size=(64, 64)),
-    "av1.webm": lambda at: encode(at / "av1.webm", 30, "libsvtav1", size=(64, 64)),
-    "mpeg4.avi": lambda at: encode(at / "mpeg4.avi", codec="mpeg4", options={"g": "12"}),
-    "mpeg4_b.avi": lambda at: encode(at / "mpeg4_b.avi", codec="mpeg4", options={"g": "12", "bf": "2"}),
-    "mpeg4_b.mp4": lambda at: encode(at / "mpeg4_b.mp4", codec="mpeg4", options={"g": "12", "bf": "2"}),
-    "h264_b.avi": lambda at: encode(at / "h264_b.avi", options=_B),
-    "mjpeg.avi": lambda at: encode(at / "mjpeg.avi", codec="mjpeg", pix_fmt="yuvj422p"),
-    "mpeg2.mkv": lambda at: encode(at / "mpeg2.mkv", codec="mpeg2video", options={"bf": "2", "g": "12"}),
-    "mpeg2.mpg": lambda at: encode(at / "mpeg2.mpg", codec="mpeg2video", options={"bf": "2", "g": "12"}),
-    "wmv.wmv": lambda at: encode(at / "wmv.wmv", codec="wmv2", options={"g": "12"}),
-    "flv.flv": lambda at: encode(at / "flv.flv", codec="flv", options={"g": "12"}, tick=Fraction(1, 25)),
-    "variable_rate.mp4": lambda at: encode(
-        at / "variable_rate.mp4", options=_B, times=_VARIABLE, tick=Fraction(1, 1000)
-    ),
-    "variable_rate.mkv": lambda at: encode(
-        at / "variable_rate.mkv", options=_B, times=_VARIABLE, tick=Fraction(1, 1000)
-    ),
-    "start_offset.mp4": lambda at: encode(at / "start_offset.mp4", options=_B, times=range(75, 135)),
-    "start_offset.mkv": lambda at: encode(at / "start_offset.mkv", options=_B, times=range(75, 135)),
-    "edit_list.mp4": lambda at: hide(encode(at / "edit_list.mp4", options=_B), 25, 20),
-    "edit_list_in_gop.mp4": lambda at: hide(encode(at / "edit_list_in_gop.mp4", options=_B | {"g": "60"}), 7, 41),
-    "rotate_90.mp4": lambda at: rotate(encode(at / "rotate_90.mp4", options=_B), 90),
-    "rotate_180.mp4": lambda at: rotate(encode(at / "rotate_180.mp4", options=_B), 180),
-    "rotate_270.mp4": lambda at: rotate(encode(at / "rotate_270.mp4", options=_B), 270),
-    "streams.mp4": lambda at: encode(at / "streams.mp4", options=_B, size=(96, 128), others=[(48, 64)], audio=True),
-    "streams.mkv": lambda at: encode(at / "streams.mkv", options=_B, size=(96, 128), others=[(48, 64)], audio=True),
-    "fragmented.mp4": lambda at: encode(
-        at / "fragmented.mp4", options=_B, container={"movflags": "frag_keyframe+empty_moov"}
-    ),
-    "one_frame.mp4": lambda at: encode(at / "one_frame.mp4", 1),
-    "one_frame.webm": lambda at: encode(at / "one_frame.webm", 1, "libvpx-vp9"),
-    "two_frames.mp4": lambda at: encode(at / "two_frames.mp4", 2, options=_B),
-    "five_frames.webm": lambda at: encode(at / "five_frames.webm", 5, "libvpx-vp9"),
-    "raw.h264": lambda at: encode(at / "raw.h264", options=_B),
-    "a name: with, 'quotes' and ü%d.mp4": lambda at: encode(at / "a name: with, 'quotes' and ü%d.mp4", options=_B),
+_HEVC_OPEN = {"x265-params": "log-level=none:open-gop=1:keyint=12:min-keyint=12:bframes=3"}
+_HEVC_CLOSED = {"x265-params": "log-level=none:open-gop=0:keyint=12:min-keyint=12:bframes=3"}
+_ALT_REF = {"deadline": "good", "auto-alt-ref": "1", "lag-in-frames": "16"}
+_VARIABLE = {
+    "times": np.cumsum(np.random.default_rng(0).integers(1, 90, 60)).tolist(),
+    "tick": Fraction(1, 1000),
+    "options": _B,
 }
+_STREAMS = {"size": (96, 128), "others": [(48, 64)], "audio": True, "options": _B}
+
+GOOD: dict[str, dict[str, Any]] = {
+    "h264.mp4": {"options": _B},
+    "h264.mkv": {"options": _B},
+    "h264.mov": {"options": _B},
+    "h264 without B-frames.mp4": {"options": {"bf": "0", "g": "20"}},
+    "h264 keyframes only.mp4": {"options": {"bf": "0", "g": "1"}},
+    "h264 keyframe every 4.mp4": {"options": _B | {"g": "4"}},
+    "h264 keyframe every 2.mp4": {"options": _B | {"g": "2"}},
+    "h264 422.mp4": {"options": _B, "pix_fmt": "yuv422p"},
+    "h264 444 odd size.mp4": {"options": _B, "pix_fmt": "yuv444p", "size": (49, 65)},
+    "h264 full range.mp4": {"options": _B, "pix_fmt": "yuvj420p"},
+    "h264 10 bits.mp4": {"options": _B, "pix_fmt": "yuv420p10le"},
+    "h264 fragmented.mp4": {"options": _B, "container": {"movflags": "frag_keyframe+empty_moov"}},
+    "h264 interlaced.mp4": {"options": _B | {"x264-params": "tff=1"}, "size": (64, 64)},
+    "h264 intra refresh.mkv": {"options": {"g": "20", "x264-params": "intra-refresh=1"}},
+    "h264 raw.h264": {"options": _B},
+    "h264 B-frames.avi": {"options": _B},
+    "open GOP.mp4": {"options": _OPEN},
+    "open GOP.mkv": {"options": _OPEN},
+    "hevc.mp4": {"codec": "libx265", "count": 40, "options": _HEVC_CLOSED},
+    "hevc open GOP.mp4": {"codec": "libx265", "count": 40, "options": _HEVC_OPEN},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "20"}},
+    "vp9 alt-ref.webm": {"codec": "libvpx-vp9", "options": _ALT_REF},
+    "vp9 odd width.webm": {"codec": "libvpx-vp9", "size": (48, 65)},
+    "vp9 odd height.webm": {"codec": "libvpx-vp9", "size": (49, 64)},
+    "vp8.webm": {"codec": "libvpx", "options": {"g": "20"}},
+    "vp8 hidden frame.webm": {"codec": "libvpx", "options": {"g": "20"}, "change": (hide_vp8, 29)},
+    "av1.mp4": {"codec": "libsvtav1", "count": 30, "size": (64, 64)},
+    "av1.webm": {"codec": "libsvtav1", "count": 30, "size": (64, 64)},
+    "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "12"}},
+    "mpeg4 B-frames.avi": {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}},
+    "mpeg4 B-frames.mp4": {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}},
+    "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj422p"},
+    "mpeg2.mkv": {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}},
+    "mpeg2.mpg": {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}},
+    "wmv.wmv": {"codec": "wmv2", "options": {"g": "12"}},
+    "flv.flv": {"codec": "flv", "options": {"g": "12"}},
+    "variable rate.mp4": _VARIABLE,
+    "variable rate.mkv": _VARIABLE,
+    "start offset.mp4": {"options": _B, "times": range(75, 135)},
+    "start offset.mkv": {"options": _B, "times": range(75, 135)},
+    "edit list.mp4": {"options": _B, "change": (edit, 25, 20)},
+    "edit list in one GOP.mp4": {"options": _B | {"g": "60"}, "change": (edit, 7, 41)},
+    "rotated 90.mp4": {"options": _B, "change": (rotate, 90)},
+    "rotated 180.mp4": {"options": _B, "change": (rotate, 180)},
+    "rotated 270.mp4": {"options": _B, "change": (rotate, 270)},
+    "rotated 90, 64 wide.mp4": {"options": _B, "size": (64, 80), "change": (rotate, 90)},
+    "several streams.mp4": _STREAMS,
+    "several streams.mkv": _STREAMS,
+    "one frame.mp4": {"count": 1},
+    "one frame.webm": {"count": 1, "codec": "libvpx-vp9"},
+    "two frames.mp4": {"count": 2, "options": _B},
+    "five frames.webm": {"count": 5, "codec": "libvpx-vp9"},
+    "a:name, with 'quotes' and \u00fc%d.mp4": {"options": _B},
+}
+
+
+def make(name: str, folder: Path) -> Path:
+    """Write the file of this name in `GOOD` into a folder."""
+    kind = dict(GOOD[name])
+    change, *arguments = kind.pop("change", (None,))
+    path = encode(folder / name, **kind)
+    if change is not None:
+        change(path, *arguments)
+    return path

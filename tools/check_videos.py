@@ -8,7 +8,8 @@ Of each record the first, middle and last frames are decoded, and a clip of 16 f
     clean.txt      the good rows, unchanged and in order: train on this
     faults.csv     line, record, error
     summary.json   sizes, frame rates, lengths and codecs of the good ones; how often which error came
-    checked.jsonl  a line a record, written as they are read: an interrupted check goes on from here
+    checked.jsonl  a line a record, written as they are read: an interrupted check goes on from here, and one that
+                   is repeated reads only what was bad, or has changed
 
 Records are decoded in processes of their own, and a file that hangs its decoder is given up after --timeout seconds.
 The exit status is 0 once all are read, however many are bad.
@@ -22,24 +23,25 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, get_args
+from typing import Any, TextIO, get_args
 
 import av
 import numpy as np
 from tqdm import tqdm
 
 from video_convmae.data.decoding import DecodeError, Decoder, resolve
-from video_convmae.data.isolation import DecodeTimeout, IsolatedDecoder
+from video_convmae.data.isolation import IsolatedDecoder
 from video_convmae.data.records import ListError, ListFormat, Record, parse_line, read_list
 from video_convmae.data.sampling import dense_views
 
 CLIP_FRAMES, CLIP_STRIDE = 16, 4
-CHUNK_BYTES = 128 * 2**20  # of frames held at once by --full, for each worker
+CHUNK_BYTES = 64 * 2**20  # of frames held at once by --full, for each worker
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Result:
     """What reading a record told.
 
     `how` and `stamp` say what the result is valid for: the way of checking, and the file's size and time of change.
+    `decoder` read it, which is not always the one asked for: a file that one reads wrong is given to another.
     """
 
     path: str
@@ -67,6 +70,7 @@ class Result:
     height: int | None = None
     fps: float | None = None
     codec: str | None = None
+    decoder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,20 +96,24 @@ def read_rows(path: Path, format: ListFormat, root: Path) -> list[Row]:
 
 
 def check_all(rows: Sequence[Row], check: Check, results_file: Path, workers: int) -> dict[str, Result]:
-    """The result of every row by its path, those in the file taken over, the others read and appended to it."""
-    done = {row.record.path: row.record for row in rows}
+    """The result of every row by its path. Good ones are taken over from the file, the others read and appended to it.
+
+    What was bad is read again: the disk may have been to blame, or a timeout that was too short.
+    """
+    records = {row.record.path: row.record for row in rows}
     results = {
         path: result
         for path, result in read_results(results_file).items()
-        if path in done and result.how == check.how and result.stamp == stamp(path)
+        if path in records and result.error is None and result.how == check.how and result.stamp == stamp(path)
     }
-    records = [record for path, record in done.items() if path not in results]
-    bad = sum(result.error is not None for result in results.values())
+    unread = [record for path, record in records.items() if path not in results]
+    bad = 0
     with (
         _appending(results_file) as file,
-        tqdm(total=len(done), initial=len(results), desc="checking", unit="file", smoothing=0.05) as progress,
+        tqdm(total=len(records), initial=len(results), desc="checking", unit="file", smoothing=0.05) as progress,
+        closing(_check_in_parallel(unread, check, workers)) as new_results,
     ):
-        for result in _check_in_parallel(records, check, workers):
+        for result in new_results:
             file.write(json.dumps(asdict(result)) + "\n")
             file.flush()
             results[result.path] = result
@@ -122,10 +130,11 @@ def check_record(record: Record, check: Check, decoder: IsolatedDecoder) -> Resu
         with decoder.open(record) as reader:
             count = len(reader)
             height, width = _read_every_frame(reader) if check.full else _read_some_frames(reader)
-    except (DecodeError, DecodeTimeout) as error:
+            read_by = reader.decoder
+    except DecodeError as error:
         return Result(**known, error=str(error))
     fps, codec = stream_facts(record)
-    return Result(**known, frames=count, width=width, height=height, fps=fps, codec=codec)
+    return Result(**known, frames=count, width=width, height=height, fps=fps, codec=codec, decoder=read_by)
 
 
 def frames_to_read(count: int) -> np.ndarray:
@@ -141,7 +150,7 @@ def stream_facts(record: Record) -> tuple[float | None, str]:
     with av.open(os.path.abspath(record.path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         rate = stream.average_rate or stream.guessed_rate
-        return (round(float(rate), 3) if rate else None), stream.codec_context.name
+        return (round(float(rate), 3) if rate else None), stream.codec_context.codec.canonical_name
 
 
 def stamp(path: str) -> list[int] | None:
@@ -179,6 +188,7 @@ def summarize(rows: Sequence[Row], results: dict[str, Result], check: Check) -> 
         "sizes": _counts(f"{result.width}x{result.height}" for result in good),
         "frame_rates": _counts(f"{result.fps:g}" for result in good if result.fps),
         "codecs": _counts(result.codec for result in good),
+        "decoders": _counts(result.decoder for result in good),
         "frames": _spread([result.frames for result in good]),
         "seconds": _spread([round(value, 3) for value in seconds]),
         "errors": _counts(_without_path(result) for result in of_rows if result.error is not None),
@@ -192,7 +202,7 @@ def describe(summary: dict[str, Any], out: Path) -> str:
         f"{summary['bad']:,} bad ({out / 'faults.csv'}); decoder {summary['decoder']}, "
         + ("every frame" if summary["full"] else "first, middle, last frame and a clip")
     ]
-    for name in ("sizes", "frame_rates", "codecs"):
+    for name in ("sizes", "frame_rates", "codecs", "decoders"):
         most = list(summary[name].items())[:8]
         more = f", and {len(summary[name]) - len(most)} more" if len(summary[name]) > len(most) else ""
         lines.append(f"{name.replace('_', ' ')}: " + ", ".join(f"{value} ({count:,})" for value, count in most) + more)
@@ -216,3 +226,127 @@ def write_outputs(out: Path, rows: Sequence[Row], results: dict[str, Result], su
                 table.writerow([row.line, parse_line(row.text.strip(), row.record.format).path, error])
     with _replacing(out / "summary.json") as file:
         file.write(json.dumps(summary, indent=2) + "\n")
+
+
+def check_videos(
+    path: Path,
+    root: Path,
+    out: Path,
+    full: bool = False,
+    workers: int = 1,
+    format: ListFormat = "video",
+    decoder: str = "auto",
+    timeout: float = 60.0,
+) -> dict[str, Any]:
+    """Check a whole list; see the head of this file. Returns the summary."""
+    rows = read_rows(path, format, root)
+    check = Check(resolve(decoder), timeout, full)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("clean.txt", "faults.csv", "summary.json"):  # of an earlier check: not to be taken for this one's
+        (out / name).unlink(missing_ok=True)
+    results = check_all(rows, check, out / "checked.jsonl", workers)
+    summary = summarize(rows, results, check)
+    write_outputs(out, rows, results, summary)
+    return summary
+
+
+def _check_in_parallel(records: Sequence[Record], check: Check, workers: int) -> Iterator[Result]:
+    """Results as they come. A thread for each worker suffices: each waits for a decoding process of its own."""
+    own = threading.local()
+    decoders: list[IsolatedDecoder] = []
+
+    def start_decoder() -> None:
+        own.decoder = IsolatedDecoder(decoder=check.decoder, timeout=check.timeout)
+        decoders.append(own.decoder)
+
+    pool = ThreadPoolExecutor(workers, initializer=start_decoder)
+    try:
+        futures = [pool.submit(lambda record: check_record(record, check, own.decoder), record) for record in records]
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for decoder in decoders:  # after an interrupt a thread may still wait for one: it need not wait for the timeout
+            decoder.close()
+        pool.shutdown()
+
+
+def _read_some_frames(reader: Any) -> tuple[int, int]:
+    return reader.read(frames_to_read(len(reader))).shape[1:3]
+
+
+def _read_every_frame(reader: Any) -> tuple[int, int]:
+    """In chunks that fit in memory, as large as may be: each begins with a search for the keyframe before it."""
+    height, width = reader.read([0]).shape[1:3]
+    chunk = max(1, CHUNK_BYTES // (height * width * 3))
+    for start in range(0, len(reader), chunk):
+        reader.read(range(start, min(start + chunk, len(reader))))
+    return height, width
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[TextIO]:
+    """A file of lines opened to go on in, on a new line where the last one was cut off."""
+    with open(path, "a+", encoding="utf-8") as file:
+        file.seek(0)
+        *_, last = file.readlines() or [""]
+        if last and not last.endswith("\n"):
+            file.write("\n")
+        yield file
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    """A file written beside and renamed."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        yield file
+    os.replace(partial, path)
+
+
+def _counts(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    return {"min": min(values), "median": median(values), "max": max(values)} if values else None
+
+
+def _without_path(result: Result) -> str:
+    """The error without the file's name, so that equal ones are counted together."""
+    return result.error.replace(result.path, "").lstrip(": ")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("list", type=Path, metavar="LIST", help="the list to check")
+    parser.add_argument("--root", type=Path, default=Path(), help="folder that its paths are relative to")
+    parser.add_argument("--out", type=Path, required=True, help="folder for what is found")
+    parser.add_argument("--full", action="store_true", help="decode every frame")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="files read at once (default: one a core)")
+    parser.add_argument("--format", choices=get_args(ListFormat), default="video", help="data.format (default video)")
+    parser.add_argument("--decoder", choices=get_args(Decoder), default="auto", help="data.decoder (default auto)")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one reading (default %(default)g)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.workers < 1 or not arguments.timeout > 0:
+        parser.error(
+            f"--workers {arguments.workers} --timeout {arguments.timeout}: expected 1 or more, and more than 0"
+        )
+    options = vars(arguments)
+    try:
+        summary = check_videos(options.pop("list"), **options)
+    except (ListError, ImportError) as error:
+        parser.exit(1, f"check_videos: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "check_videos: interrupted; the same command goes on from here\n")
+    print(describe(summary, arguments.out))
+
+
+if __name__ == "__main__":
+    main()

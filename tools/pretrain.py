@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 
 from video_convmae.config import PretrainConfig, parse, plain, write_yaml
 from video_convmae.data.decoding import resolve
-from video_convmae.data.loader import Batch, Batches, Share, build_loader
+from video_convmae.data.loader import Batch, Batches, Share, load
 from video_convmae.engine import distributed
 from video_convmae.engine.log import BadRecords, write_text
 from video_convmae.engine.loop import train
@@ -52,10 +52,10 @@ def pretrain(config: PretrainConfig) -> int:
                 flush=True,
             )
 
-        def load_from(first_step: int) -> Iterable[Batch]:
+        def load_from(first_step: int) -> Generator[Batch]:
             batches = Batches(len(records), share, config.seed, first_step, optimization.schedule.steps)
             pin_memory = group.device.type == "cuda"
-            return build_loader(clips, batches, config.data.workers, pin_memory, config.data.start_method)
+            return load(clips, batches, config.data.workers, pin_memory, config.data.start_method)
 
         wrapped = distributed.wrap(
             model, group, (ConvBlock, AttentionBlock), config.train.activation_checkpointing, config.train.compile

@@ -24,6 +24,7 @@ from video_convmae.data.isolation import IsolatedDecoder
 from video_convmae.data.records import ListFormat, Records, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
+from video_convmae.engine import checkpoint
 from video_convmae.engine.loop import TrainConfig
 from video_convmae.engine.optim import OptimConfig
 from video_convmae.masking import MASKS
@@ -168,7 +169,7 @@ def parse(kind: type[Config], arguments: Sequence[str] | None = None) -> Config:
         "--config", action="config", help="YAML file; fields after it on the command line replace its own."
     )
     parser.add_class_arguments(kind)
-    values = parser.instantiate_classes(parser.parse_args(arguments)).as_dict()
+    values = parser.instantiate(parser.parse_args(arguments)).as_dict()
     return kind(**{name: value for name, value in values.items() if name != "config"})
 
 
@@ -186,3 +187,28 @@ def plain(config: Any) -> dict[str, Any]:
 def write_yaml(config: Any, path: Path) -> None:
     """Write a configuration so that `--config` reads it again."""
     path.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+
+
+def from_plain(kind: type[Config], values: dict[str, Any]) -> Config:
+    """The configuration that `plain` took apart, checked as strictly as a file."""
+    parser = ArgumentParser()
+    parser.add_class_arguments(kind)
+    return kind(**parser.instantiate(parser.parse_object(values)).as_dict())
+
+
+def load_autoencoder(path: str | Path) -> tuple[Autoencoder, PretrainConfig]:
+    """A pretrained model in evaluation mode, and the configuration of its run.
+
+    Args:
+        path: a checkpoint, or a run folder (its newest checkpoint).
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the file is no checkpoint of a pretraining run.
+    """
+    path = checkpoint.find(path)
+    state = checkpoint.load(path)
+    config = from_plain(PretrainConfig, state["config"])
+    model = config.model.autoencoder()
+    model.load_state_dict(state["model"])
+    return model.eval(), config

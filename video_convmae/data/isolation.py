@@ -5,6 +5,11 @@
         frames = reader.read([0, 4, 8])
 
 The child is a fresh interpreter (no fork), so this works inside daemonic DataLoader workers under every start method.
+It ends with its parent, however that ends and whatever the child does at that moment.
+
+Measured (2 cores, Python 3.11): a child starts in 0.3 s and takes 60 MB (27 of them its own) with PyAV, 0.3 s and 76 MB
+with decord, but 4.6 s and 690 MB (370 its own) with torchcodec, which loads torch. Sixteen 340x256 frames (4.2 MB) come
+back through the socket in 1.0 to 1.4 ms: about 1% of decoding them.
 """
 
 from __future__ import annotations
@@ -52,7 +57,8 @@ class IsolatedDecoder:
         self.decoder = decoder
         self.timeout = timeout
         self._child: _Child | None = None
-        self._current: _Reader | None = None
+        self._open = 0  # the number of the record that is open; 0: none
+        self._opened = 0  # how many were opened before it, and it
 
     def open(self, record: Record) -> FrameReader:
         """A reader of `record`, as `open_frames` returns it; it also raises the errors below when it reads.
@@ -60,25 +66,26 @@ class IsolatedDecoder:
         Raises:
             DecodeTimeout: the decoder did not return in time.
             DecodeError: the record cannot be read, or the decoder crashed on it.
-            RuntimeError: the child process does not start (nothing that a record could be blamed for).
+            ImportError, RuntimeError: the decoder is not installed; the child does not start. No record is to blame.
         """
         if self._child is not None and not self._child.is_usable():
             self.close()
         if self._child is None:
             self._child = _Child(self.decoder)
-        self._current = None
+        self._open = 0
         count, decoder = self._ask(("open", record), record.path)
-        self._current = _Reader(self, record.path, count, decoder)
-        return self._current
+        self._opened += 1
+        self._open = self._opened
+        return _Reader(self, self._open, record.path, count, decoder)
 
     def close(self) -> None:
         """End the child process. The next `open` starts another."""
-        child, self._child, self._current = self._child, None, None
+        child, self._child, self._open = self._child, None, 0
         if child is not None:
             child.end()
 
     def _read(self, reader: _Reader, indices: np.ndarray) -> np.ndarray:
-        if reader is not self._current or self._child is None:
+        if reader.number != self._open:
             raise DecodeError(f"{reader.path}: is no longer open for reading")
         frames, reader.decoder = self._ask(("read", indices), reader.path)
         return frames
@@ -103,8 +110,6 @@ class IsolatedDecoder:
             raise
         if kind == "error":
             raise DecodeError(reply)
-        if kind == "broken":
-            raise ImportError(reply)
         return reply
 
     def __enter__(self) -> IsolatedDecoder:
@@ -127,7 +132,8 @@ class IsolatedDecoder:
 class _Reader(FrameReader):
     """The parent's side of a record that is open in the child."""
 
-    def __init__(self, owner: IsolatedDecoder, path: str, count: int, decoder: str) -> None:
+    def __init__(self, owner: IsolatedDecoder, number: int, path: str, count: int, decoder: str) -> None:
+        self.number = number
         self.path = path
         self.decoder = decoder
         self._owner = owner
@@ -140,8 +146,8 @@ class _Reader(FrameReader):
         return self._owner._read(self, indices)
 
     def close(self) -> None:
-        if self._owner._current is self:
-            self._owner._current = None
+        if self._owner._open == self.number:
+            self._owner._open = 0
 
 
 # ---- the child, seen from the parent --------------------------------------------------------------------------------
@@ -167,13 +173,13 @@ class _Child:
                 env=os.environ | one_thread,
             )
         try:
-            receive(self.line, time.monotonic() + _START_SECONDS)
+            missing = receive(self.line, time.monotonic() + _START_SECONDS)
+            if missing:
+                raise ImportError(missing)
         except (EOFError, OSError) as error:
-            fate = self.fate() if not isinstance(error, TimeoutError) else f"did not start in {_START_SECONDS:g} s"
+            fate = f"did not start in {_START_SECONDS:g} s" if isinstance(error, TimeoutError) else self.fate()
             self.end()
-            raise RuntimeError(
-                f"the decoding process for data.decoder {decoder!r} {fate}; it runs {sys.executable}"
-            ) from error
+            raise RuntimeError(f"the process for data.decoder {decoder!r} {fate} ({sys.executable})") from error
         except BaseException:
             self.end()
             raise
@@ -207,7 +213,7 @@ class _Child:
             self.process.returncode = 0  # not ours to wait for
 
 
-# ---- messages: a pickled object; arrays follow it as they are ---------------------------------------------------------
+# ---- messages: a pickled object; arrays follow it as they are --------------------------------------------------------
 
 
 def send(line: socket.socket, message: Any, deadline: float | None = None) -> None:
@@ -259,7 +265,12 @@ def serve(descriptor: int, parent: int, decoder: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     reader: FrameReader | None = None
     with socket.socket(fileno=descriptor) as line, contextlib.suppress(EOFError, OSError):
-        send(line, "ready")
+        try:
+            decoder = resolve(decoder)
+        except ImportError as error:
+            send(line, str(error))
+            return
+        send(line, "")
         while True:
             action, argument = receive(line)
             try:
@@ -273,10 +284,8 @@ def serve(descriptor: int, parent: int, decoder: str) -> None:
                     reply = "frames", (np.ascontiguousarray(reader.read(argument)), reader.decoder)
             except DecodeError as error:
                 reply = "error", str(error)
-            except ImportError as error:
-                reply = "broken", str(error)
             send(line, reply)
-            del reply
+            del reply  # not held while the next clip is decoded
 
 
 def _end_with(parent: int) -> None:

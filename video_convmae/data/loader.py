@@ -7,7 +7,8 @@ step goes on with the records that it would have seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,10 +100,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def build_loader(
+def load(
     clips: Clips, batches: Batches, workers: int, pin_memory: bool = False, start_method: str | None = None
-) -> DataLoader:
-    """A loader whose workers live as long as the run.
+) -> Generator[Batch]:
+    """The batches, from workers that live until the last one, or until this iterator is closed.
 
     Args:
         clips: the data set.
@@ -111,7 +112,7 @@ def build_loader(
         pin_memory: page-locked batches, for copies to CUDA that do not wait.
         start_method: fork, spawn or forkserver; None is the platform's own.
     """
-    return DataLoader(
+    loader = DataLoader(
         clips,
         batch_sampler=batches,
         num_workers=workers,
@@ -119,10 +120,24 @@ def build_loader(
         pin_memory=pin_memory,
         multiprocessing_context=start_method if workers else None,
         prefetch_factor=2 if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_prepare_worker,
     )
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        if workers:  # not left to garbage collection: a traceback may hold the iterator until the program ends
+            iterator._shutdown_workers()
 
 
-def _one_thread(worker: int) -> None:
-    """Parallelism belongs to the workers: threads within each only take turns on the same cores."""
+def _prepare_worker(worker: int) -> None:
+    """Parallelism belongs to the workers, stopping to the main process.
+
+    Threads within each worker would only take turns on the same cores. Ctrl-C and a scheduler's signals reach every
+    process: the main one saves and then ends its workers, which must serve it until then. So a worker ends at the second
+    SIGTERM, which comes from its parent.
+    """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

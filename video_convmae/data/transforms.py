@@ -117,3 +117,16 @@ def random_resized_crop(
 
 def _pick(count: int, generator: torch.Generator | None) -> int:
     return int(torch.randint(count, (), generator=generator))
+
+
+def view_crops(height: int, width: int, size: tuple[int, int], count: int) -> list[Crop]:
+    """Test windows: the largest of the shape of `size`, spread evenly along the longer side; one lies in the middle.
+
+    Three windows on a wide frame are left, centre, right. Resized by `Augmentation.apply`, a window shows what resizing
+    the short side and cropping would.
+    """
+    scale = min(height / size[0], width / size[1])
+    window_height, window_width = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    spare_height, spare_width = height - window_height, width - window_width
+    places = [0.5] if count == 1 else [i / (count - 1) for i in range(count)]
+    return [Crop(round(p * spare_height), round(p * spare_width), window_height, window_width) for p in places]

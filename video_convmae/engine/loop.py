@@ -11,7 +11,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -182,7 +182,7 @@ class StopSignal:
 def train(
     task: Task,
     optimization: Optimization,
-    load_from: Callable[[int], Iterable[Batch]],
+    load_from: Callable[[int], Generator[Batch]],
     config: TrainConfig,
     group: Processes,
     folder: Path,
@@ -215,8 +215,8 @@ def train(
     first = state.step
     log = RunLog(folder, first, schedule.steps) if group.is_main else NoLog()
     save_every = max(1, round(config.save_every * optimization.steps_per_epoch))
-    with StopSignal() as stop, contextlib.closing(log):
-        batches, window = iter(load_from(first)), Window()
+    with StopSignal() as stop, contextlib.closing(log), contextlib.closing(load_from(first)) as batches:
+        window = Window()
         for step in range(first, schedule.steps):
             torch.manual_seed(sample_generator(seed, step, group.rank, STEP).initial_seed())
             loss, records = _accumulate_gradients(state, batches, window, config, group)

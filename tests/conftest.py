@@ -1,0 +1,31 @@
+"""What every test shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Timings differ between machines; a property holds or not, however long it takes to see.
+settings.register_profile("project", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("project")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    """The same sums on every machine, and no more threads than a CI machine has cores."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference outputs and real clips beside the repository."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("the folder ../shared with reference outputs and real clips is not here")
+    return folder

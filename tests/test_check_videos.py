@@ -1,0 +1,320 @@
+"""tools/check_videos.py: every bad file named, every good row kept, nothing read twice after an interruption."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from video_convmae.data.isolation import IsolatedDecoder
+from video_convmae.data.records import Record
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import check_videos as tool
+from make_motion_clips import write_h264
+
+GOOD = ("plain.mp4", "two words, a comma.mp4", 'déjà "vu" 7.webm')
+
+
+def write_video(path: Path, count: int = 20, **options: str) -> None:
+    """A moving gradient, 48x32 at 10 frames a second: h264 in mp4 or vp9 in webm."""
+    ramp = np.arange(48)[None, :, None] + np.arange(32)[:, None, None]
+    frames = np.stack([np.repeat((ramp * 2 + 5 * i) % 256, 3, -1) for i in range(count)]).astype(np.uint8)
+    if path.suffix == ".mp4" and not options:
+        write_h264(path, frames, fps=10)
+        return
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9" if path.suffix == ".webm" else "libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.options = options
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good and bad files, and a list of them with a comment and an empty line."""
+    folder = tmp_path_factory.mktemp("videos")
+    for name in GOOD:
+        write_video(folder / name)
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("not a video\n" * 100)
+    (folder / "cut.mp4").write_bytes((folder / "plain.mp4").read_bytes()[:600])
+    (folder / "folder.mp4").mkdir()
+    names = ["# a comment", "", *GOOD, "empty.mp4", "text.mp4", "cut.mp4", "missing.mp4", "folder.mp4", "plain.mp4"]
+    (folder / "list.txt").write_text(
+        "".join(f"{name} {i}\n" if name and name[0] != "#" else f"{name}\n" for i, name in enumerate(names)),
+        encoding="utf-8",
+    )
+    return folder
+
+
+def check(folder: Path, out: Path, *options: str) -> list[dict[str, str]]:
+    """Run the tool; the rows of faults.csv."""
+    arguments = [folder / "list.txt", "--root", folder, "--out", out, "--decoder", "pyav", "--workers", "2", *options]
+    tool.main([str(argument) for argument in arguments])
+    with open(out / "faults.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the records that were read."""
+    names: list[str] = []
+    check_record = tool.check_record
+
+    def count(record: Record, *arguments: object) -> tool.Result:
+        names.append(Path(record.path).name)
+        return check_record(record, *arguments)
+
+    monkeypatch.setattr(tool, "check_record", count)
+    return names
+
+
+def test_good_rows_are_kept_and_bad_ones_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faults = check(folder, tmp_path / "out")
+    rows = (folder / "list.txt").read_text(encoding="utf-8").splitlines()
+    bad = {6: "empty.mp4", 7: "text.mp4", 8: "cut.mp4", 9: "missing.mp4", 10: "folder.mp4"}
+    assert {int(fault["line"]): fault["record"] for fault in faults} == bad
+    assert all(fault["record"] in fault["error"] for fault in faults)
+    clean = (tmp_path / "out" / "clean.txt").read_text(encoding="utf-8").splitlines()
+    assert clean == [*rows[2:5], rows[10]]
+
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["rows"], summary["good"], summary["bad"]) == (9, 4, 5)
+    assert summary["sizes"] == {"48x32": 4}
+    assert summary["frame_rates"] == {"10": 4}
+    assert summary["codecs"] == {"h264": 3, "vp9": 1}
+    assert summary["frames"] == {"min": 20, "median": 20, "max": 20}
+    assert summary["seconds"] == {"min": 2, "median": 2, "max": 2}
+    assert sum(summary["errors"].values()) == 5
+    printed = capsys.readouterr().out
+    for words in ("9 rows: 4 good", "5 bad", "48x32 (4)", "h264 (3), vp9 (1)", "is empty"):
+        assert words in printed
+
+
+def test_what_was_good_is_not_read_twice(folder: Path, tmp_path: Path, reads: list[str]) -> None:
+    out = tmp_path / "out"
+    faults = check(folder, out)
+    outputs = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "checked.jsonl"}
+    assert len(reads) == 8  # plain.mp4 stands twice in the list
+    bad = {fault["record"] for fault in faults}
+
+    lines = (out / "checked.jsonl").read_text().splitlines(keepends=True)
+    good = [line for line in lines if json.loads(line)["error"] is None]
+    (out / "checked.jsonl").write_text("".join(good[:2]) + good[2][:20])  # killed in the middle of a line
+    reads.clear()
+    check(folder, out)
+    assert set(reads) == bad | {Path(json.loads(good[2])["path"]).name}
+    assert outputs == {path.name: path.read_bytes() for path in out.iterdir() if path.name != "checked.jsonl"}
+    reads.clear()
+    check(folder, out)
+    assert set(reads) == bad
+
+    reads.clear()
+    check(folder, out, "--full")
+    assert len(reads) == 8
+
+
+def test_a_file_that_was_replaced_is_read_again(tmp_path: Path, reads: list[str]) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name)
+    (tmp_path / "list.txt").write_text("a.mp4\nb.mp4\nc.mp4\n")
+    assert [fault["record"] for fault in check(tmp_path, tmp_path / "out")] == ["c.mp4"]
+    os.replace(tmp_path / "b.mp4", tmp_path / "c.mp4")
+    (tmp_path / "b.mp4").write_bytes(b"broken")
+    reads.clear()
+    assert [fault["record"] for fault in check(tmp_path, tmp_path / "out")] == ["b.mp4"]
+    assert sorted(reads) == ["b.mp4", "c.mp4"]
+
+
+def test_an_interrupted_check_goes_on(
+    folder: Path, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_record = tool.check_record
+
+    def interrupted(record: Record, *arguments: object) -> tool.Result:
+        if record.path.endswith("missing.mp4"):
+            raise KeyboardInterrupt
+        return check_record(record, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tool, "check_record", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            check(folder, tmp_path / "out", "--workers", "1")
+    assert stop.value.code == 130
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checked.jsonl"]
+    assert set(GOOD) <= set(reads)
+    reads.clear()
+    assert len(check(folder, tmp_path / "out")) == 5
+    assert not set(GOOD) & set(reads)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4")
+    os.rename(tmp_path / "a.mp4", os.fsencode(tmp_path) + b"/caf\xe9.mp4")
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9.mp4 1\nth\xe9.mp4 2\n")
+    check_options = [tmp_path / "list.txt", "--root", tmp_path, "--out", tmp_path / "out", "--decoder", "pyav"]
+    tool.main([str(option) for option in check_options])
+    assert (tmp_path / "out" / "clean.txt").read_bytes() == b"caf\xe9.mp4 1\n"
+    assert (tmp_path / "out" / "faults.csv").read_bytes().splitlines()[1].startswith(b"2,th\xe9.mp4,")
+
+
+def test_a_file_that_hangs_is_given_up(tmp_path: Path) -> None:
+    """Nobody writes into the pipe, so opening it never returns. The others are read, the hanging one is named."""
+    write_video(tmp_path / "a.mp4")
+    os.mkfifo(tmp_path / "x.mp4")
+    write_video(tmp_path / "z.mp4")
+    (tmp_path / "list.txt").write_text("a.mp4 0\nx.mp4 1\nz.mp4 2\n")
+    start = time.monotonic()
+    faults = check(tmp_path, tmp_path / "out", "--timeout", "2", "--workers", "1")
+    assert time.monotonic() - start < 15
+    assert [(fault["line"], fault["record"]) for fault in faults] == [("2", "x.mp4")]
+    assert "2 s" in faults[0]["error"]
+    assert (tmp_path / "out" / "clean.txt").read_text() == "a.mp4 0\nz.mp4 2\n"
+
+
+def test_full_finds_damage_that_a_look_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "long.mp4"
+    write_video(path, 200, g="5", bf="0")
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        positions = [(packet.pos, packet.size) for packet in packets[30:40]]
+    data = bytearray(path.read_bytes())
+    for position, size in positions:
+        data[position : position + size] = bytes(size)
+    path.write_bytes(data)
+    (tmp_path / "list.txt").write_text("long.mp4\n")
+    assert set(range(30, 40)).isdisjoint(tool.frames_to_read(200))
+    assert not check(tmp_path, tmp_path / "out")
+    assert [fault["record"] for fault in check(tmp_path, tmp_path / "out", "--full")] == ["long.mp4"]
+
+
+def test_full_reads_every_frame_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "clip.mp4")
+    seen: list[int] = []
+
+    class Reader:
+        def __init__(self, record: Record) -> None:
+            self._opened = decoder.open(record)
+            self.decoder = "pyav"
+
+        def __enter__(self) -> Reader:
+            return self
+
+        def __exit__(self, *exception: object) -> None:
+            self._opened.close()
+
+        def __len__(self) -> int:
+            return len(self._opened)
+
+        def read(self, indices: list[int]) -> np.ndarray:
+            seen.extend(indices)
+            return self._opened.read(indices)
+
+    class Opener:
+        open = staticmethod(Reader)
+
+    monkeypatch.setattr(tool, "CHUNK_BYTES", 7 * 48 * 32 * 3)
+    with IsolatedDecoder("pyav") as decoder:
+        record = Record(str(tmp_path / "clip.mp4"))
+        result = tool.check_record(record, tool.Check("pyav", 60.0, full=True), Opener())
+    assert result.error is None
+    assert seen == [0, *range(20)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 16, 61, 62, 300])
+def test_a_look_takes_both_ends_the_middle_and_a_clip(count: int) -> None:
+    frames = tool.frames_to_read(count)
+    assert {0, count // 2, count - 1} <= set(frames)
+    assert (np.diff(frames) > 0).all()
+    assert len(frames) <= 19
+    if count > 61:
+        start = (count - 61) // 2
+        assert set(range(start, start + 61, 4)) <= set(frames)
+
+
+def test_pictures_and_folders_of_pictures(tmp_path: Path) -> None:
+    (tmp_path / "clip 1").mkdir()
+    for index in range(3):
+        Image.new("RGB", (20, 10), (index, 0, 0)).save(tmp_path / "clip 1" / f"img_{index:05d}.jpg")
+    (tmp_path / "list.txt").write_text("clip 1/img_00000.jpg 4\nclip 1/img_00009.jpg 5\n")
+    faults = check(tmp_path, tmp_path / "images", "--format", "image")
+    assert [fault["record"] for fault in faults] == ["clip 1/img_00009.jpg"]
+    assert json.loads((tmp_path / "images" / "summary.json").read_text())["codecs"] == {"jpg": 1}
+    (tmp_path / "list.txt").write_text("clip 1 3 7\nclip 2 3 7\n")
+    faults = check(tmp_path, tmp_path / "frames", "--format", "frames")
+    assert [fault["record"] for fault in faults] == ["clip 2"]
+    assert (tmp_path / "frames" / "clean.txt").read_text() == "clip 1 3 7\n"
+
+
+def test_errors_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        tool.main([str(tmp_path / "no.txt"), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 1
+    assert "no.txt" in capsys.readouterr().err
+    (tmp_path / "list.txt").write_text("a.mp4\n")
+    with pytest.raises(SystemExit) as stop:
+        tool.main([str(tmp_path / "list.txt"), "--out", str(tmp_path / "out"), "--workers", "0"])
+    assert stop.value.code == 2
+    assert "--workers 0" in capsys.readouterr().err
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_by_a_signal_it_leaves_no_process_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    """Stopped while one file hangs: an interrupt does not wait for the timeout, and the results so far are kept."""
+    for index in range(4):
+        write_video(tmp_path / f"{index}.mp4")
+    os.mkfifo(tmp_path / "hangs.mp4")
+    (tmp_path / "list.txt").write_text("".join(f"{index}.mp4\n" for index in range(4)) + "hangs.mp4\n")
+    results = tmp_path / "out" / "checked.jsonl"
+    options = ["--root", tmp_path, "--out", tmp_path / "out", "--decoder", "pyav", "--workers", "1", "--timeout", "300"]
+    process = subprocess.Popen(
+        [sys.executable, tool.__file__, tmp_path / "list.txt", *options],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (results.exists() and results.read_text().count("\n") == 4):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = children_of(process.pid)
+    assert children
+    process.send_signal(number)
+    assert process.wait(30) == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while any(is_running(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+    faults = check(tmp_path, tmp_path / "out", "--timeout", "1")
+    assert [fault["record"] for fault in faults] == ["hangs.mp4"]
+    assert len(results.read_text().splitlines()) == 5
+
+
+def children_of(pid: int) -> list[int]:
+    """The child processes, started by whichever thread."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

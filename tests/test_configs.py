@@ -1,0 +1,131 @@
+"""Every configuration loads, builds its model, and takes two steps of a shrunken copy; what is unknown is an error."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from clips import encode
+
+from tools.pretrain import pretrain
+from video_convmae.config import ModelConfig, PretrainConfig, from_plain, load_autoencoder, parse, plain, write_yaml
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+PRETRAINING = [path for path in CONFIGS if path.parent.name == "debug" or path.name.startswith("pretrain")]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def load(path: Path, *arguments: str) -> PretrainConfig:
+    return parse(PretrainConfig, [f"--config={path}", *arguments])
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for i in range(4):
+        encode(folder / f"{i}.mp4", 24)
+    (folder / "list.txt").write_text("".join(f"{i}.mp4 {i}\n" for i in range(4)))
+    return folder
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_opens_with_the_command_that_runs_it(path: Path) -> None:
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert "tools/" in " ".join(head[:3])
+    assert name(path) in " ".join(head)
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=name)
+def test_the_whole_model_builds(path: Path) -> None:
+    with torch.device("meta"):
+        model = load(path).model.autoencoder()
+    if path.parent.name == "video":
+        assert model.grid == (8, 14, 14)
+        assert sum(p.numel() for p in model.parameters()) > 85e6
+        assert (model.fusion is not None and len(model.fusion.joints) > 0) == ("_msd" in path.name)
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=name)
+def test_a_shrunken_copy_takes_two_steps(path: Path, videos: Path, tmp_path: Path) -> None:
+    config = load(path)
+    size = "vit_tiny" if config.model.size.startswith("vit") else "tiny"
+    small = replace(
+        config,
+        output=str(tmp_path),
+        device="cpu",
+        model=replace(config.model, size=size, num_frames=4, image_size=32, strides=None, decoder=None),
+        data=replace(config.data, train=str(videos / "list.txt"), root=str(videos), decoder="pyav", workers=0),
+        train=replace(config.train, batch_size=2, epochs=1, log_every=1),
+    )
+    assert pretrain(small) == 2
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert json.loads((tmp_path / "metrics.json").read_text())["loss"] > 0
+    model, again = load_autoencoder(tmp_path)
+    assert again == small
+    assert model.grid == (2, 2, 2)
+
+
+def test_something_something_is_never_flipped() -> None:
+    for path in PRETRAINING:
+        config = load(path)
+        if "ssv2" in path.name:
+            assert (config.data.augmentation.flip, config.data.stride) == (False, 2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("--model.sise=tiny", "model.sise"),
+        ("--optim.lr=fast", "optim.lr"),
+        ("--train.precision=fp8", "train.precision"),
+        ("--data.augmentation.crop=none", "data.augmentation.crop"),
+        ("--mask.kind=holes", "mask.kind"),
+    ],
+)
+def test_unknown_fields_and_wrong_types_are_errors(argument: str, named: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        load(ROOT / "configs" / "debug" / "pretrain.yaml", argument)
+    assert named in capsys.readouterr().err
+
+
+def test_an_unknown_field_in_a_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("output: runs/x\ndata: {train: a.txt}\nmodel: {sizes: base}\n")
+    with pytest.raises(SystemExit):
+        load(path)
+    assert "sizes" in capsys.readouterr().err
+
+
+def test_edits_replace_single_fields_and_the_resolved_file_reads_back(tmp_path: Path) -> None:
+    path = ROOT / "configs" / "video" / "pretrain_k400_base.yaml"
+    config = load(path, "--optim.lr=1e-3", "--model.image_size=[192,256]")
+    assert config.optim.lr == 1e-3
+    assert config.optim.base_lr == 1.5e-4
+    assert config.model.image_size == (192, 256)
+    write_yaml(config, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == config
+    assert from_plain(PretrainConfig, plain(config)) == config
+
+
+def test_every_field_is_explained(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        parse(PretrainConfig, ["--help"])
+    text = capsys.readouterr().out
+    for field in ("--model.msd", "--optim.base_lr", "--train.on_nonfinite", "--data.max_bad_fraction", "--mask.ratio"):
+        explanation = text.rsplit(field, 1)[1].split("(type:", 1)[0]
+        assert len(explanation.split()) > 3, field
+
+
+def test_a_model_configuration_says_what_it_overrides() -> None:
+    model = ModelConfig(size="tiny", num_frames=8, image_size=64, strides=(2, 2, 2), decoder=(48, 1, 3)).autoencoder()
+    assert model.grid == (4, 8, 8)
+    assert model.decoder.mask_token.numel() == 48
+    assert model.target == "patch_channel"

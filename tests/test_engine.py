@@ -1,0 +1,251 @@
+"""Schedules, parameter groups, checkpoints, logs, and the loop on a toy task."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from video_convmae import create_autoencoder
+from video_convmae.data.datasets import Fault
+from video_convmae.data.loader import Batch
+from video_convmae.engine import checkpoint, distributed
+from video_convmae.engine.distributed import Processes
+from video_convmae.engine.log import BadRecords, RunLog, TooManyBadRecords
+from video_convmae.engine.loop import NonFiniteLoss, TrainConfig, train
+from video_convmae.engine.optim import OptimConfig, Schedule, build_optimization, parameter_groups
+from video_convmae.engine.tasks import Pixels
+from video_convmae.models.blocks import AttentionBlock, ConvBlock
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def test_the_schedule_rises_linearly_and_falls_as_a_half_cosine() -> None:
+    schedule = Schedule(peak=1.0, end=0.1, warmup=10, steps=110)
+    assert [schedule.lr(step) for step in (0, 5, 10)] == [0.0, 0.5, 1.0]
+    assert schedule.lr(60) == pytest.approx(0.55)
+    assert schedule.lr(109) == pytest.approx(0.1, abs=1e-3)
+    falling = [schedule.lr(step) for step in range(10, 110)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_the_learning_rate_follows_the_batch_and_says_so() -> None:
+    model = nn.Linear(2, 2)
+    scaled = build_optimization(model, OptimConfig(base_lr=1.5e-4, base_min_lr=1e-5), 2048, 800, 117)
+    assert scaled.schedule.peak == pytest.approx(1.2e-3)
+    assert scaled.schedule.end == pytest.approx(8e-5)
+    assert (scaled.schedule.warmup, scaled.schedule.steps) == (40 * 117, 800 * 117)
+    assert scaled.origin == "lr 0.0012 = base_lr 0.00015 x effective batch 2048 / 256"
+    assert build_optimization(model, OptimConfig(lr=3e-4), 2048, 1, 10).schedule.peak == 3e-4
+
+
+def test_vectors_and_positions_are_not_decayed() -> None:
+    model = create_autoencoder("tiny", num_frames=4, image_size=32, learnable_positions=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, free = (
+        {names[id(p)] for p in group["params"]} for group in parameter_groups(model.named_parameters(), 0.05)
+    )
+    assert decayed | free == set(names.values())
+    assert not decayed & free
+    assert {"decoder.mask_token", "encoder.positions", "norm.weight"} <= free
+    assert all(name.endswith("weight") for name in decayed)
+    assert "encoder.conv_stages.0.0.depthwise.weight" in decayed
+
+
+# Checkpoints
+
+
+def test_checkpoints_are_whole_pruned_and_found(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 30):
+        checkpoint.save(folder, step, {"step": step, "model": {"w": torch.full((3,), step)}}, keep=2)
+    assert [path.name for path in folder.iterdir() if path.suffix != ".pt"] == []
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["step_00000002.pt", "step_00000030.pt"]
+    assert checkpoint.find(tmp_path) == checkpoint.find(folder) == folder / "step_00000030.pt"
+    state, complaints = checkpoint.load_latest(folder)
+    assert (state["step"], complaints) == (30, [])
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"step": step})
+    newest = tmp_path / "step_00000003.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    (tmp_path / "step_00000002.pt").write_bytes(b"")
+    state, complaints = checkpoint.load_latest(tmp_path)
+    assert state["step"] == 1
+    assert [line.split(" is not")[0] for line in complaints] == [str(newest), str(tmp_path / "step_00000002.pt")]
+
+
+class Malice:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch /tmp/executed_by_a_checkpoint",)
+
+
+def test_no_pickle_of_a_stranger_is_executed(tmp_path: Path) -> None:
+    torch.save({"model": Malice()}, tmp_path / "step_00000001.pt")
+    with pytest.raises(ValueError, match="is not a checkpoint that can be read"):
+        checkpoint.load(tmp_path / "step_00000001.pt")
+    assert not Path("/tmp/executed_by_a_checkpoint").exists()
+
+
+def test_no_checkpoint_is_an_error_that_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="run folder"):
+        checkpoint.find(tmp_path)
+
+
+# Logs
+
+
+def values(step: int) -> dict:
+    rate = {"loss": 0.5, "lr": 1e-3, "clips_per_second": 10.0, "data_wait": 0.1, "eta_seconds": 61.0}
+    return {"step": step, **rate}
+
+
+def test_a_resumed_run_takes_up_its_log(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0, 9)
+    for step in (2, 4, 6):
+        log.write(values(step))
+    log.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 8, "los')  # the run was killed while it wrote
+    log = RunLog(tmp_path, 5, 9)
+    log.write(values(6))
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_bad_records_are_written_once_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "bad_records.jsonl"
+    bad = BadRecords(path, records=100, max_fraction=0.02)
+    assert bad.add([Fault(3, "a.mp4", "a.mp4: broken"), Fault(3, "a.mp4", "again")], write=True) == [
+        Fault(3, "a.mp4", "a.mp4: broken")
+    ]
+    assert bad.add([Fault(7, "b.mp4", "b.mp4: empty")], write=False)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"index": 3, "path": "a.mp4", "error": "a.mp4: broken"}
+    ]
+    resumed = BadRecords(path, records=100, max_fraction=0.02)
+    assert len(resumed) == 1
+    with pytest.raises(TooManyBadRecords, match=r"3 of 100 .*max_bad_fraction 0.02(.|\n)*a.mp4: broken"):
+        resumed.add([Fault(8, "c", "c: gone"), Fault(9, "d", "d: gone")], write=True)
+    assert len(path.read_text().splitlines()) == 3
+
+
+# The loop
+
+
+class Toy:
+    """Fits a line; its "clips" are bytes, its labels the target."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        x = batch.clips.flatten(1).float()
+        loss = (self.model(x).squeeze(1) - batch.labels).square().mean()
+        return loss, {"loss": loss.detach()}
+
+
+def batches(first: int, last: int, broken: int | None = None) -> Iterator[Batch]:
+    for step in range(first, last):
+        clips = torch.randint(0, 2, (4, 1, 1, 2, 2), generator=torch.Generator().manual_seed(step))
+        labels = torch.full((4,), math.inf) if step == broken else torch.ones(4)
+        yield Batch(clips, torch.ones(4, 1, 1, 1, dtype=torch.bool), labels, torch.arange(4) + 10 * step, ())
+
+
+def run(folder: Path, steps: int = 12, broken: int | None = None, end: int | None = None, **changes: object) -> Toy:
+    """Train the toy until `end`, on a schedule of `steps`."""
+    task = Toy()
+    config = TrainConfig(**{"epochs": 1, "precision": "fp32", "log_every": 4, "save_every": 0.5, **changes})
+    parts = config.accumulate
+    optimization = build_optimization(task.model, OptimConfig(lr=0.05, warmup_epochs=0.2), 4, 1, steps)
+
+    def load_from(first: int) -> Iterator[Batch]:
+        yield from batches(first * parts, steps * parts if end is None else end * parts, broken)
+
+    bad = BadRecords(folder / "bad_records.jsonl", 40, 0.01)
+    train(task, optimization, load_from, config, ALONE, folder, bad, {"name": "toy"})
+    return task
+
+
+def weights(task: Toy) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in task.model.parameters()])
+
+
+def test_the_loop_learns_logs_and_saves(tmp_path: Path) -> None:
+    run(tmp_path, steps=40)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(4, 41, 4))
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert {"epoch", "lr", "grad_norm", "clips_per_second", "data_wait", "eta_seconds", "bad_records"} <= set(lines[0])
+    state = checkpoint.load(checkpoint.find(tmp_path))
+    assert state["step"] == 40
+    assert state["config"] == {"name": "toy"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"accumulate": 3}, {"precision": "bf16"}])
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, changes: dict) -> None:
+    """Dropout included: a step's random numbers follow from (seed, step, rank)."""
+    whole = run(tmp_path / "whole", **changes)
+    with pytest.raises(StopIteration):
+        run(tmp_path / "parts", end=9, **changes)  # the data breaks off after the checkpoint at step 6
+    assert torch.equal(weights(run(tmp_path / "parts", **changes)), weights(whole))
+    ema = [checkpoint.load(checkpoint.find(tmp_path / name))["ema"] for name in ("whole", "parts")]
+    if "ema" in changes:
+        assert all(torch.equal(ema[0][name], ema[1][name]) for name in ema[0])
+        assert not torch.equal(ema[0]["0.weight"], whole.model[0].weight)
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_step_and_records(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLoss, match=r"step 6: loss inf.*records \[50, 51, 52, 53\]"):
+        run(tmp_path, broken=5)
+    assert checkpoint.load_latest(tmp_path / "checkpoints")[0] is None  # the step of the checkpoint was the bad one
+
+
+def test_a_non_finite_step_can_be_skipped(tmp_path: Path) -> None:
+    skipped = run(tmp_path / "skip", broken=5, on_nonfinite="skip")
+    assert weights(skipped).isfinite().all()
+    lines = [json.loads(line) for line in (tmp_path / "skip" / "log.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+# Wrapping
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_wrapping_changes_neither_values_nor_names(activation_checkpointing: bool) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return create_autoencoder("tiny", num_frames=4, image_size=32, drop_path=0.2)
+
+    bare, model = build(), build()
+    names = list(model.state_dict())
+    wrapped = distributed.wrap(model, ALONE, (ConvBlock, AttentionBlock), activation_checkpointing)
+    clips, visible = torch.randn(2, 3, 4, 32, 32), torch.tensor([True, False, False, True] * 4).view(2, 2, 2, 2)
+    losses = []
+    for each in (bare, wrapped):
+        torch.manual_seed(1)
+        loss = each(clips, visible).loss
+        loss.backward()
+        losses.append(loss)
+    assert torch.equal(*losses)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(bare.parameters(), wrapped.parameters()))
+    assert list(wrapped.state_dict()) == names
+
+
+def test_pixels_go_there_and_back() -> None:
+    pixels = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), torch.device("cpu"))
+    clips = torch.randint(0, 256, (2, 3, 4, 8, 8), dtype=torch.uint8)
+    floats = pixels.normalise(clips)
+    assert torch.allclose(floats[:, 0], (clips[:, 0] / 255 - 0.485) / 0.229, atol=1e-5)
+    assert torch.equal(pixels.restore(floats), clips)

@@ -1,0 +1,80 @@
+"""List files: the forms that users have load unchanged; what fits no form is an error with its number."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from video_convmae.data.records import ListError, Record, read_list
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "list.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("format", "line", "path", "label", "num_frames"),
+    [
+        ("video", "videos/a.mp4 7", "videos/a.mp4", 7, None),
+        ("video", "a.mp4  7", "a.mp4", 7, None),  # VideoMAE's documentation shows two spaces
+        ("video", "a.mp4\t7", "a.mp4", 7, None),
+        ("video", "a.mp4 0 -1", "a.mp4", None, None),  # VideoMAE V2's pretraining list
+        ("video", "a.mp4", "a.mp4", None, None),
+        ("video", "my holiday, part 2.mp4 7", "my holiday, part 2.mp4", 7, None),
+        ("video", "take 2 7", "take 2", 7, None),
+        ("video", "naïve \"日本\" 'x'.webm 0", "naïve \"日本\" 'x'.webm", 0, None),
+        ("frames", "folder/of frames 45 12", "folder/of frames", 12, 45),  # mmaction2
+        ("frames", "folder 0 45", "folder", None, 45),  # VideoMAE V2's pretraining list
+        ("image", "n01440764/x.JPEG 3", "n01440764/x.JPEG", 3, None),
+        ("image", "x.png", "x.png", None, None),
+    ],
+)
+def test_forms(tmp_path: Path, format: str, line: str, path: str, label: int | None, num_frames: int | None) -> None:
+    records = read_list(write(tmp_path, f"# a comment\n\n{line}\r\n"), format)
+    assert list(records) == [Record(path, label, num_frames, format)]
+    (rooted,) = read_list(write(tmp_path, line), format, root="/data")
+    assert rooted.path == f"/data/{path}"
+
+
+def test_absolute_paths_keep_their_place(tmp_path: Path) -> None:
+    assert read_list(write(tmp_path, "/else/a.mp4 1"), root="/data")[0].path == "/else/a.mp4"
+
+
+@pytest.mark.parametrize(
+    ("format", "line", "message"),
+    [
+        ("frames", "folder 5", "line 2: expected 'folder count label'"),
+        ("frames", "folder -3 1", "line 2: the frame count is -3"),
+        ("frames", "folder 0 0", "line 2: the frame count is 0"),
+        ("video", "a.mp4 -2", "line 2: the label is -2"),
+        ("image", "a.png -1", "line 2: the label is -1"),
+    ],
+)
+def test_a_line_that_fits_no_form_is_an_error(tmp_path: Path, format: str, line: str, message: str) -> None:
+    with pytest.raises(ListError, match=message):
+        read_list(write(tmp_path, f"a 1 1\n{line}\n"), format)
+
+
+def test_missing_and_empty_lists_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ListError, match="cannot read the list"):
+        read_list(tmp_path / "none.txt")
+    with pytest.raises(ListError, match="holds no records"):
+        read_list(write(tmp_path, "# nothing\n"))
+    with pytest.raises(ListError, match=r"data\.format is 'films'"):
+        read_list(write(tmp_path, "a 1"), "films")
+
+
+def test_records_are_a_sequence_that_pickles_small(tmp_path: Path) -> None:
+    records = read_list(write(tmp_path, "".join(f"videos/{i:06d}.mp4 {i % 400}\n" for i in range(10_000))))
+    assert len(records) == 10_000
+    assert records[-1] == records[9_999]
+    assert records.labels[:3].tolist() == [0, 1, 2]
+    with pytest.raises(IndexError):
+        records[10_000]
+    stored = pickle.dumps(records)
+    assert len(stored) < 50 * len(records)
+    assert pickle.loads(stored)[1234] == records[1234]
