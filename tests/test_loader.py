@@ -57,7 +57,7 @@ def clips_of(records: Records, **changes: object) -> Clips:
             "decoder": IsolatedDecoder("pyav", timeout=20),
             "seed": 5,
             **changes,
-        }
+        },
     )
 
 

@@ -64,13 +64,17 @@ def main() -> None:
     write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
     best = min(errors["mean_colour_mse"], errors["nearest_patch_mse"])
-    print(f"\nOn {len(clips)} validation clips of photographs never seen in training, mean squared error of hidden pixels:")
+    print(
+        f"\nOn {len(clips)} validation clips of photographs never seen in training, mean squared error of hidden pixels:"
+    )
     print(f"  VideoConvMAE            {errors['mse']:.4f}   (PSNR {errors['psnr']:.1f} dB)")
     print(f"  mean visible colour     {errors['mean_colour_mse']:.4f}")
     print(f"  nearest visible patch   {errors['nearest_patch_mse']:.4f}")
     print(f"Look at {output}/reconstruction.png, reconstruction.mp4 and loss.png ({metrics['seconds']:.0f} s in all).")
     if errors["mse"] > MOST * best:
-        sys.exit(f"the model has not learned: {errors['mse']:.4f} is more than {MOST} of the better baseline's {best:.4f}")
+        sys.exit(
+            f"the model has not learned: {errors['mse']:.4f} is more than {MOST} of the better baseline's {best:.4f}"
+        )
 
 
 def draw_loss(log: Path, picture: Path) -> None:

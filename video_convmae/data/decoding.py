@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,7 @@ def resolve(decoder: str) -> str:
     failures = []
     for name in _IN_ORDER_OF_CHOICE if decoder == "auto" else (decoder,):
         try:
-            importlib.import_module(_MODULES[name])
+            _load(name)
         except Exception as error:  # a library that does not load raises OSError or RuntimeError
             failures.append(f"{name} needs {_INSTALL[name]}: {_summary(error)}")
             continue
@@ -74,6 +75,13 @@ def resolve(decoder: str) -> str:
             )
         return name
     raise ImportError(f"data.decoder {decoder!r} does not work here: {'; '.join(failures)}")
+
+
+def _load(decoder: str) -> None:
+    """Import a decoder, whatever that raises. torchcodec since 0.16 imports without FFmpeg and fails at the first file."""
+    importlib.import_module(_MODULES[decoder])
+    if decoder == "torchcodec" and getattr(sys.modules["torchcodec"], "ffmpeg_major_version", 0) is None:
+        raise ImportError("it finds no FFmpeg")
 
 
 class FrameReader(ABC):

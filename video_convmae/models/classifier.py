@@ -42,10 +42,29 @@ class Classifier(nn.Module):
         """Tokens `(B, n, D)` after the last attention block; `None` = all visible."""
         return self.encoder(clips, self.encoder.packing(clips, visible)).tokens
 
+    def layer_scales(self, decay: float) -> dict[str, float]:
+        """Every parameter's learning-rate scale under layer decay, grouped as in the released ConvMAE.
+
+        Convolutional stages, embeddings, projection and positions are layer 0, attention block i is layer i + 1, norm
+        and head are the last layer, k = attention blocks + 1; the scale is `decay ** (k - layer)`. With 11 blocks and
+        0.65: 0.65 ** 12 = 0.0057 for layer 0, 0.65 for the last block, 1 for the head.
+        """
+        last = len(self.encoder.attention_blocks) + 1
+        return {name: decay ** (last - _layer(name, last)) for name, _ in self.named_parameters()}
+
     def multiply_adds(self) -> dict[str, int]:
         """Forward multiply-adds of one clip, by part."""
         tokens = torch.Size(self.encoder.config.grid).numel()
         return self.encoder.multiply_adds(tokens) | {"head": self.head.weight.numel()}
+
+
+def _layer(name: str, last: int) -> int:
+    """The layer of a classifier's parameter, 0 .. last."""
+    if not name.startswith("encoder."):
+        return last
+    if name.startswith("encoder.attention_blocks."):
+        return int(name.split(".")[2]) + 1
+    return 0
 
 
 def create_classifier(

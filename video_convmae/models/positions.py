@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+Grid = tuple[int, int, int]
 
-def sincos(grid: tuple[int, int, int], width: int) -> Tensor:
+
+def sincos(grid: Grid, width: int) -> Tensor:
     """The table of MAE over (h, w), the column in the first half of the channels; for t > 1 a table over t is added.
 
     At t = 1 it is MAE's image table exactly.
@@ -20,12 +23,15 @@ def sincos(grid: tuple[int, int, int], width: int) -> Tensor:
     rows = _sincos_axis(h, width // 2)[:, None, :].expand(h, w, -1)
     columns = _sincos_axis(w, width // 2)[None, :, :].expand(h, w, -1)
     table = torch.cat([columns, rows], dim=-1).expand(t, h, w, width)
-    if t > 1:
-        table = table + _sincos_axis(t, width)[:, None, None, :]
-    return table.reshape(t * h * w, width).float()
+    return (table + _time(t, width)[:, None, None, :]).reshape(t * h * w, width).float()
 
 
-def flat(grid: tuple[int, int, int], width: int) -> Tensor:
+def time(t: int, width: int) -> Tensor:
+    """What `sincos` adds for each of `t` token frames, `(t, width)` float32; nothing for one frame."""
+    return _time(t, width).float()
+
+
+def flat(grid: Grid, width: int) -> Tensor:
     """VideoMAE's table: tokens numbered through, sine on even and cosine on odd columns."""
     t, h, w = grid
     column = torch.arange(width, dtype=torch.float64)
@@ -35,6 +41,31 @@ def flat(grid: tuple[int, int, int], width: int) -> Tensor:
 
 
 TABLES = {"sincos": sincos, "flat": flat}
+
+
+def resize(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """A table `(N, D)` over one grid to another: bicubic over (h, w) as in MAE and DeiT, then linear over t.
+
+    Equal sizes are left as they are, bit for bit.
+
+    Raises:
+        ValueError: the table does not have the old grid's tokens.
+    """
+    t, h, w = old
+    if table.shape[0] != t * h * w:
+        raise ValueError(f"the table has {table.shape[0]} tokens; expected {t * h * w} for the grid {old}")
+    x = table.float().view(t, h, w, -1).permute(0, 3, 1, 2)
+    if (h, w) != new[1:]:
+        x = F.interpolate(x, size=new[1:], mode="bicubic", align_corners=False)
+    if t != new[0]:
+        over_time = x.permute(2, 3, 1, 0).flatten(0, 1)  # (h * w, D, t)
+        x = F.interpolate(over_time, size=new[0], mode="linear", align_corners=False)
+        x = x.unflatten(0, new[1:]).permute(3, 2, 0, 1)
+    return x.permute(0, 2, 3, 1).reshape(-1, table.shape[1]).to(table.dtype)
+
+
+def _time(t: int, width: int) -> Tensor:
+    return _sincos_axis(t, width) if t > 1 else torch.zeros(1, width, dtype=torch.float64)
 
 
 def _sincos_axis(length: int, width: int) -> Tensor:
