@@ -193,7 +193,7 @@ def test_the_loop_learns_logs_and_saves(tmp_path: Path) -> None:
     assert state["config"] == {"name": "toy"}
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"accumulate": 3}, {"precision": "bf16"}])
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9}, {"accumulate": 3}, {"precision": "bf16"}, {"precision": "fp16"}])
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, changes: dict) -> None:
     """Dropout included: a step's random numbers follow from (seed, step, rank)."""
     whole = run(tmp_path / "whole", **changes)

@@ -2,9 +2,9 @@
 
     python tools/reconstruct.py runs/k400 clip.mp4 other.webm --output pictures
 
-writes pictures/reconstruction.png and .mp4. The middle of each video is shown, with a mask of the run's own kind and ratio.
-Where the model predicts normalised patches it knows no patch's brightness or contrast: they are taken from the original,
-and the caption says so.
+writes pictures/reconstruction.png and .mp4. The middle of each video is shown, with a mask of the run's own kind and
+ratio. Where the model predicts normalised patches it knows no patch's brightness or contrast: they are taken from the
+original, and the caption says so.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def resolve(decoder: str) -> str:
 
 
 def _load(decoder: str) -> None:
-    """Import a decoder, whatever that raises. torchcodec since 0.16 imports without FFmpeg and fails at the first file."""
+    """Import a decoder, whatever that raises. torchcodec 0.16 imports without FFmpeg and fails at the first file."""
     importlib.import_module(_MODULES[decoder])
     if decoder == "torchcodec" and getattr(sys.modules["torchcodec"], "ffmpeg_major_version", 0) is None:
         raise ImportError("it finds no FFmpeg")

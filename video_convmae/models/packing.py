@@ -22,6 +22,7 @@ from math import prod
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 Implementation = Literal["packed", "dense"]
@@ -148,19 +149,16 @@ def take_patches(clips: Tensor, tubelet: int, side: int, index: Tensor) -> Tenso
     Returns:
         `(B, k, tubelet, P, P, C)`.
     """
-    batch, channels, frames, height, width = clips.shape
-    t, h, w = frames // tubelet, height // side, width // side
-    patches = clips.reshape(batch, channels, t, tubelet, h, side, w, side).permute(0, 2, 4, 6, 3, 5, 7, 1)
+    patches = rearrange(clips, "b c (t u) (h p) (w q) -> b t h w u p q c", u=tubelet, p=side, q=side)  # a view
+    batch, _, h, w = patches.shape[:4]
     clip = torch.arange(batch, device=clips.device)[:, None]
     return patches[clip, index // (h * w), index // w % h, index % w]
 
 
 def put_patches(patches: Tensor, grid: Grid) -> Tensor:
     """Pixels of every token `(B, N, tubelet, P, P, C)` -> clips `(B, C, T, H, W)`."""
-    batch, _, tubelet, side, _, channels = patches.shape
     t, h, w = grid
-    patches = patches.reshape(batch, t, h, w, tubelet, side, side, channels).permute(0, 7, 1, 4, 2, 5, 3, 6)
-    return patches.reshape(batch, channels, t * tubelet, h * side, w * side)
+    return rearrange(patches, "b (t h w) u p q c -> b c (t u) (h p) (w q)", t=t, h=h, w=w)
 
 
 def patch_cells(patches: Tensor, factors: tuple[int, ...]) -> Tensor:
@@ -168,12 +166,9 @@ def patch_cells(patches: Tensor, factors: tuple[int, ...]) -> Tensor:
 
     `factors` are the strides after the first. The pixels of a cell run over (pt, ph, pw, c).
     """
-    batch, k, tubelet, side, _, channels = patches.shape
-    cells = prod(factors)
-    stride = side // cells
-    x = patches.reshape(batch * k, tubelet, cells, stride, cells, stride, channels).permute(0, 2, 4, 1, 3, 5, 6)
-    x = x.reshape(batch * k, 1, cells, cells, tubelet * stride * stride * channels)
-    return nest(x, factors).view(batch, k, cells * cells, -1)
+    side = prod(factors)
+    cells = rearrange(patches, "b k u (y p) (x q) c -> (b k) 1 y x (u p q c)", y=side, x=side)
+    return nest(cells, factors).view(*patches.shape[:2], side * side, -1)
 
 
 def _split(visible: Tensor) -> tuple[Tensor, Tensor]:

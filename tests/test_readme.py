@@ -1,0 +1,74 @@
+"""What the documents say runs, runs; what they point to is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "VIDEO.md", ROOT / "data_lists" / "README.md"]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_readmes_python_runs() -> None:
+    (program,) = blocks(ROOT / "README.md", "python")
+    assert len([line for line in program.splitlines() if line.strip()]) <= 20
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=True, timeout=300)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_files_are_there(document: Path) -> None:
+    text = document.read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("http") or (document.parent / link).exists(), link
+    for path in re.findall(r"(?:configs|tools|tests)/[\w/]+\.(?:py|yaml)", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_names_a_tool_that_has_those_options(document: Path) -> None:
+    """Each `python tools/X.py` line of the document: the tool answers --help, and knows every option of the line."""
+    commands = re.findall(r"(?:python|torchrun[^\n]*?) (tools/\w+\.py)((?:[^\n`]|\\\n)*)", document.read_text())
+    assert commands or document.name == "README.md"
+    for tool in sorted({tool for tool, _ in commands}):
+        lines = [line for name, line in commands if name == tool]
+        subcommands = {word for line in lines for word in line.split()[:1] if re.fullmatch(r"[a-z0-9]+", word)}
+        options = {option for line in lines for option in re.findall(r"(--[a-z_.-]+)", line)}
+        text = help_of(tool) + "".join(help_of(tool, subcommand) for subcommand in sorted(subcommands))
+        for option in options - {"--help"}:
+            assert option in text, f"{tool} has no {option}"
+
+
+def help_of(tool: str, *subcommand: str) -> str:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / tool), *subcommand, "--help"],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0 or subcommand, result.stderr
+    return result.stdout if result.returncode == 0 else ""
+
+
+def test_make_has_the_commands_of_the_readme() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([\w-]+)", (ROOT / "README.md").read_text()):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+@pytest.mark.slow
+def test_the_demo_learns(tmp_path: Path) -> None:
+    """`make demo` without its installation: about five minutes."""
+    command = [sys.executable, str(ROOT / "tools" / "demo.py"), f"--output={tmp_path}"]
+    subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=True, timeout=1800)
+    for name in ("metrics.json", "loss.png", "reconstruction.png", "reconstruction.mp4"):
+        assert (tmp_path / name).stat().st_size > 0

@@ -1,0 +1,100 @@
+"""The tools beside pretraining: reconstruction and its measurement, benchmark."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from clips import encode
+from PIL import Image
+
+from tools import benchmark, reconstruct
+from tools.pretrain import pretrain
+from video_convmae import create_autoencoder
+from video_convmae.config import PretrainConfig, parse
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of two steps, and its folder of videos."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i in range(2):
+        encode(folder / f"{i}.mp4", 24)
+    (folder / "list.txt").write_text("0.mp4\n1.mp4\n")
+    edits = [f"--data.train={folder / 'list.txt'}", f"--data.root={folder}", f"--output={folder / 'run'}"]
+    config = ROOT / "configs" / "debug" / "pretrain.yaml"
+    pretrain(parse(PretrainConfig, [f"--config={config}", "--device=cpu", "--data.workers=0", *edits]))
+    return folder / "run", folder
+
+
+def test_reconstruct_writes_a_picture_and_a_playable_mp4(
+    run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    checkpoint, folder = run
+    reconstruct.main([str(checkpoint), str(folder / "0.mp4"), str(folder / "1.mp4"), f"--output={tmp_path}"])
+    assert "mean and variance of each channel are the original's" in capsys.readouterr().out
+    with Image.open(tmp_path / "reconstruction.png") as picture:
+        assert picture.width >= 4 * 64
+        assert picture.height > 2 * 3 * 64
+    with av.open(str(tmp_path / "reconstruction.mp4")) as video:
+        frames = list(video.decode(video=0))
+    assert len(frames) == 16  # 4 frames, played 4 times
+    assert (frames[0].width, frames[0].height) == (3 * 3 * 64, 2 * 3 * 64)
+
+
+def test_the_caption_is_honest() -> None:
+    config = parse(PretrainConfig, ["--output=x", "--data.train=y"])
+    texts = {}
+    for target in ("none", "patch", "patch_channel"):
+        model = create_autoencoder("tiny", num_frames=2, image_size=32, target=target)
+        texts[target] = reconstruct.caption(config, model)
+    assert "the model's pixels alone" in texts["none"]
+    assert "each patch's mean and variance are the original's" in texts["patch"]
+    assert "of each channel are the original's" in texts["patch_channel"]
+
+
+def test_hidden_error_and_its_baselines() -> None:
+    """One frame of four patches: the first is seen and white, the others are hidden and grey, grey, black."""
+    model = create_autoencoder("tiny", num_frames=1, image_size=32)
+    original = torch.zeros(1, 3, 1, 32, 32, dtype=torch.uint8)
+    original[..., :16, :16], original[..., :16, 16:], original[..., 16:, :16] = 255, 51, 51
+    reconstructed = original.clone()
+    reconstructed[..., 16:, 16:] = 51
+    visible = torch.tensor([True, False, False, False]).view(1, 1, 2, 2)
+    errors = reconstruct.hidden_error(model, reconstruct.Reconstructions(original, original, reconstructed, visible))
+    assert errors["mse"] == pytest.approx(0.2**2 / 3)
+    assert errors["mean_colour_mse"] == pytest.approx((0.8**2 * 2 + 1) / 3)
+    assert errors["nearest_patch_mse"] == pytest.approx((0.8**2 * 2 + 1) / 3)
+    assert errors["psnr"] == pytest.approx(-10 * np.log10(0.2**2 / 3))
+
+
+def test_the_masked_clip_hides_what_the_model_does_not_see(run: tuple[Path, Path]) -> None:
+    model, config = reconstruct.load_autoencoder(run[0])
+    clips = torch.randint(0, 256, (2, 3, 4, 64, 64), dtype=torch.uint8)
+    visible = reconstruct.draw_masks(model, replace(config), 2)
+    result = reconstruct.reconstruct(model, config, clips, visible)
+    shown = visible.repeat_interleave(2, 1).repeat_interleave(16, 2).repeat_interleave(16, 3)[:, None].expand_as(clips)
+    assert torch.equal(result.masked[shown], clips[shown])
+    assert (result.masked[~shown] == reconstruct.GREY).all()
+    assert torch.equal(result.reconstructed[shown], clips[shown])
+
+
+@pytest.mark.parametrize("rival", benchmark.RIVALS)
+def test_benchmark_writes_what_it_measured(rival: str, tmp_path: Path) -> None:
+    file = tmp_path / "step.json"
+    small = ["--size=tiny", "--frames=4", "--image-size=64", "--batch=1", "--repeats=2", "--ratio=0.75"]
+    benchmark.main(["step", f"--vs={rival}", f"--json={file}", *small])
+    result = json.loads(file.read_text())
+    assert {"model", "against", "device", "precision", "threads", "batch", "ratio", "pairs", "commit"} <= set(result)
+    assert result["against"] == rival
+    assert len(result["pairs"]) == 2
+    for side in ("ours", "theirs"):
+        assert result[side]["clips_per_second"] > 0
+        assert result[side]["peak_memory_bytes"] > 0
