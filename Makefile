@@ -8,7 +8,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 test: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow and not gpu and not faults"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not faults"
+
+test-faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "faults"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -11,8 +11,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "create_autoencoder": "video_convmae.models.autoencoder",
     "create_classifier": "video_convmae.models.classifier",
+    "load_weights": "video_convmae.models.weights",
 }
-__all__ = ["create_autoencoder", "create_classifier", "masking"]
+__all__ = ["create_autoencoder", "create_classifier", "load_weights", "masking"]
 
 
 def __getattr__(name: str) -> Any:

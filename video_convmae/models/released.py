@@ -1,0 +1,482 @@
+"""Checkpoints of any layout, read into `Weights` under our names, and written; what a model must be to hold them.
+
+Letters: N tokens, D width of a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import positions
+from .autoencoder import Autoencoder
+from .classifier import Classifier
+from .layouts import (
+    CONVMAE,
+    HUGGING_FACE,
+    LAYOUTS,
+    MAE,
+    MMPRETRAIN,
+    NO_CLS,
+    VIDEOMAE,
+    Geometry,
+    Layout,
+    Tensors,
+    joined,
+    to_layout,
+    to_our_values,
+    translate,
+)
+from .sizes import SIZES, Size
+
+PARTS = ("encoder", "norm", "fusion", "decoder", "head")  # of a model; the encoder is all that is always needed
+WRITTEN = {"convmae": CONVMAE, "videomae": VIDEOMAE, "huggingface": HUGGING_FACE}
+TABLE_TOLERANCE = 1e-4  # a released table differs from ours by rounding at most, a learnt one by far more
+_OURS = "encoder.embeddings.0.linear.weight"
+_WRAPPERS = ("module.", "model.", "_orig_mod.", "state_dict.")  # put before every name by DDP, Lightning, compile
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint under our names.
+
+    layout: what was recognised, for people.
+    tensors: our names -> tensors in our order of values. A classifier's norm is `fc_norm.*` here, `norm.*` is the one
+        over tokens; `encoder.positions` and `decoder.positions` may be there although a model computes its fixed ones.
+    geometry: of the windows.
+    position_table: the fixed table the weights were trained with; None: not known.
+    names: our names -> those in the file.
+    dropped: names in the file that have no counterpart here -> why.
+    notes: sentences for the report.
+    """
+
+    layout: str
+    tensors: Tensors
+    geometry: Geometry
+    position_table: Literal["sincos", "flat"] | None = None
+    names: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def temporal_kernel(self) -> int:
+        """Frames of the depthwise kernels; 1 for a plain ViT."""
+        kernel = self.tensors.get("encoder.conv_stages.0.0.depthwise.weight")
+        return 1 if kernel is None else kernel.shape[2]
+
+    @property
+    def is_image(self) -> bool:
+        """One frame a token, and no convolution looks at another frame."""
+        return self.geometry.tubelet == 1 and self.temporal_kernel == 1
+
+    def has(self, part: str) -> bool:
+        """Whether a part (encoder, norm, fusion, decoder, head) is there; a decoder without its embedding is not."""
+        if part == "decoder":
+            return "decoder.embedding.weight" in self.tensors
+        return any(name.startswith(part + ".") for name in self.tensors)
+
+    def state_dict(self) -> Tensors:
+        """What `load_state_dict` of our model takes: a classifier if there is a head, else an autoencoder."""
+        tensors = {n: t for n, t in self.tensors.items() if n != "decoder.positions"}
+        table = tensors.get("encoder.positions")
+        if not self.has("head"):
+            if table is not None and self._is_fixed(table):
+                del tensors["encoder.positions"]
+            return {n: t for n, t in tensors.items() if not n.startswith("fc_norm.")}
+        return {n.removeprefix("fc_"): t for n, t in tensors.items() if not n.startswith("norm.")}
+
+    def _is_fixed(self, table: Tensor) -> bool:
+        """Whether positions are those of the fixed table over a square grid."""
+        t = self.geometry.frames
+        side = math.isqrt(table.shape[1] // t)
+        return difference(table, positions.sincos((t, side, side), table.shape[2])) < TABLE_TOLERANCE
+
+
+# Reading
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """What a file holds: `.safetensors` as that, anything else as `torch.save` wrote it. No pickled code is executed.
+
+    Of all classes only `argparse.Namespace` is allowed, which the released checkpoints keep their arguments in.
+
+    Raises:
+        ValueError: the file cannot be read, or holds more than tensors, plain data and that.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
+
+
+def weights_of(source: str | Path | Mapping[str, Any] | Weights | nn.Module) -> Weights:
+    """Weights of any known layout under our names; which one it is, is found out from names and shapes.
+
+    Args:
+        source: a file, what such a file holds (the tensors may be under `model`, `state_dict` or `module`), a model of
+            ours, or weights that were read before.
+
+    Raises:
+        ValueError: an unknown layout, a name that the layout does not have, or tensors that do not fit together.
+    """
+    if isinstance(source, Weights):
+        return source
+    if isinstance(source, nn.Module):
+        return _weights_of_model(source)
+    state = _tensors_in(read(source) if isinstance(source, (str, Path)) else source)
+    state = _without_wrappers(state)
+    if _OURS in state:
+        return _from_ours(state)
+    for layout in LAYOUTS:
+        prefix = _prefix(state, layout)
+        if prefix is not None:
+            return _from_layout(state, layout, prefix)
+    markers = ", ".join(layout.marker for layout in LAYOUTS)
+    raise ValueError(
+        f"no known layout: none of {_OURS}, {markers} is among the {len(state)} names {folded(list(state))}"
+    )
+
+
+def _tensors_in(state: Mapping[str, Any]) -> Tensors:
+    for key in ("model", "state_dict", "module"):
+        if isinstance(state.get(key), Mapping):
+            return _tensors_in(state[key])
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others or not state:
+        got = folded(map(str, others)) or "nothing"
+        raise ValueError(f"expected names and tensors, or them under model, state_dict or module; got {got}")
+    return dict(state)
+
+
+def _without_wrappers(state: Tensors) -> Tensors:
+    for wrapper in _WRAPPERS:
+        if all(name.startswith(wrapper) for name in state):
+            return _without_wrappers({name.removeprefix(wrapper): tensor for name, tensor in state.items()})
+    return state
+
+
+def _prefix(state: Tensors, layout: Layout) -> str | None:
+    """What stands before the layout's marker: `encoder.`, `backbone.`, nothing; None if the marker is not there."""
+    for name, tensor in state.items():
+        if name == layout.marker or name.endswith("." + layout.marker):
+            return name.removesuffix(layout.marker) if tensor.ndim == layout.dims else None
+    return None
+
+
+def _from_layout(state: Tensors, layout: Layout, prefix: str) -> Weights:
+    prefixes = [p for p in (prefix, layout.companions.get(prefix)) if p]
+    names: dict[str, str] = {}
+    tensors: Tensors = {}
+    dropped: dict[str, str] = {}
+    unknown = []
+    for given, tensor in state.items():
+        name = next((given.removeprefix(p) for p in prefixes if given.startswith(p)), given)
+        ours = translate(name, (*layout.aliases, *layout.rows))
+        if name in layout.dropped:
+            dropped[given] = layout.dropped[name]
+        elif ours is None:
+            unknown.append(given)
+        else:
+            names[ours], tensors[ours] = given, tensor
+    if unknown:
+        raise ValueError(f"{layout.title} weights with names that this layout does not have: {folded(unknown)}")
+    geometry = _geometry_of_kernels(tensors)
+    tensors = {name: to_our_values(name, tensor, geometry) for name, tensor in joined(tensors).items()}
+    names = {name: names.get(name) or names.get(name.replace(".qkv.", ".query."), name) for name in tensors}
+    weights = Weights(layout.title, tensors, geometry, layout.position_table, names, dropped)
+    for finish in (_without_cls, _finish_videomae, _finish_mmpretrain, _finish_second_version):
+        weights = finish(weights, layout)
+    return replace(weights, layout=f"{weights.layout} {_role(weights)}")
+
+
+def _from_ours(state: Tensors) -> Weights:
+    if unknown := [name for name in state if name.split(".")[0] not in PARTS]:
+        raise ValueError(f"weights with names that no model of ours has: {folded(unknown)}")
+    if "head.weight" in state:
+        state = _with_fc_norm(state)
+    weights = Weights("VideoConvMAE", state, _geometry_of_ours(state), names={name: name for name in state})
+    return replace(weights, layout=f"VideoConvMAE {_role(weights)}")
+
+
+def _weights_of_model(model: nn.Module) -> Weights:
+    if not isinstance(model, (Autoencoder, Classifier)):
+        raise ValueError(f"a {type(model).__name__}; expected an Autoencoder or a Classifier")
+    tensors = model.state_dict()
+    if isinstance(model, Classifier):
+        tensors = _with_fc_norm(tensors)
+    config = model.encoder.config
+    geometry = Geometry(config.strides, config.tubelet, config.channels, config.grid[0])
+    weights = Weights("VideoConvMAE", tensors, geometry, config.position_table, {name: name for name in tensors})
+    return replace(weights, layout=f"VideoConvMAE {_role(weights)}")
+
+
+def _with_fc_norm(tensors: Tensors) -> Tensors:
+    return {"fc_" + name if name.startswith("norm.") else name: tensor for name, tensor in tensors.items()}
+
+
+def _role(weights: Weights) -> str:
+    if weights.has("decoder"):
+        return "pretraining"
+    return "finetuning" if weights.has("head") else "encoder only"
+
+
+def _without_cls(weights: Weights, layout: Layout) -> Weights:
+    """Drop the CLS token's row, the first, of the position tables."""
+    if not any(reason is NO_CLS for reason in weights.dropped.values()):
+        return weights
+    tensors = dict(weights.tensors)
+    for name in ("encoder.positions", "decoder.positions"):
+        table = tensors.get(name)
+        if table is not None and (layout is MAE or math.isqrt(table.shape[1]) ** 2 != table.shape[1]):
+            tensors[name] = table[:, 1:]  # what ConvMAE-v2's table holds was never documented: the square tells
+    note = (
+        "the CLS token and its position were dropped, as ours has none; it took part in attention, so tokens differ "
+        "from the released model's"
+    )
+    return replace(weights, tensors=tensors, notes=(*weights.notes, note))
+
+
+def _finish_videomae(weights: Weights, layout: Layout) -> Weights:
+    """VideoMAE's `encoder_to_decoder` has no bias: ours is zero."""
+    if layout.position_table != "flat":
+        return weights
+    tensors, notes = dict(weights.tensors), weights.notes
+    if "decoder.embedding.weight" in tensors:
+        weight = tensors["decoder.embedding.weight"]
+        tensors.setdefault("decoder.embedding.bias", weight.new_zeros(weight.shape[0]))
+    if layout is HUGGING_FACE:
+        notes += (
+            "transformers computes these weights with LayerNorm eps 1e-12 (1e-5 in the decoder's norm and fc_norm); "
+            "here it is 1e-6, as in VideoMAE, where they were trained",
+        )
+    return replace(weights, tensors=tensors, notes=notes)
+
+
+def _finish_mmpretrain(weights: Weights, layout: Layout) -> Weights:
+    """mmpretrain's final norm is over each token; behind a head it stands for ours, over their mean."""
+    if layout is not MMPRETRAIN or not weights.has("head"):
+        return weights
+    note = "mmpretrain normalises every token before the mean, ours their mean, as released: logits differ a little"
+    names = {"fc_" + n if n.startswith("norm.") else n: theirs for n, theirs in weights.names.items()}
+    return replace(weights, tensors=_with_fc_norm(weights.tensors), names=names, notes=(*weights.notes, note))
+
+
+def _finish_second_version(weights: Weights, layout: Layout) -> Weights:
+    """ConvMAE-v2 has a CLS token, and carries fusion and mask token that its authors say it does not use (issue 19)."""
+    if layout is not CONVMAE or not weights.dropped:
+        return weights
+    unused = [n for n in weights.tensors if n.startswith("fusion.")] if not weights.has("decoder") else []
+    dropped = {weights.names[n]: "not used by ConvMAE-v2 (its issue 19)" for n in unused}
+    tensors = {n: t for n, t in weights.tensors.items() if n not in unused}
+    return replace(weights, layout="ConvMAE-v2", tensors=tensors, dropped={**weights.dropped, **dropped})
+
+
+def _geometry_of_kernels(tensors: Tensors) -> Geometry:
+    """From the kernels of embeddings that are still convolutions."""
+    kernels = list(_embeddings(tensors))
+    tubelet = kernels[0].shape[2] if kernels[0].ndim == 5 else 1
+    return Geometry(tuple(kernel.shape[-1] for kernel in kernels), tubelet, kernels[0].shape[1])
+
+
+def _geometry_of_ours(tensors: Tensors) -> Geometry:
+    """From the Linear layers, for three channels; the tubelet is the smallest that leaves a square window."""
+    first, *later = _embeddings(tensors)
+    windows = [kernel.shape[1] // before.shape[0] for before, kernel in zip([first, *later], later)]
+    window, tubelet = first.shape[1] // 3, 1
+    while window % tubelet or math.isqrt(window // tubelet) ** 2 * tubelet != window:
+        tubelet += 1
+    return Geometry(tuple(math.isqrt(size) for size in (window // tubelet, *windows)), tubelet)
+
+
+def _embeddings(tensors: Tensors) -> Iterable[Tensor]:
+    stage = 0
+    while (kernel := tensors.get(f"encoder.embeddings.{stage}.linear.weight")) is not None:
+        yield kernel
+        stage += 1
+
+
+# Writing
+
+
+def release(
+    source: str | Path | Mapping[str, Any] | Weights | nn.Module,
+    layout: Literal["convmae", "videomae", "huggingface"],
+    image_size: int | tuple[int, int] = 224,
+) -> Tensors:
+    """Weights in a released layout: pretraining if they have a decoder, else finetuning.
+
+    Args:
+        source: as in `weights_of`.
+        layout: `convmae` for image hybrids, `videomae` and `huggingface` for plain ViTs.
+        image_size: the pixels that the fixed position tables of `convmae` are made for; a model has its own.
+
+    Raises:
+        ValueError: the layout cannot hold these weights.
+    """
+    if layout not in WRITTEN:
+        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(WRITTEN)} (MAE has a CLS token, ours none)")
+    weights = weights_of(source)
+    if isinstance(source, nn.Module):
+        image_size = source.encoder.config.image_size
+    tensors = dict(weights.tensors)
+    stages = len(weights.geometry.strides)
+    if layout == "convmae":
+        if stages != 3 or not weights.is_image:
+            raise ValueError(f"the ConvMAE layout holds image models of three stages; {what(weights)}")
+        if not weights.has("head"):
+            tensors = _with_tables(weights, image_size)
+    else:
+        if stages != 1 or weights.position_table == "sincos":
+            raise ValueError(f"the VideoMAE layouts hold plain ViTs with the flat position table; {what(weights)}")
+        if tensors.pop("decoder.embedding.bias", torch.zeros(1)).any():
+            raise ValueError("the VideoMAE layouts have no bias between encoder and decoder; here it is not zero")
+        tensors = {name: t for name, t in tensors.items() if weights.has("head") or not name.endswith(".positions")}
+    return to_layout(tensors, weights.geometry, WRITTEN[layout])
+
+
+def save(tensors: Tensors, path: str | Path) -> None:
+    """Write tensors: `.safetensors` as that, anything else as `{"model": tensors}` by `torch.save`."""
+    path = Path(path)
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    if path.suffix == ".safetensors":
+        save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        torch.save({"model": tensors}, path)
+
+
+def _with_tables(weights: Weights, image_size: int | tuple[int, int]) -> Tensors:
+    """The released models keep their frozen position tables in the file."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    patch = math.prod(weights.geometry.strides)
+    grid = (1, height // patch, width // patch)
+    tensors = dict(weights.tensors)
+    like = {"encoder.positions": "encoder.projection.bias", "decoder.positions": "decoder.mask_token"}
+    for name, vector in like.items():
+        if vector in tensors:
+            table = positions.TABLES[weights.position_table or "sincos"]
+            tensors.setdefault(name, table(grid, tensors[vector].numel())[None])
+    return tensors
+
+
+def what(weights: Weights) -> str:
+    """Half a sentence for an error."""
+    frames = f"tubelet {weights.geometry.tubelet}, temporal kernel {weights.temporal_kernel}"
+    return f"this is {weights.layout}, {len(weights.geometry.strides)} stages, {frames}"
+
+
+# Sizes
+
+
+def sizes_of(
+    source: str | Path | Mapping[str, Any] | Weights, kind: Literal["autoencoder", "classifier"] | None = None
+) -> dict[str, Any]:
+    """What `create_autoencoder` or `create_classifier` must be called with to hold these weights.
+
+    Shapes give everything but: the heads (those of our size of the same widths and depths, else width // 64; for the
+    decoder of an image model width // 32), and where no position table is in the file the clip's size (16 frames, one
+    for an image model, of 224x224 pixels). With one the grid is taken to be square.
+
+    Args:
+        source: as in `weights_of`.
+        kind: which of the two; by default a classifier where there is a head.
+
+    Raises:
+        ValueError: the weights cannot be held: stages with different MLP ratios.
+    """
+    weights = weights_of(source)
+    kind = kind or ("classifier" if weights.has("head") else "autoencoder")
+    sizes = _encoder_sizes(weights)
+    if weights.position_table == "flat":
+        sizes["position_table"] = "flat"
+    if kind == "classifier":
+        if weights.position_table == "flat" and "encoder.positions" not in weights.tensors:
+            sizes["learnable_positions"] = False
+        return sizes | ({"num_classes": len(weights.tensors["head.bias"])} if weights.has("head") else {})
+    if weights.has("decoder"):
+        sizes |= _decoder_sizes(weights, sizes["size"])
+    return sizes | {"msd": weights.has("fusion") or len(sizes["strides"]) == 1 or not weights.has("decoder")}
+
+
+def _encoder_sizes(weights: Weights) -> dict[str, Any]:
+    tensors, geometry = weights.tensors, weights.geometry
+    widths = tuple(kernel.shape[0] for kernel in _embeddings(tensors))
+    last = len(widths) - 1
+    stages = [*(f"encoder.conv_stages.{stage}" for stage in range(last)), "encoder.attention_blocks"]
+    depths = tuple(_count(tensors, stage) for stage in stages)
+    named = next((name for name, size in SIZES.items() if (size.widths, size.depths) == (widths, depths)), None)
+    sizes = {
+        "size": named or ("base" if last else "vit_base"),
+        "widths": widths,
+        "depths": depths,
+        "heads": SIZES[named].heads if named else max(1, widths[last] // 64),
+        "strides": geometry.strides,
+        "tubelet": geometry.tubelet,
+        "mlp_ratio": _mlp_ratio(tensors, stages),
+        "channels": geometry.channels,
+        "num_frames": 1 if weights.is_image else 16 if geometry.frames == 1 else geometry.frames * geometry.tubelet,
+        "image_size": 224,
+    }
+    if last:
+        kernel = tensors["encoder.conv_stages.0.0.depthwise.weight"]
+        sizes |= {"temporal_kernel": kernel.shape[2], "spatial_kernel": kernel.shape[-1]}
+    table = tensors.get("encoder.positions")
+    if table is not None:
+        side = math.isqrt(table.shape[1] * geometry.tubelet // sizes["num_frames"])
+        if side**2 * sizes["num_frames"] == table.shape[1] * geometry.tubelet:
+            sizes["image_size"] = side * math.prod(geometry.strides)
+    return sizes
+
+
+def _decoder_sizes(weights: Weights, size: str) -> dict[str, Any]:
+    width = weights.tensors["decoder.embedding.bias"].numel()
+    depth = _count(weights.tensors, "decoder.blocks")
+    named: Size = SIZES[size]
+    known = named.image_decoder if weights.is_image else named.video_decoder
+    heads = known[2] if known[:2] == (width, depth) else max(1, width // (32 if weights.is_image else 64))
+    return {
+        "decoder": (width, depth, heads),
+        "decoder_mlp_ratio": _mlp_ratio(weights.tensors, ["decoder.blocks"]),
+        "target": "patch" if weights.is_image else "patch_channel",
+    }
+
+
+def _count(tensors: Tensors, blocks: str) -> int:
+    count = 0
+    while f"{blocks}.{count}.norm1.weight" in tensors:
+        count += 1
+    return count
+
+
+def _mlp_ratio(tensors: Tensors, stages: list[str]) -> float:
+    shapes = {tuple(t.shape) for n, t in tensors.items() if n.startswith(tuple(stages)) and n.endswith("fc1.weight")}
+    ratios = sorted({hidden / width for hidden, width in shapes})
+    if len(ratios) > 1:
+        raise ValueError(f"the stages have MLP ratios {ratios}; ours has one for all, as the released base model")
+    return ratios[0] if ratios else 4.0
+
+
+def difference(table: Tensor, other: Tensor) -> float:
+    """The largest difference of two position tables `([1,] N, D)`; infinite for different shapes."""
+    if table.shape[-2:] != other.shape[-2:]:
+        return math.inf
+    return (table.float() - other).abs().max().item()
+
+
+def folded(names: Iterable[str]) -> str:
+    """Names in short: all that differ only from the first numbered part on are one, with their count."""
+    heads = Counter(re.sub(r"\.\d.*", "...", name) for name in names)
+    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in heads.items())
