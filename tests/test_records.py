@@ -68,6 +68,18 @@ def test_missing_and_empty_lists_are_errors(tmp_path: Path) -> None:
         read_list(write(tmp_path, "a 1"), "films")
 
 
+def test_a_folder_of_class_folders_is_a_list(tmp_path: Path) -> None:
+    for name in ("n02/b.JPEG", "n02/a.JPEG", "n01/c.JPEG", "n01/.hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "readme.txt").touch()
+    records = read_list(tmp_path, "image")
+    assert [(Path(r.path).name, r.label) for r in records] == [("c.JPEG", 0), ("a.JPEG", 1), ("b.JPEG", 1)]
+    assert len(read_list(tmp_path.name, "image", root=tmp_path.parent)) == 3
+    with pytest.raises(ListError, match="no class folders with frames"):
+        read_list(tmp_path, "frames")
+
+
 def test_records_are_a_sequence_that_pickles_small(tmp_path: Path) -> None:
     records = read_list(write(tmp_path, "".join(f"videos/{i:06d}.mp4 {i % 400}\n" for i in range(10_000))))
     assert len(records) == 10_000

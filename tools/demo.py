@@ -64,9 +64,7 @@ def main() -> None:
     write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
     best = min(errors["mean_colour_mse"], errors["nearest_patch_mse"])
-    print(
-        f"\nOn {len(clips)} validation clips of photographs never seen in training, mean squared error of hidden pixels:"
-    )
+    print(f"\nMean squared error of hidden pixels, on {len(clips)} clips of photographs never seen in training:")
     print(f"  VideoConvMAE            {errors['mse']:.4f}   (PSNR {errors['psnr']:.1f} dB)")
     print(f"  mean visible colour     {errors['mean_colour_mse']:.4f}")
     print(f"  nearest visible patch   {errors['nearest_patch_mse']:.4f}")

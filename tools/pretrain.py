@@ -34,7 +34,9 @@ def pretrain(config: PretrainConfig) -> int:
     with distributed.processes(config.device) as group:
         records = config.data.records()
         torch.manual_seed(config.seed)
-        model = config.model.autoencoder().to(group.device)
+        model = config.model.autoencoder()
+        report = config.init.load(model)
+        model = model.to(group.device)
         clips = config.data.clips(records, model, config.mask, config.seed)
 
         share = Share(config.train.batch_size, group.count, group.rank, config.train.accumulate)
@@ -43,6 +45,8 @@ def pretrain(config: PretrainConfig) -> int:
         if group.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             write_yaml(config, folder / "config.yaml")
+            if report is not None:
+                print(report)
             print(f"{len(records)} records, decoder {config.data.decoder}, device {group.device} x {group.count}")
             print(
                 f"effective batch {share.global_batch} = {share.per_device} a device x {share.ranks} devices x ", end=""

@@ -29,6 +29,7 @@ from video_convmae.engine.loop import TrainConfig
 from video_convmae.engine.optim import OptimConfig
 from video_convmae.masking import MASKS
 from video_convmae.models.autoencoder import Autoencoder, Target, create_autoencoder
+from video_convmae.models.weights import Inflation, LoadReport, load_weights
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -131,6 +132,29 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """What a new run starts from. A run that goes on takes its own checkpoint instead."""
+
+    weights: str | None = None
+    """Checkpoint, run folder or published file (models/released.py tells the layouts); none: random."""
+    inflation: Inflation = field(default_factory=Inflation)
+    """How image weights become video weights: average or center, over the frames of a token and of a kernel."""
+
+    def load(self, model: Autoencoder) -> LoadReport | None:
+        """Load the weights, if any, and say what was loaded.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file does not fit the model.
+        """
+        if self.weights is None:
+            return None
+        path = Path(self.weights)
+        source = checkpoint.find(path) if path.is_dir() else path
+        return load_weights(model, source, inflation=self.inflation)
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """A pretraining run."""
 
@@ -140,6 +164,8 @@ class PretrainConfig:
     """The list, and how clips are made of its records."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The autoencoder."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """What the run starts from."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     """What the encoder does not see."""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -2,6 +2,9 @@
 
 A sample is a function of (seed, epoch, record index, repeat) and of nothing else: not of the worker, the rank or the
 number of either. An epoch and an index are therefore what a data set is asked for.
+
+The index that its random numbers are drawn from is the record's line in the list file (`Records.lines`): whether other
+rows are good, bad or commented out with '#', a record gives the same samples.
 """
 
 from __future__ import annotations
@@ -101,30 +104,29 @@ class Clips(Dataset):
         return len(self.records)
 
     def __getitem__(self, draw: Draw) -> Sample:
-        """The record's clips; where it cannot be read, those of another, drawn from (seed, epoch, index, attempt).
+        """The record's clips; where it cannot be read, those of another, drawn from (seed, epoch, line, attempt).
 
         Raises:
             DecodeError: `attempts` records in a row could not be read.
         """
         epoch, asked = draw
+        line = int(self.records.lines[asked])
         faults: list[Fault] = []
         index = asked
         for attempt in range(1, self.attempts + 1):
             try:
-                return self._sample(epoch, asked, index, attempt, tuple(faults))
+                return self._sample(epoch, line, index, attempt, tuple(faults))
             except DecodeError as error:
                 faults.append(Fault(index, self.records[index].path, str(error)))
-            generator = sample_generator(self.seed, epoch, asked, attempt, REPLACEMENT)
+            generator = sample_generator(self.seed, epoch, line, attempt, REPLACEMENT)
             index = int(torch.randint(len(self.records), (), generator=generator))
         raise DecodeError(
             f"{len(faults)} records in a row could not be read, from record {asked} on; the first: {faults[0].error}"
         )
 
-    def _sample(self, epoch: int, asked: int, index: int, attempt: int, faults: tuple[Fault, ...]) -> Sample:
+    def _sample(self, epoch: int, line: int, index: int, attempt: int, faults: tuple[Fault, ...]) -> Sample:
         record = self.records[index]
-        generators = [
-            sample_generator(self.seed, epoch, asked, repeat, attempt, CLIP) for repeat in range(self.repeats)
-        ]
+        generators = [sample_generator(self.seed, epoch, line, repeat, attempt, CLIP) for repeat in range(self.repeats)]
         with self.decoder.open(record) as reader:
             indices = [self.sampling.clip(len(reader), generator) for generator in generators]
             wanted = np.unique(np.concatenate(indices))  # each frame is decoded once, whatever the repeats ask for

@@ -7,16 +7,29 @@ step goes on with the records that it would have seen.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from .datasets import ORDER, Clips, Draw, Fault, Sample, sample_generator
+
+_PATIENCE = 2.0  # seconds that workers have to end before they are killed
+
+
+class LoaderError(RuntimeError):
+    """A worker ended before its time. No record is to blame, and what the main process holds is whole."""
 
 
 class Batch(NamedTuple):
@@ -111,6 +124,9 @@ def load(
         workers: processes; 0 loads in this one.
         pin_memory: page-locked batches, for copies to CUDA that do not wait.
         start_method: fork, spawn or forkserver; None is the platform's own.
+
+    Raises:
+        LoaderError: a worker ended, which is noticed in 5 s.
     """
     loader = DataLoader(
         clips,
@@ -123,21 +139,78 @@ def load(
         worker_init_fn=_prepare_worker,
     )
     iterator = iter(loader)
+    if not workers:
+        yield from iterator
+        return
+    # PyTorch would raise a worker's death wherever this process is at that moment, be it within an optimizer step. It
+    # also looks for the dead when it has waited 5 s for a batch; that is when it is safe to raise.
+    _remove_worker_pids(id(iterator))
+    iterator._worker_pids_set = False
+    # An iterator that nobody closes, or that a traceback holds, must not keep the program from ending.
+    at_exit = Finalize(None, _kill, [iterator._workers], exitpriority=0)
     try:
         yield from iterator
+    except Exception as error:
+        if reason := _death(iterator._workers):
+            raise LoaderError(reason) from error
+        raise
     finally:
-        if workers:  # not left to garbage collection: a traceback may hold the iterator until the program ends
-            iterator._shutdown_workers()
+        if at_exit.still_active():
+            _end(iterator)
+            at_exit.cancel()
 
 
 def _prepare_worker(worker: int) -> None:
     """Parallelism belongs to the workers, stopping to the main process.
 
     Threads within each worker would only take turns on the same cores. Ctrl-C and a scheduler's signals reach every
-    process: the main one saves and then ends its workers, which must serve it until then. So a worker ends at the second
-    SIGTERM, which comes from its parent.
+    process: the main one saves and then ends its workers, which must serve it until then. If it is killed, they end at
+    once; PyTorch would have them go on until their decoder returns, and for ever under forkserver.
     """
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _end(iterator: Any) -> None:
+    """End the workers, by force if need be: one may wait for a decoder that hangs."""
+    force = threading.Timer(_PATIENCE, _kill, [iterator._workers])
+    force.daemon = True
+    force.start()
+    try:
+        iterator._shutdown_workers()
+    finally:
+        force.cancel()
+
+
+def _kill(workers: Sequence[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+def _death(workers: Sequence[BaseProcess]) -> str | None:
+    """Which worker ended, how, and what to do; None if all live. One whose line broke may take a moment to end."""
+    ended = wait([worker.sentinel for worker in workers], timeout=1.0)
+    for place, worker in enumerate(workers):
+        if worker.sentinel in ended:
+            worker.join(1.0)
+            code = worker.exitcode
+            how, advice = f"ended with exit code {code}", "what it wrote before stands above"
+            if code is not None and code < 0:
+                number = signal.Signals(-code)
+                how, advice = f"was ended by {number.name}", _ADVICE.get(number, advice)
+            return f"loading process {worker.pid} (worker {place} of {len(workers)}) {how}: {advice}"
+    return None
+
+
+_LESS = "fewer data.workers, a smaller train.batch_size or fewer data.repeats"
+_ADVICE = {
+    signal.SIGKILL: f"the system does this when memory runs out; set {_LESS}",
+    signal.SIGBUS: f"shared memory (/dev/shm) is full; give it more room (docker run --shm-size), or set {_LESS}",
+}

@@ -6,7 +6,8 @@ Three formats, named by `data.format`; fields are split off from the right, so p
     frames   folder count label  |  folder 0 count        (the last is VideoMAE V2's: no label)
     image    path label  |  path
 
-Empty lines and lines that begin with `#` are passed over. Relative paths are joined to `root`.
+Empty lines and lines that begin with `#` are passed over. Relative paths are joined to `root`. In place of a list, a
+folder of class folders will do (ImageNet, as torchvision's ImageFolder reads it); classes are numbered by name.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Records(Sequence[Record]):
     bytes a record: 100 MB a worker for Kinetics-400); arrays are shared, and cheap to pickle for spawned workers.
     """
 
-    def __init__(self, records: Iterable[Record], format: ListFormat = "video") -> None:
+    def __init__(
+        self, records: Iterable[Record], format: ListFormat = "video", lines: Sequence[int] | None = None
+    ) -> None:
         records = list(records)
         paths = [os.fsencode(record.path) for record in records]
         self.format = format
@@ -51,6 +54,7 @@ class Records(Sequence[Record]):
         self._ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
         self._labels = _int_array([record.label for record in records])
         self._num_frames = _int_array([record.num_frames for record in records])
+        self._lines = np.arange(len(records)) if lines is None else np.array(lines, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -68,12 +72,17 @@ class Records(Sequence[Record]):
         """The class of every record, int64; -1 where the list gives none."""
         return self._labels
 
+    @property
+    def lines(self) -> np.ndarray:
+        """The line of every record in its list file, int64, counted from 0; the index where none is passed over."""
+        return self._lines
+
 
 def read_list(path: str | Path, format: ListFormat = "video", root: str | Path = "") -> Records:
     """Read a list file.
 
     Args:
-        path: the list.
+        path: the list, or a folder of class folders.
         format: what its lines hold (see the head of this file).
         root: folder that relative paths are joined to; empty: relative to the working directory.
 
@@ -82,11 +91,13 @@ def read_list(path: str | Path, format: ListFormat = "video", root: str | Path =
     """
     if format not in get_args(ListFormat):
         raise ListError(f"data.format is {format!r}; expected one of {', '.join(get_args(ListFormat))}")
+    if Path(root, path).is_dir():
+        return _read_tree(Path(root, path), format)
     try:
         text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise ListError(f"cannot read the list {path}: {error.strerror or error}") from error
-    records = []
+    records, lines = [], []
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.strip()
         if line and not line.startswith("#"):
@@ -95,8 +106,24 @@ def read_list(path: str | Path, format: ListFormat = "video", root: str | Path =
             except ValueError as error:
                 raise ListError(f"{path}, line {number}: {error}; the line is {line!r}") from None
             records.append(Record(os.path.join(root, record.path), record.label, record.num_frames, format))
+            lines.append(number - 1)
     if not records:
         raise ListError(f"the list {path} holds no records")
+    return Records(records, format, lines)
+
+
+def _read_tree(folder: Path, format: ListFormat) -> Records:
+    """The files (for `frames`, the folders) one level down in each class folder, in the order of their names."""
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    records = []
+    for label, name in enumerate(classes):
+        entries = sorted(os.scandir(folder / name), key=lambda entry: entry.name)
+        for entry in entries:
+            if not entry.name.startswith(".") and entry.is_dir() == (format == "frames"):
+                count = sum(1 for _ in os.scandir(entry.path)) if format == "frames" else None
+                records.append(Record(entry.path, label, count, format))
+    if not records:
+        raise ListError(f"the folder {folder} holds no class folders with {format} files in them")
     return Records(records, format)
 
 

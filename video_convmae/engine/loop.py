@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from video_convmae.data.datasets import STEP, Fault, sample_generator
-from video_convmae.data.loader import Batch
+from video_convmae.data.loader import Batch, LoaderError
 
 from . import checkpoint, distributed
 from .distributed import Processes
@@ -209,6 +209,7 @@ def train(
     Raises:
         NonFiniteLoss: with `on_nonfinite: stop`.
         TooManyBadRecords: see `BadRecords`.
+        LoaderError: a loading process ended; the state after the last step that was done is saved.
     """
     schedule = optimization.schedule
     state = _resume(task, optimization, config, group, folder / "checkpoints", settings)
@@ -219,7 +220,14 @@ def train(
         window = Window()
         for step in range(first, schedule.steps):
             torch.manual_seed(sample_generator(seed, step, group.rank, STEP).initial_seed())
-            loss, records = _accumulate_gradients(state, batches, window, config, group)
+            try:
+                loss, records = _accumulate_gradients(state, batches, window, config, group)
+            except LoaderError as error:  # of any rank: the others hold the same state, but do not hear of it
+                state.save(folder / "checkpoints", config.keep)
+                bad_records.add(window.faults, write=True)
+                raise LoaderError(
+                    f"{error}. The state after step {state.step} is saved; the same command goes on from there"
+                ) from None
             norm = _update(state, optimization, schedule.lr(step))
             window.add(records, loss, norm)
             log.step()

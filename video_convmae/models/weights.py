@@ -106,13 +106,14 @@ def load_weights(
     if unknown := sorted(set(leave_out) - set(PARTS[1:])):
         raise ValueError(f"leave_out has {', '.join(unknown)}; expected some of {', '.join(PARTS[1:])}")
     encoder = model if isinstance(model, Encoder) else model.encoder
-    if weights.is_image and encoder.config.num_frames > 1:
+    inflated = weights.is_image and encoder.config.num_frames > 1
+    if inflated:
         weights = _inflated_for(encoder.config, weights, inflation)
     weights = _arranged_for(model, weights, leave_out)
     plan = _Plan(_targets(model), weights, notes=list(weights.notes))
     _plan_positions(plan, encoder.config)
     for part in PARTS:
-        _plan_part(plan, part, decoder_may_be_new=inflation is not None)
+        _plan_part(plan, part, decoder_may_be_new=inflated)
     if "decoder.mask_token" in plan.values and "decoder.positions" in weights.tensors:
         _compare(plan, "decoder.positions", encoder.config)
     return plan.carry_out()
