@@ -394,7 +394,7 @@ def test_nothing_outlives_a_killed_run(start_method: str, folder: Path, tmp_path
 ENDS = ["success", "error", "SIGTERM to the main process", "Ctrl-C"]
 WAYS = [(end, "fork", workers) for end in ENDS for workers in (0, 1, 3)]
 WAYS += [(end, start_method, workers) for start_method in START_METHODS[1:] for end in ENDS for workers in (1, 3)]
-QUICK = {("success", "spawn", 3), ("error", "forkserver", 3), ("Ctrl-C", "forkserver", 1), ("Ctrl-C", "fork", 0)}
+QUICK = {("success", "spawn", 1), ("error", "forkserver", 1), ("Ctrl-C", "forkserver", 1), ("Ctrl-C", "fork", 0)}
 QUICK |= {("SIGTERM to the main process", "spawn", 1), ("SIGTERM to the main process", "fork", 3)}
 
 

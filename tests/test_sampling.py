@@ -100,3 +100,32 @@ def test_sampling_chooses() -> None:
         Sampling("sparse")
     with pytest.raises(ValueError, match="at least one"):
         Sampling().clip(0)
+
+
+@given(count=st.integers(61, 600), segments=st.integers(2, 10))
+def test_dense_views_start_within_two_strides_of_videomaes(count: int, segments: int) -> None:
+    """VideoMAE first keeps every 4th frame, then spreads the starts over those: its starts are multiples of 4.
+
+    So its last view can end up to 3 frames before the video does; ours ends on the last frame.
+    """
+    kept = np.arange(0, count, 4)
+    theirs = [kept[int(view * (len(kept) - 16) / (segments - 1))] for view in range(segments)]
+    ours = dense_views(count, 16, 4, segments)
+    assert (np.abs(ours[:, 0] - theirs) < 8).all()
+    assert ours[-1, -1] == count - 1
+
+
+def test_dense_starts_are_videomaes_and_the_last_three() -> None:
+    """VideoMAE pretrains on 16 frames, 4 apart, from one of the first `count - 64 + 1` frames; the clip spans 61."""
+    starts = {int(dense_clip(300, 16, 4, generator(seed))[0]) for seed in range(4000)}
+    assert starts == set(range(300 - 64 + 1)) | {237, 238, 239}
+
+
+@pytest.mark.parametrize("count", [16, 48, 160])
+def test_uniform_segments_are_videomaes_where_they_divide_the_video(count: int) -> None:
+    """VideoMAE draws from segments of `count // 16` frames and so never shows what is left over; ours cover it."""
+    width = count // 16
+    draws = np.stack([uniform_clip(count, 16, generator(seed)) for seed in range(300)])
+    assert (draws.min(0) == np.arange(16) * width).all()
+    assert (draws.max(0) == np.arange(16) * width + width - 1).all()
+    assert uniform_clip(31, 16, generator()).max() >= 29  # theirs would stop at frame 15
