@@ -12,7 +12,9 @@ from clips import encode, pictures
 from PIL import Image
 
 from tools.pretrain import pretrain
+from video_convmae import create_autoencoder
 from video_convmae.config import ModelConfig, PretrainConfig, from_plain, load_autoencoder, parse, plain, write_yaml
+from video_convmae.engine import checkpoint
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -135,3 +137,25 @@ def test_a_model_configuration_says_what_it_overrides() -> None:
     assert model.grid == (4, 8, 8)
     assert model.decoder.mask_token.numel() == 48
     assert model.target == "patch_channel"
+
+
+def test_a_video_run_starts_from_image_weights(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.manual_seed(7)
+    image = create_autoencoder("tiny", num_frames=1, image_size=32)
+    checkpoint.save(tmp_path, 1, {"model": image.state_dict()})
+    config = load(
+        ROOT / "configs" / "debug" / "pretrain.yaml",
+        f"--init.weights={tmp_path / 'step_00000001.pt'}",
+        f"--data.train={videos / 'list.txt'}",
+        f"--data.root={videos}",
+        f"--output={tmp_path / 'run'}",
+        "--model.image_size=32",
+        "--data.workers=0",
+        "--device=cpu",
+        "--optim.lr=0",
+    )
+    pretrain(config)
+    assert "inflated: depthwise kernels over 3 frames (center)" in capsys.readouterr().out
+    video = checkpoint.load(checkpoint.find(tmp_path / "run"))["model"]
+    name = "encoder.attention_blocks.0.mlp.fc1.weight"
+    assert torch.equal(video[name], image.state_dict()[name])
