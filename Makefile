@@ -33,5 +33,5 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP_INSTALL) -e ".[dev,demo]"
+	$(PIP_INSTALL) -e ".[dev,demo,torchcodec]"
 	touch $@

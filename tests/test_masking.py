@@ -23,7 +23,7 @@ def generator(seed: int) -> torch.Generator:
 def test_count_depends_on_grid_and_ratio_alone(kind: str, grid: masking.Grid, ratio: float, seed: int) -> None:
     t, h, w = grid
     visible = masking.MASKS[kind](grid, ratio, generator(seed))
-    hidden = t * int(ratio * h * w) if kind == "tube" else int(ratio * t * h * w)
+    hidden = t * int(ratio * (h * w)) if kind == "tube" else int(ratio * (t * h * w))
     assert visible.shape == grid
     assert visible.dtype == torch.bool
     assert int((~visible).sum()) == hidden

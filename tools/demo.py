@@ -50,7 +50,8 @@ def main() -> None:
     clips = middle_clips(read_list(data / "validation.txt", root=data), config, model.encoder.config.image_size)
     result = reconstruct(model, config, clips, draw_masks(model, config, len(clips)))
     errors = hidden_error(model, result)
-    shown = reconstruct(model, config, clips[::8][:6], result.visible[::8][:6])
+    some = slice(0, 36, 9)  # classes take turns, then photographs: four of each
+    shown = reconstruct(model, config, clips[some], result.visible[some])
     write_picture(shown, output / "reconstruction.png", caption(config, model))
     write_video(shown, output / "reconstruction.mp4")
     draw_loss(run / "log.jsonl", output / "loss.png")

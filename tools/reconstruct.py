@@ -114,7 +114,7 @@ def caption(config: PretrainConfig, model: Autoencoder) -> str:
 def write_picture(result: Reconstructions, path: Path, text: str, frames: int = 8) -> None:
     """A PNG: three rows a clip (original, masked, reconstructed), up to `frames` columns over time."""
     columns = np.linspace(0, result.original.shape[2] - 1, min(frames, result.original.shape[2])).round().astype(int)
-    scale = max(1, 112 // result.original.shape[-1])
+    scale = max(1, 128 // result.original.shape[-1])
     clips = []
     for rows in zip(result.original, result.masked, result.reconstructed):
         strips = [np.concatenate(list(_frames(row, scale)[columns]), axis=1) for row in rows]
