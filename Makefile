@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: test test-faults demo lint clean
+.PHONY: test test-faults test-slow demo lint clean
 
 test: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -13,6 +13,9 @@ test: $(VENV)/.dev
 test-faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "faults"
 
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow"
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
@@ -20,7 +23,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python tools/demo.py --output runs/demo
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs/demo
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +80,24 @@ def test_a_shrunken_copy_takes_two_steps(path: Path, videos: Path, tmp_path: Pat
     model, again = load_autoencoder(tmp_path)
     assert again == small
     assert model.grid == (max(1, frames // 2), 2, 2)
+
+
+@pytest.mark.parametrize("path", [p for p in PRETRAINING if p.parent.name == "video"], ids=name)
+def test_the_numbers_are_the_recipes(path: Path) -> None:
+    """shared/reference/video_frameworks.md sections 1.1 and 1.4; the number of devices stands in the launch command."""
+    config, text = load(path), path.read_text()
+    nodes = int(re.search(r"--nnodes (\d+)", text)[1])
+    batch = config.train.batch_size * 8 * nodes * config.train.accumulate
+    spatiotemporal = "spatiotemporal" in path.name
+    assert config.data.stride == (2 if "ssv2" in path.name else 4)
+    assert config.train.epochs == (200 if "200ep" in path.name or spatiotemporal else 800)
+    assert (config.mask.kind, config.mask.ratio) == ("random" if spatiotemporal else "tube", 0.9)
+    assert (batch, config.data.repeats) == ((512, 4) if spatiotemporal else (2048, 1))
+    expected = (1.6e-3, 0.0, 5, 0.02) if spatiotemporal else (1.5e-4, 1e-5, 40, None)
+    optim = config.optim
+    assert (optim.base_lr, optim.base_min_lr, optim.warmup_epochs, optim.clip_grad) == expected
+    assert (optim.weight_decay, optim.betas) == (0.05, (0.9, 0.95))
+    assert f"Effective batch {batch} " in text
 
 
 def test_something_something_is_never_flipped() -> None:
@@ -159,3 +178,5 @@ def test_a_video_run_starts_from_image_weights(videos: Path, tmp_path: Path, cap
     video = checkpoint.load(checkpoint.find(tmp_path / "run"))["model"]
     name = "encoder.attention_blocks.0.mlp.fc1.weight"
     assert torch.equal(video[name], image.state_dict()[name])
+    (tmp_path / "step_00000001.pt").unlink()  # a run that goes on does not need what it started from
+    assert pretrain(config) == 4

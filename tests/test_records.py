@@ -73,6 +73,7 @@ def test_a_folder_of_class_folders_is_a_list(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "readme.txt").touch()
+    (tmp_path / "n01" / "Thumbs.db").touch()
     records = read_list(tmp_path, "image")
     assert [(Path(r.path).name, r.label) for r in records] == [("c.JPEG", 0), ("a.JPEG", 1), ("b.JPEG", 1)]
     assert len(read_list(tmp_path.name, "image", root=tmp_path.parent)) == 3

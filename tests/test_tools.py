@@ -49,6 +49,11 @@ def test_reconstruct_writes_a_picture_and_a_playable_mp4(
     assert (frames[0].width, frames[0].height) == (3 * 3 * 64, 2 * 3 * 64)
 
 
+def test_the_average_of_the_weights_is_there_or_an_error(run: tuple[Path, Path]) -> None:
+    with pytest.raises(ValueError, match=r"the run had no train\.ema"):
+        reconstruct.load_autoencoder(run[0], ema=True)
+
+
 def test_the_caption_is_honest() -> None:
     config = parse(PretrainConfig, ["--output=x", "--data.train=y"])
     texts = {}

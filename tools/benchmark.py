@@ -24,7 +24,7 @@ import torch
 from video_convmae import create_autoencoder, masking
 from video_convmae.models.autoencoder import Autoencoder
 
-RIVALS = {  # what --vs names: size and arguments of the other model, from the size and arguments of ours
+RIVALS = {  # what --vs names: size and arguments of the other model, from ours; videomae is our plain ViT, packed too
     "dense": lambda size, arguments: (size, arguments | {"implementation": "dense"}),
     "packed": lambda size, arguments: (size, arguments | {"implementation": "packed"}),
     "videomae": lambda size, arguments: (f"vit_{size}", arguments | {"position_table": "flat"}),
@@ -68,7 +68,7 @@ def describe(model: Autoencoder, given: argparse.Namespace, seconds: list[float]
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: of the device's allocator on CUDA; on the CPU the whole process so far, which both sides share."""
+    """Bytes so far of CUDA's allocator, or of the whole process: both models are resident, so compare separate runs."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

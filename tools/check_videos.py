@@ -89,6 +89,8 @@ class Check:
 
 def read_rows(path: Path, format: ListFormat, root: Path) -> list[Row]:
     """The rows of a list with their numbers and their text."""
+    if path.is_dir():
+        raise ListError(f"{path} is a folder; make a list of it first: python tools/make_list.py folders --root {path}")
     records = read_list(path, format, root)
     lines = enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").split("\n"), start=1)
     kept = [(number, line) for number, line in lines if line.strip() and not line.strip().startswith("#")]

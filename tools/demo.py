@@ -59,7 +59,7 @@ def main() -> None:
     training = json.loads((run / "metrics.json").read_text())
     metrics = {
         "seconds": time.perf_counter() - started,
-        "clips_per_second": config.train.batch_size / training["seconds_per_step"],
+        "clips_per_second": training["clips_per_second"],
         "reconstruction": errors,
     }
     write_text(output / "metrics.json", json.dumps(metrics, indent=2) + "\n")

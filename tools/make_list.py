@@ -27,12 +27,12 @@ from typing import TextIO
 
 import numpy as np
 
-from video_convmae.data.records import ListError, read_list
+from video_convmae.data.records import IMAGE_SUFFIXES, ListError, read_list
 
 DATA_LISTS = Path(__file__).parents[1] / "data_lists"
 SUFFIXES = {
     "video": (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp"),
-    "image": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+    "image": IMAGE_SUFFIXES,
 }
 SHOWN = 3  # names in a message, so that it stays a message
 

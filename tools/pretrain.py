@@ -19,7 +19,7 @@ import torch
 from video_convmae.config import PretrainConfig, parse, plain, write_yaml
 from video_convmae.data.decoding import resolve
 from video_convmae.data.loader import Batch, Batches, Share, load
-from video_convmae.engine import distributed
+from video_convmae.engine import checkpoint, distributed
 from video_convmae.engine.log import BadRecords, write_text
 from video_convmae.engine.loop import train
 from video_convmae.engine.optim import build_optimization
@@ -35,7 +35,7 @@ def pretrain(config: PretrainConfig) -> int:
         records = config.data.records()
         torch.manual_seed(config.seed)
         model = config.model.autoencoder()
-        report = config.init.load(model)
+        report = None if checkpoint.checkpoints(folder / "checkpoints") else config.init.load(model)
         model = model.to(group.device)
         clips = config.data.clips(records, model, config.mask, config.seed)
 

@@ -151,10 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="run folder (its newest checkpoint) or checkpoint file")
     parser.add_argument("videos", nargs="+", help="video files")
     parser.add_argument("--output", type=Path, required=True, help="folder for reconstruction.png and .mp4")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights, if the run kept one")
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     given = parser.parse_args(arguments)
 
-    model, config = load_autoencoder(given.checkpoint)
+    model, config = load_autoencoder(given.checkpoint, given.ema)
     records = [Record(path, format=config.data.format) for path in given.videos]
     clips = middle_clips(records, config, model.encoder.config.image_size)
     result = reconstruct(model, config, clips, draw_masks(model, config, len(clips), given.seed))

@@ -222,19 +222,23 @@ def from_plain(kind: type[Config], values: dict[str, Any]) -> Config:
     return kind(**parser.instantiate(parser.parse_object(values)).as_dict())
 
 
-def load_autoencoder(path: str | Path) -> tuple[Autoencoder, PretrainConfig]:
+def load_autoencoder(path: str | Path, ema: bool = False) -> tuple[Autoencoder, PretrainConfig]:
     """A pretrained model in evaluation mode, and the configuration of its run.
 
     Args:
         path: a checkpoint, or a run folder (its newest checkpoint).
+        ema: take the moving average of the weights, where the run kept one (`train.ema`).
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: the file is no checkpoint of a pretraining run.
+        ValueError: the file is no checkpoint of a pretraining run, or holds no average.
     """
     path = checkpoint.find(path)
     state = checkpoint.load(path)
     config = from_plain(PretrainConfig, state["config"])
+    weights = state["ema"] if ema else state["model"]
+    if weights is None:
+        raise ValueError(f"{path} holds no average of the weights: the run had no train.ema")
     model = config.model.autoencoder()
-    model.load_state_dict(state["model"])
+    model.load_state_dict(weights)
     return model.eval(), config

@@ -31,7 +31,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from video_convmae.data.records import Record
+from video_convmae.data.records import IMAGE_SUFFIXES, Record
 
 Decoder = Literal["auto", "torchcodec", "pyav", "decord"]
 
@@ -42,7 +42,6 @@ _INSTALL = {
     "pyav": "`pip install av`",
     "decord": "`pip install decord` (Linux on x86-64)",
 }
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class DecodeError(RuntimeError):
@@ -543,9 +542,9 @@ class _FolderReader(FrameReader):
 
     def __init__(self, path: str, num_frames: int | None) -> None:
         self.path = path
-        names = [name for name in os.listdir(path) if name.lower().endswith(_IMAGE_SUFFIXES) and name[0] != "."]
+        names = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
         if not names:
-            raise DecodeError(f"{path}: holds no pictures ({', '.join(_IMAGE_SUFFIXES)})")
+            raise DecodeError(f"{path}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
         if num_frames is not None and len(names) < num_frames:
             raise DecodeError(f"{path}: holds {len(names)} pictures; the list says {num_frames}")
         self._names = sorted(names, key=_natural)[:num_frames]

@@ -137,6 +137,7 @@ def load(
         multiprocessing_context=start_method if workers else None,
         prefetch_factor=2 if workers else None,
         worker_init_fn=_prepare_worker,
+        generator=torch.Generator(),  # else it would draw its workers' seeds from the numbers of the first step
     )
     iterator = iter(loader)
     if not workers:

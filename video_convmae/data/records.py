@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import numpy as np
 
 ListFormat = Literal["video", "frames", "image"]
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,9 @@ def _read_tree(folder: Path, format: ListFormat) -> Records:
     for label, name in enumerate(classes):
         entries = sorted(os.scandir(folder / name), key=lambda entry: entry.name)
         for entry in entries:
-            if not entry.name.startswith(".") and entry.is_dir() == (format == "frames"):
-                count = sum(1 for _ in os.scandir(entry.path)) if format == "frames" else None
-                records.append(Record(entry.path, label, count, format))
+            wanted = entry.name.lower().endswith(IMAGE_SUFFIXES) if format == "image" else entry.name[0] != "."
+            if wanted and entry.is_dir() == (format == "frames"):
+                records.append(Record(entry.path, label, None, format))
     if not records:
         raise ListError(f"the folder {folder} holds no class folders with {format} files in them")
     return Records(records, format)

@@ -23,8 +23,10 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int | None = None
         folder: made if it is not there.
         step: optimizer steps done.
         state: what `load` returns.
-        keep: how many newest files stay; None: all.
+        keep: how many files stay, this one and those before it; None: all.
     """
+    if keep is not None and keep < 1:
+        raise ValueError(f"train.keep is {keep}; expected at least 1 checkpoint to stay")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
     partial = path.with_suffix(".partial")
@@ -33,8 +35,10 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int | None = None
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    if keep is not None:
-        for old in checkpoints(folder)[:-keep]:
+    if (
+        keep is not None
+    ):  # a newer file than this one is damaged, or it would have been gone on from: it counts for none
+        for old in [p for p in checkpoints(folder) if p.name <= path.name][:-keep]:
             old.unlink()
     return path
 
@@ -68,10 +72,11 @@ def load_latest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint that a path means: a file, or the newest of a run folder.
+    """The checkpoint that a path means: a file, or the newest of a run folder that can be read.
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: there are some, and none can be read.
     """
     path = Path(path)
     if path.is_file():
@@ -79,4 +84,12 @@ def find(path: str | Path) -> Path:
     found = checkpoints(path / "checkpoints") or checkpoints(path)
     if not found:
         raise FileNotFoundError(f"no checkpoint at {path}: expected a .pt file or a run folder with checkpoints/ in it")
-    return found[-1]
+    complaints = []
+    for candidate in reversed(found):
+        try:
+            load(candidate)
+        except ValueError as error:
+            complaints.append(str(error))
+        else:
+            return candidate
+    raise ValueError("; ".join(complaints))

@@ -80,9 +80,7 @@ class RunLog(NoLog):
     @staticmethod
     def _keep_until(path: Path, step: int) -> None:
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_text(path, "".join(kept))
+            write_text(path, "".join(line for line in whole_lines(path) if json.loads(line)["step"] <= step))
 
 
 class BadRecords:
@@ -100,7 +98,9 @@ class BadRecords:
         self.max_fraction = max_fraction
         self.faults: dict[int, Fault] = {}
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            lines = whole_lines(path)
+            write_text(path, "".join(lines))
+            for line in lines:
                 self._known(Fault(**json.loads(line)))
 
     def __len__(self) -> int:
@@ -127,6 +127,12 @@ class BadRecords:
     def _known(self, fault: Fault) -> bool:
         """Take note of a fault; whether it is a new one."""
         return self.faults.setdefault(fault.index, fault) is fault
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file, but not a last one that was cut off as it was written (a kill, a full disk)."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
 
 
 def write_text(path: Path, text: str) -> None:

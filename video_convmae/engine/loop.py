@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from video_convmae.data.datasets import STEP, Fault, sample_generator
+from video_convmae.data.decoding import DecodeError
 from video_convmae.data.loader import Batch, LoaderError
 
 from . import checkpoint, distributed
 from .distributed import Processes
-from .log import BadRecords, NoLog, RunLog
+from .log import BadRecords, NoLog, RunLog, TooManyBadRecords
 from .optim import Optimization, clip_gradients
 from .tasks import Task
 
@@ -108,7 +109,9 @@ class Window:
         self._clips = 0
         self._waited = 0.0
         self._started = time.perf_counter()
+        self._named: dict[str, list[Tensor]] = {}
         self._values: list[list[float]] = []
+        self._own_losses: list[float] = []
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """The next batch; the time until it is there counts as waiting for data."""
@@ -119,18 +122,23 @@ class Window:
         self.faults += batch.faults
         return batch
 
+    def note(self, values: dict[str, Tensor]) -> None:
+        """What a task wants logged of one forward pass."""
+        for name, value in values.items():
+            self._named.setdefault(name, []).append(value)
+
     def add(self, records: list[int], loss: Tensor, norm: Tensor) -> None:
         """A step was done."""
         self.records.append(records)
         self._losses.append(loss)
         self._norms.append(norm.to(loss.dtype))
 
-    def summary(
-        self, step: int, optimization: Optimization, config: TrainConfig, group: Processes
-    ) -> dict[str, float | int | None]:
+    def summary(self, step: int, optimization: Optimization, group: Processes) -> dict[str, float | int | None]:
         """The logged values: means over the window's steps and over the ranks. Here the host waits for the device."""
         values = torch.stack([torch.stack(self._losses), torch.stack(self._norms)])
+        self._own_losses = values[0].tolist()
         self._values = distributed.mean_over_ranks(values).tolist()
+        named = {name: float(distributed.mean_over_ranks(torch.stack(v).mean())) for name, v in self._named.items()}
         seconds = time.perf_counter() - self._started
         schedule = optimization.schedule
         return {
@@ -143,20 +151,28 @@ class Window:
             "data_wait": self._waited / seconds,
             "seconds_per_step": seconds / len(self.records),
             "eta_seconds": (schedule.steps - step) * seconds / len(self.records),
+            **named,
         }
 
-    def complaint(self, step: int, config: TrainConfig) -> str | None:
-        """What was not finite: steps and, of this rank, records. Call after `summary`.
+    def complaint(self, step: int, config: TrainConfig, group: Processes) -> str | None:
+        """What was not finite: steps, and the records of the ranks whose own loss it was. Call after `summary`.
 
         fp16's loss scale finds its size by overflowing gradients, so there the loss alone counts.
         """
         losses, norms = self._values
         first = step - len(losses) + 1
-        lines = []
-        for i, (loss, norm) in enumerate(zip(losses, norms)):
-            if not math.isfinite(loss) or (config.precision != "fp16" and not math.isfinite(norm)):
-                lines.append(f"step {first + i}: loss {loss}, gradient norm {norm}, records {self.records[i]}")
-        return "not finite at " + "; ".join(lines) if lines else None
+        broken = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if config.precision != "fp16":
+            broken = [i for i, norm in enumerate(norms) if i in broken or not math.isfinite(norm)]
+        if not broken:  # means over the ranks: all of them know
+            return None
+        own = [
+            f"step {first + i}: loss {self._own_losses[i]}, gradient norm {norms[i]}, rank {group.rank}'s "
+            f"records {self.records[i]}"
+            for i in broken
+            if math.isfinite(losses[i]) or not math.isfinite(self._own_losses[i])
+        ]
+        return "not finite at " + "; ".join(line for lines in distributed.gather(own) for line in lines)
 
 
 class StopSignal:
@@ -209,7 +225,9 @@ def train(
     Raises:
         NonFiniteLoss: with `on_nonfinite: stop`.
         TooManyBadRecords: see `BadRecords`.
-        LoaderError: a loading process ended; the state after the last step that was done is saved.
+        LoaderError: a loading process ended.
+        DecodeError: many records in a row could not be read (a disk that is gone, a wrong data.root).
+            After these and after TooManyBadRecords the state of the last step that was done is saved.
     """
     schedule = optimization.schedule
     state = _resume(task, optimization, config, group, folder / "checkpoints", settings)
@@ -222,12 +240,10 @@ def train(
             torch.manual_seed(sample_generator(seed, step, group.rank, STEP).initial_seed())
             try:
                 loss, records = _accumulate_gradients(state, batches, window, config, group)
-            except LoaderError as error:  # of any rank: the others hold the same state, but do not hear of it
+            except (LoaderError, DecodeError) as error:  # of any rank: the others hold the same state, but do not hear
                 state.save(folder / "checkpoints", config.keep)
                 bad_records.add(window.faults, write=True)
-                raise LoaderError(
-                    f"{error}. The state after step {state.step} is saved; the same command goes on from there"
-                ) from None
+                raise type(error)(f"{error}. {_saved(state)}") from None
             norm = _update(state, optimization, schedule.lr(step))
             window.add(records, loss, norm)
             log.step()
@@ -239,14 +255,20 @@ def train(
                 continue
             reports = distributed.gather((window.faults, stop.received is not None))
             leaves = any(asked for _, asked in reports)
-            for fault in bad_records.add((fault for faults, _ in reports for fault in faults), write=group.is_main):
-                log.say(f"bad record, another was shown in its place: {fault.error}")
-            values = window.summary(state.step, optimization, config, group)
-            log.write(values | {"bad_records": len(bad_records)})
-            if complaint := window.complaint(state.step, config):
+            values = window.summary(state.step, optimization, group)
+            if complaint := window.complaint(state.step, config, group):
                 if config.on_nonfinite == "stop":
                     raise NonFiniteLoss(f"{complaint}; the newest checkpoint is from before")
                 log.say(f"{complaint}; skipped")
+            try:
+                new = bad_records.add((fault for faults, _ in reports for fault in faults), write=group.is_main)
+            except TooManyBadRecords as error:
+                if group.is_main:
+                    state.save(folder / "checkpoints", config.keep)
+                raise TooManyBadRecords(f"{error}\n{_saved(state)}") from None
+            for fault in new:
+                log.say(f"bad record, another was shown in its place: {fault.error}")
+            log.write(values | {"bad_records": len(bad_records)})
             if group.is_main and (ends or saves or leaves):
                 state.save(folder / "checkpoints", config.keep)
             if leaves:
@@ -255,6 +277,10 @@ def train(
             window = Window()
     distributed.barrier()
     return state.step
+
+
+def _saved(state: State) -> str:
+    return f"The state after step {state.step} is saved; the same command goes on from there"
 
 
 def _resume(
@@ -291,9 +317,10 @@ def _accumulate_gradients(
         records += batch.records.tolist()
         with distributed.gradient_sync(state.task.model, sync=part == config.accumulate - 1):
             with _autocast(group.device, config.precision):
-                loss, _ = state.task(batch)
+                loss, values = state.task(batch)
             state.scaler.scale(loss / config.accumulate).backward()
         total += loss.detach() / config.accumulate
+        window.note(values)
     return total, records
 
 

@@ -16,7 +16,7 @@ class Task(Protocol):
     model: nn.Module
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar loss to step on, and detached scalars to log; nothing here makes the host wait for the device."""
+        """The scalar loss to step on, and detached scalars to log beside it; the host does not wait for the device."""
         ...
 
 
@@ -55,5 +55,4 @@ class Pretraining:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The reconstruction loss over the hidden patches. `visible` stays on the CPU: see `Packing`."""
-        loss = self.model(self.pixels.normalise(batch.clips), batch.visible).loss
-        return loss, {"loss": loss.detach()}
+        return self.model(self.pixels.normalise(batch.clips), batch.visible).loss, {}
