@@ -355,7 +355,11 @@ def test_a_truncated_file_is_not_padded(isolated: IsolatedDecoder, tmp_path: Pat
     with isolated.open(Record(str(path))) as reader:
         count = len(reader)
         assert 5 < count < 60
-        assert (reader.read(range(count)) == np.stack(whole[:count])).all()
+        frames = reader.read(range(count))
+        # The cut may fall on frames that are stored behind those shown after them: a gap among the last ones.
+        sure = count - 4
+        assert (frames[:sure] == np.stack(whole[:sure])).all()
+        assert all(any((frame == later).all() for later in whole[sure : count + 4]) for frame in frames[sure:])
         with pytest.raises(DecodeError, match=rf"frame {count} was asked for; there are {count}"):
             reader.read([count - 1, count])
 
