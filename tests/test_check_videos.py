@@ -275,7 +275,9 @@ def test_errors_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_by_a_signal_it_leaves_no_process_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+def test_stopped_by_a_signal_it_leaves_no_process_and_goes_on(
+    tmp_path: Path, number: signal.Signals, request: pytest.FixtureRequest
+) -> None:
     """Stopped while one file hangs: an interrupt does not wait for the timeout, and the results so far are kept."""
     for index in range(4):
         write_video(tmp_path / f"{index}.mp4")
@@ -287,7 +289,10 @@ def test_stopped_by_a_signal_it_leaves_no_process_and_goes_on(tmp_path: Path, nu
         [sys.executable, tool.__file__, tmp_path / "list.txt", *options],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         stderr=subprocess.DEVNULL,
+        # A shell starts background jobs, and so perhaps this test, with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    request.addfinalizer(process.kill)
     deadline = time.monotonic() + 120
     while not (results.exists() and results.read_text().count("\n") == 4):
         assert time.monotonic() < deadline
