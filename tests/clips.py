@@ -42,6 +42,7 @@ def encode(
     format: str | None = None,
     others: Sequence[tuple[int, int]] = (),
     audio: bool = False,
+    seed: int = 0,
 ) -> Path:
     """Encode `pictures` into a file.
 
@@ -53,13 +54,14 @@ def encode(
         container: options of the container.
         others: sizes of further video streams, written before the first.
         audio: add a second of silence.
+        seed: of the pictures.
     """
     times = range(count) if times is None else times
     with av.open(str(path), "w", format=format, options=container or {}) as file:
         streams = [_video_stream(file, codec, each, pix_fmt, tick, options or {}) for each in (*others, size)]
         if audio:
             _write_silence(file)
-        clips = [pictures(count, *each, seed=place) for place, each in enumerate((*others, size))]
+        clips = [pictures(count, *each, seed=seed + place) for place, each in enumerate((*others, size))]
         for place, time in enumerate(times):
             for stream, clip in zip(streams, clips, strict=True):
                 frame = av.VideoFrame.from_ndarray(clip[place], format="rgb24").reformat(format=pix_fmt)

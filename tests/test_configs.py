@@ -12,14 +12,18 @@ import torch
 from clips import encode, pictures
 from PIL import Image
 
+from tools.finetune import finetune
 from tools.pretrain import pretrain
 from video_convmae import create_autoencoder
-from video_convmae.config import ModelConfig, PretrainConfig, from_plain, load_autoencoder, parse, plain, write_yaml
+from video_convmae.config import FinetuneConfig, ModelConfig, PretrainConfig, from_plain, parse, plain, write_yaml
 from video_convmae.engine import checkpoint
+from video_convmae.models.classifier import Probe
+from video_convmae.runs import load_autoencoder, load_classifier
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-PRETRAINING = [path for path in CONFIGS if path.parent.name == "debug" or path.name.startswith("pretrain")]
+FINETUNING = [path for path in CONFIGS if path.name.startswith(("finetune", "probe"))]
+PRETRAINING = [path for path in CONFIGS if path not in FINETUNING]
 
 
 def name(path: Path) -> str:
@@ -80,6 +84,54 @@ def test_a_shrunken_copy_takes_two_steps(path: Path, videos: Path, tmp_path: Pat
     model, again = load_autoencoder(tmp_path)
     assert again == small
     assert model.grid == (max(1, frames // 2), 2, 2)
+
+
+@pytest.mark.parametrize("path", FINETUNING, ids=name)
+def test_the_whole_classifier_builds(path: Path) -> None:
+    config = parse(FinetuneConfig, [f"--config={path}"])
+    with torch.device("meta"):
+        model = config.model.build(400)
+    assert isinstance(model, Probe) == (config.model.probe is not None)
+    if path.parent.name != "debug":
+        assert model.encoder.config.grid == ((1, 14, 14) if path.parent.name == "image" else (8, 14, 14))
+
+
+@pytest.mark.parametrize("path", FINETUNING, ids=name)
+def test_a_shrunken_classifier_takes_two_steps(path: Path, videos: Path, tmp_path: Path) -> None:
+    config = parse(FinetuneConfig, [f"--config={path}"])
+    size = "vit_tiny" if config.model.size.startswith("vit") else "tiny"
+    frames, images = (1, "images") if config.data.format == "image" else (4, "list.txt")
+    source = str(videos / images)
+    small = replace(
+        config,
+        output=str(tmp_path),
+        device="cpu",
+        model=replace(config.model, size=size, num_frames=frames, image_size=32, strides=None),
+        data=replace(
+            config.data,
+            train=source,
+            validation=source,
+            root=str(videos),
+            labels=None,
+            num_classes=None,
+            decoder="pyav",
+            workers=0,
+        ),
+        train=replace(config.train, batch_size=2, accumulate=1, epochs=1, log_every=1),
+        validate=replace(config.validate, precision="fp32"),
+    )
+    assert finetune(small) == 2
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["val_scored"] == 4
+    assert metrics["best"]["top1"] == metrics["val_top1"]
+    model, again = load_classifier(tmp_path)
+    classes = 2 if frames == 1 else 4
+    assert again.data.num_classes == classes
+    assert replace(again, data=small.data) == small
+    best, _ = load_classifier(tmp_path / "checkpoints" / "best.pt")
+    assert sum(p.numel() for p in best.parameters()) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("path", [p for p in PRETRAINING if p.parent.name == "video"], ids=name)

@@ -19,6 +19,8 @@ ALLOWED = {
     "engine": {"masking", "models", "data"},
     "dense": {"masking", "models"},
     "config": {"masking", "models", "data", "engine"},
+    "runs": {"config", "masking", "models", "data", "engine"},
+    "predictor": {"runs", "config", "masking", "models", "data", "engine"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

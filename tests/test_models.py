@@ -180,13 +180,15 @@ class PlainConvMAE(nn.Module):
     def __init__(self, model: Autoencoder) -> None:
         super().__init__()
         self.model = model
+        self.pyramid: list[Tensor] = []  # of the last forward pass, zero where hidden
 
     def named_parameters(self, *args: object, **kwargs: object):  # the gradients are compared name by name
         return self.model.named_parameters()
 
-    def forward(self, clips: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, clips: Tensor, visible: Tensor) -> Tensor:
         model, config = self.model, self.model.encoder.config
         x, branches = clips, []
+        self.pyramid = []
         for i, (embedding, stride) in enumerate(zip(model.encoder.embeddings, config.strides)):
             tubelet = config.tubelet if i == 0 else 1
             kernel = rearrange(embedding.linear.weight, "o (t h w c) -> o c t h w", t=tubelet, h=stride, w=stride)
@@ -203,6 +205,7 @@ class PlainConvMAE(nn.Module):
                 y = F.conv3d(torch.where(shown, y, 0), weight, block.depthwise.bias, padding=padding, groups=y.shape[1])
                 x = x + self.pointwise(block.proj_out, y)
                 x = x + self.pointwise(lambda z, b=block: b.mlp(b.norm2(z)), x)
+            self.pyramid.append(torch.where(shown, x, 0))
             if model.fusion is not None:
                 joint = model.fusion.joints[i]
                 kernel = self.unnested(joint.weight, config.strides[i + 1 :])
@@ -214,11 +217,15 @@ class PlainConvMAE(nn.Module):
         for branch in branches:
             branch = rearrange(branch, "b c t h w -> b (t h w) c")
             x = x + branch[visible.flatten(1)].view_as(x)
-        tokens = model.norm(x)
+        return model.norm(x)
+
+    def forward(self, clips: Tensor, visible: Tensor) -> Output:
+        model, config = self.model, self.model.encoder.config
+        tokens = self.encode(clips, visible)
         patch = config.patch
         patches = rearrange(clips, "b c (t u) (h p) (w q) -> b (t h w) (u p q) c", u=config.tubelet, p=patch, q=patch)[
             ~visible.flatten(1)
-        ].view(len(x), -1, config.tubelet * patch * patch, config.channels)
+        ].view(len(clips), -1, config.tubelet * patch * patch, config.channels)
         mean, variance = patches.mean(2, keepdim=True), patches.var(2, keepdim=True, unbiased=True)
         target = ((patches - mean) / (variance.sqrt() + 1e-6)).flatten(2)
         packing = model.encoder.packing(clips, visible)
@@ -252,6 +259,62 @@ def test_both_equal_plain_convolutions(geometry: str) -> None:
     assert_equal(packed, PlainConvMAE(reference), "random", torch.float64)
     reference.zero_grad()
     assert_equal(dense, PlainConvMAE(reference), "tube", torch.float64)
+
+
+# The pyramid
+
+
+@pytest.mark.parametrize("mask", ["tube", "random"])
+@pytest.mark.parametrize("geometry", ["video", "strides 7,1,2", "not square", "image"])
+def test_the_pyramid_equals_plain_convolutions(geometry: str, mask: str) -> None:
+    packed, dense = pair("tiny", **GEOMETRIES[geometry])
+    reference = PlainConvMAE(packed)
+    clips, visible = batch(packed, mask)
+    clips = clips.double()
+    for shown in (visible, None):
+        with torch.inference_mode():
+            index = torch.ones_like(visible) if shown is None else shown
+            reference.encode(clips, index)
+            for model in (packed, dense):
+                tokens, grids = model.encoder.forward_intermediates(clips, shown)
+                expected = model.encoder(clips, model.encoder.packing(clips, shown)).tokens
+                assert torch.equal(tokens, expected)
+                assert [grid.shape for grid in grids[:-1]] == [grid.shape for grid in reference.pyramid]
+                assert all(relative(ours, theirs) < 1e-12 for ours, theirs in zip(grids, reference.pyramid))
+                last = grids[-1].permute(0, 2, 3, 4, 1)
+                assert torch.equal(last[index].view_as(tokens), tokens)
+                assert not last[~index].any()
+
+
+@pytest.mark.parametrize("size", ["tiny", "vit_tiny"])
+@pytest.mark.parametrize("frames", [1, 4])
+def test_pyramid_shapes_and_the_choice_of_stages(size: str, frames: int) -> None:
+    model = shrunk(size, num_frames=frames, image_size=(64, 96)).encoder
+    t = max(1, frames // 2)
+    stages = [(48, t, 16, 24), (96, t, 8, 12), (192, t, 4, 6)] if size == "tiny" else [(192, t, 4, 6)]
+    count = len(stages)
+    clips = torch.randn(2, *model.config.clip_shape)
+    for indices, chosen in [(None, stages), (1, stages[-1:]), (count, stages), ([0, -1], [stages[0], stages[-1]])]:
+        grids = model.forward_intermediates(clips, indices=indices, intermediates_only=True)
+        assert [tuple(grid.shape[1:]) for grid in grids] == list(dict.fromkeys(chosen))
+    for wrong in (0, count + 1, [count], [-count - 1], []):
+        with pytest.raises(ValueError, match="indices is"):
+            model.forward_intermediates(clips, indices=wrong)
+
+
+@pytest.mark.parametrize("implementation", ["packed", "dense"])
+def test_hidden_pixels_do_not_reach_the_pyramid_and_gradients_do(implementation: str) -> None:
+    model = shrunk("tiny", implementation=implementation)
+    clips, visible = batch(model, "random")
+    hidden = hidden_pixels(model, visible)
+    broken = torch.where(hidden, math.nan, clips).requires_grad_()
+    grids = model.encoder.forward_intermediates(broken, visible, intermediates_only=True)
+    expected = model.encoder.forward_intermediates(clips, visible, intermediates_only=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(grids, expected))
+    if implementation == "packed":  # dense computes the hidden cells, so NaN times zero reaches the gradients
+        sum(grid.square().sum() for grid in grids).backward()
+        assert broken.grad.isfinite().all()
+        assert not broken.grad[hidden.expand_as(clips)].any()
 
 
 # Counts

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from video_convmae import create_autoencoder, create_classifier, masking
 from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder
-from video_convmae.models.classifier import Classifier
+from video_convmae.models.classifier import Classifier, Probe, create_probe
 from video_convmae.models.encoder import Encoder
 from video_convmae.models.released import read, release, save, sizes_of, weights_of
 from video_convmae.models.weights import Inflation, inflate, load_weights, model_from
@@ -46,6 +46,10 @@ def autoencoder(**settings: object) -> Autoencoder:
 def classifier(num_classes: int = 5, **settings: object) -> Classifier:
     settings = {name: value for name, value in {**IMAGE, **settings}.items() if name != "decoder"}
     return scrambled(create_classifier("base", num_classes=num_classes, **settings))
+
+
+def probe(num_classes: int = 5, **settings: object) -> Probe:
+    return create_probe("base", num_classes=num_classes, **without({**IMAGE, **settings}, "decoder"))
 
 
 def golden(name: str) -> dict[str, Tensor]:
@@ -436,6 +440,100 @@ def test_pretraining_into_a_classifier() -> None:
     bare = Encoder(model.encoder.config)
     assert load_weights(bare, source.state_dict()).missing == ("encoder.positions",)
     assert_same(without(bare.state_dict(), "positions"), without(model.encoder.state_dict(), "positions"))
+
+
+# Probes
+
+
+@pytest.mark.parametrize("kind", ["linear", "attentive"])
+def test_pretraining_into_a_probe(kind: str) -> None:
+    """Encoder, fusion and norm are taken; the decoder has no place; the head is new."""
+    source = autoencoder()
+    for state in (source.state_dict(), release(source, "convmae")):
+        model = probe(kind=kind)
+        head = {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
+        report = load_weights(model, state)
+        assert set(report.missing) == {"head." + name for name in head}
+        assert all(name.startswith(("decoder", "mask_token")) for name in report.unexpected)
+        assert_same(without(model.state_dict(), "head."), without(source.state_dict(), "decoder."))
+        assert_same(model.head.state_dict(), head)
+        assert not report.notes
+
+
+def test_the_released_encoder_into_a_probe() -> None:
+    """convmae_base.pth has the norm but no fusion."""
+    source = autoencoder()
+    released = without(release(source, "convmae"), "mask_token", "decoder", "stage")
+    model = probe(msd=False)
+    report = load_weights(model, released)
+    assert not report.unexpected
+    assert {name.split(".")[0] for name in report.missing} == {"head"}
+    assert "the probe reads no fusion" in str(report)
+    assert torch.equal(model.norm.weight, source.norm.weight)
+    plain = autoencoder(**PLAIN, strides=(16,))  # has nothing to fuse: with or without, there is nothing to say
+    for msd in (True, False):
+        settings = {**PLAIN, "strides": (16,), "msd": msd}
+        report = load_weights(probe(**settings), without(plain.state_dict(), "decoder"))
+        assert not report.notes
+
+
+@pytest.mark.parametrize("kind", ["linear", "attentive"])
+def test_a_probes_own_weights_come_back_with_what_it_saw(kind: str) -> None:
+    source = scrambled(probe(kind=kind))
+    source(torch.randn(4, *source.encoder.config.clip_shape))  # the BatchNorm has seen a batch
+    model = probe(kind=kind)
+    report = load_weights(model, {"model": source.state_dict(), "step": 3})
+    assert_same(model.state_dict(), source.state_dict())
+    assert not report.missing
+    assert not report.unexpected
+
+    other = probe(num_classes=7, kind=kind)
+    report = load_weights(other, source.state_dict())
+    assert {name.split(".")[0] for name in report.reshaped} == {"head"}
+    assert "5 classes in the file, 7 in the model" in str(report)
+    another_kind = probe(kind={"linear": "attentive", "attentive": "linear"}[kind])
+    assert "the head is new: the file's is of another kind" in str(load_weights(another_kind, source.state_dict()))
+    assert "head.linear.weight" in load_weights(autoencoder(), source.state_dict()).unexpected
+    with pytest.raises(ValueError, match="is a probe's"):
+        load_weights(classifier(), source.state_dict())
+    with pytest.raises(ValueError, match="create_probe"):
+        model_from(source.state_dict())
+
+
+def test_a_probe_takes_learnt_positions_and_image_weights() -> None:
+    learnt = autoencoder(learnable_positions=True)
+    model = probe(learnable_positions=True)
+    load_weights(model, release(learnt, "convmae"))
+    assert torch.equal(model.encoder.positions, learnt.encoder.positions)
+    assert not model.encoder.positions.requires_grad
+    with pytest.raises(ValueError, match="learnable_positions=True"):
+        load_weights(probe(), release(learnt, "convmae"))
+
+    image, video = autoencoder(), probe(**VIDEO)
+    with pytest.raises(ValueError, match="Inflation"):
+        load_weights(video, image.state_dict())
+    load_weights(video, image.state_dict(), inflation=Inflation())
+    assert tokens_differ(image, without_time(video, image), masked=False) < 1e-5
+
+
+def test_a_probe_reads_nothing_untrained() -> None:
+    source = autoencoder()
+    released = release(source, "convmae")
+    finetuned = [release(classifier(learnable_positions=False), "convmae"), classifier().state_dict()]
+    for model, state, leave_out, message in [
+        *((probe(learnable_positions=True), state, [], "no norm over tokens comes from") for state in finetuned),
+        (probe(), without(released, "norm."), [], "untrained and frozen. Probe pretraining weights"),
+        (probe(), released, ["norm"], "no norm over tokens"),
+        (probe(), without(released, "stage", "decoder", "mask_token"), [], "Build the probe with msd=False"),
+        (probe(), released, ["fusion"], "no fusion comes from"),
+        (probe(msd=False), released, [], "msd=True"),
+    ]:
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            load_weights(model, state, leave_out=leave_out)
+        assert_same(model.state_dict(), before)
+    report = load_weights(probe(msd=False), released, leave_out=["fusion"])
+    assert "the probe reads no fusion" in str(report)
 
 
 def test_another_number_of_classes_and_another_grid() -> None:

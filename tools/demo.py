@@ -21,9 +21,10 @@ from make_motion_clips import make_motion_clips
 from pretrain import pretrain
 from reconstruct import caption, draw_masks, hidden_error, middle_clips, reconstruct, write_picture, write_video
 
-from video_convmae.config import PretrainConfig, load_autoencoder, parse
+from video_convmae.config import PretrainConfig, parse
 from video_convmae.data.records import read_list
 from video_convmae.engine.log import write_text
+from video_convmae.runs import load_autoencoder
 
 CONFIG = Path(__file__).parent.parent / "configs" / "debug" / "demo.yaml"
 MOST = 0.8  # of the better baseline's error

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from video_convmae.config import PretrainConfig, load_autoencoder
+from video_convmae.config import PretrainConfig
 from video_convmae.data.decoding import open_frames, resolve
 from video_convmae.data.records import Record
 from video_convmae.data.sampling import Sampling
@@ -31,6 +31,7 @@ from video_convmae.engine.tasks import Pixels
 from video_convmae.masking import MASKS
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.packing import Packing, take_patches, take_tokens
+from video_convmae.runs import load_autoencoder
 
 GREY = 110  # what hidden patches are painted with
 

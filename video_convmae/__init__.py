@@ -11,9 +11,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "create_autoencoder": "video_convmae.models.autoencoder",
     "create_classifier": "video_convmae.models.classifier",
+    "create_probe": "video_convmae.models.classifier",
+    "load": "video_convmae.predictor",
     "load_weights": "video_convmae.models.weights",
 }
-__all__ = ["create_autoencoder", "create_classifier", "load_weights", "masking"]
+__all__ = ["create_autoencoder", "create_classifier", "create_probe", "load", "load_weights", "masking"]
 
 
 def __getattr__(name: str) -> Any:

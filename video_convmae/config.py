@@ -15,28 +15,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from video_convmae.data.datasets import Clips
+from video_convmae.data.datasets import Clips, ViewConfig, Views
 from video_convmae.data.decoding import Decoder
 from video_convmae.data.isolation import IsolatedDecoder
-from video_convmae.data.records import ListFormat, Records, read_list
+from video_convmae.data.mixing import MixingConfig
+from video_convmae.data.records import ListError, ListFormat, Records, class_names, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
 from video_convmae.engine import checkpoint
+from video_convmae.engine.evaluate import ProtocolConfig
 from video_convmae.engine.loop import TrainConfig
 from video_convmae.engine.optim import OptimConfig
 from video_convmae.masking import MASKS
 from video_convmae.models.autoencoder import Autoencoder, Target, create_autoencoder
+from video_convmae.models.classifier import Classifier, Probe, create_classifier, create_probe
+from video_convmae.models.encoder import EncoderConfig
 from video_convmae.models.weights import Inflation, LoadReport, load_weights
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Arguments of `create_autoencoder`; what is none follows from size and frames."""
+class EncoderFields:
+    """What an autoencoder and a classifier of the same encoder have in common; what is none follows from size and
+    frames."""
 
     size: str = "base"
     """tiny, small, base, large, huge; vit_tiny to vit_huge are plain ViTs."""
@@ -44,10 +50,6 @@ class ModelConfig:
     """Frames of a clip; 1 makes an image model."""
     image_size: int | tuple[int, int] = 224
     """Pixels: one number, or height and width."""
-    msd: bool = True
-    """Multi-scale fusion: the convolutional stages join the tokens before the final norm."""
-    implementation: Literal["packed", "dense"] = "packed"
-    """Compute the visible cells alone, or all of them; the result is the same."""
     strides: tuple[int, ...] | None = None
     """Spatial stride of each stage; 4, 2, 2 by default, 16 pixels a token."""
     tubelet: int | None = None
@@ -58,6 +60,20 @@ class ModelConfig:
     """Stochastic depth of the last block; it rises linearly from 0."""
     position_table: Literal["sincos", "flat"] = "sincos"
     """sincos over (t, h, w), or VideoMAE's flat table over the numbered tokens."""
+
+    def given(self, *but: str) -> dict[str, Any]:
+        """The fields that are not none, without those named."""
+        return {name: value for name, value in asdict(self).items() if value is not None and name not in but}
+
+
+@dataclass(frozen=True)
+class ModelConfig(EncoderFields):
+    """Arguments of `create_autoencoder`; what is none follows from size and frames."""
+
+    msd: bool = True
+    """Multi-scale fusion: the convolutional stages join the tokens before the final norm."""
+    implementation: Literal["packed", "dense"] = "packed"
+    """Compute the visible cells alone, or all of them; the result is the same."""
     decoder: tuple[int, int, int] | None = None
     """Width, depth and heads of the decoder."""
     target: Target | None = None
@@ -65,8 +81,27 @@ class ModelConfig:
 
     def autoencoder(self) -> Autoencoder:
         """Build the model."""
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        return create_autoencoder(given.pop("size"), **given)
+        return create_autoencoder(**self.given())
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(EncoderFields):
+    """Arguments of `create_classifier` or, with `probe`, of `create_probe`."""
+
+    probe: Literal["linear", "attentive"] | None = None
+    """Freeze the encoder and train this head on its features; none: finetune everything."""
+    msd: bool = True
+    """Probes read the tokens after fusion and norm, as pretrained. A finetuned classifier has no fusion."""
+    head_init: float | None = None
+    """Deviation of the head's first weights; none: 2e-5 to finetune (ConvMAE; VideoMAE scales 0.02 by 0.001), 0.01 to
+    probe."""
+
+    def build(self, num_classes: int) -> Classifier | Probe:
+        """Build the model."""
+        if self.probe is not None:
+            return create_probe(num_classes=num_classes, kind=self.probe, **self.given("probe", "drop_path"))
+        given = {"head_init": 2e-5, **self.given("probe", "msd")}
+        return create_classifier(num_classes=num_classes, **given)
 
 
 @dataclass(frozen=True)
@@ -102,7 +137,7 @@ class DataConfig:
     repeats: int = 1
     """Clips of each decoded record: own start, crop and mask; not counted in the batch size."""
     augmentation: Augmentation = field(default_factory=Augmentation)
-    """Crop and flip."""
+    """What happens to a training clip."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Of each channel, for pixels from 0 to 1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -116,18 +151,91 @@ class DataConfig:
         """Read the list."""
         return read_list(self.train, self.format, self.root)
 
-    def clips(self, records: Records, model: Autoencoder, mask: MaskConfig, seed: int) -> Clips:
-        """Training clips in the shape that the model takes."""
-        encoder = model.encoder.config
+    def frames(self, encoder: EncoderConfig) -> Sampling:
+        """Which frames make a clip that this encoder takes."""
+        return Sampling(self.sampling, encoder.num_frames, self.stride)
+
+    def clips(self, records: Records, encoder: EncoderConfig, seed: int, mask: MaskConfig | None = None) -> Clips:
+        """Training clips in the shape that the encoder takes."""
         return Clips(
             records,
-            Sampling(self.sampling, encoder.num_frames, self.stride),
+            self.frames(encoder),
             self.augmentation,
             encoder.image_size,
-            partial(MASKS[mask.kind], encoder.grid, mask.ratio),
+            None if mask is None else partial(MASKS[mask.kind], encoder.grid, mask.ratio),
             IsolatedDecoder(self.decoder, self.decode_timeout),
             self.repeats,
             seed,
+        )
+
+    def views(self, records: Records, encoder: EncoderConfig, views: ViewConfig) -> Views:
+        """Test views in the shape that the encoder takes."""
+        decoder = IsolatedDecoder(self.decoder, self.decode_timeout)
+        return Views(records, self.frames(encoder), views, self.augmentation, encoder.image_size, decoder)
+
+
+@dataclass(frozen=True)
+class LabelledDataConfig(DataConfig):
+    """Lists with classes."""
+
+    validation: str | None = None
+    """List of validation records, with the same format and root; none: nothing is validated."""
+    labels: str | tuple[str, ...] | None = None
+    """File of class names, line n (from 0) names class n, or the names; none: the file beside the list
+    (train.labels.txt beside train.txt), or the class folders. A run writes the names into its own configuration."""
+    num_classes: int | None = None
+    """Classes; none: as many as there are names, else the largest label and one."""
+
+    def validation_records(self) -> Records:
+        """Read the validation list.
+
+        Raises:
+            ListError: the configuration has none, or its classes are others than the training list's.
+        """
+        if self.validation is None:
+            raise ListError("data.validation is none: name a list to validate or test on")
+        ours, theirs = self.class_names(), class_names(self.validation, self.root)
+        if ours is not None and theirs is not None and ours != tuple(theirs):
+            raise ListError(
+                f"the classes of {self.train} ({len(ours)}) and of {self.validation} ({len(theirs)}) differ, so their "
+                "numbers mean different things: list both with the same class names (tools/make_list.py)"
+            )
+        return read_list(self.validation, self.format, self.root)
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes, where something says them."""
+        if isinstance(self.labels, tuple):
+            return self.labels
+        names = class_names(self.train, self.root, self.labels)
+        return None if names is None else tuple(names)
+
+    def count_classes(self, *lists: Records) -> int:
+        """How many classes the model must tell apart.
+
+        Raises:
+            ListError: a label is missing or beyond `num_classes`, or left and right are labels and clips are flipped.
+        """
+        names = self.class_names()
+        largest = max(int(records.labels.max()) for records in lists)
+        count = self.num_classes or (len(names) if names else largest + 1)
+        for records in lists:
+            check_labels(records, count)
+        sided = [name for name in names or [] if {"left", "right"} & set(name.lower().split())]
+        if sided and self.augmentation.flip:
+            raise ListError(
+                f"data.augmentation.flip is on and {len(sided)} classes name left or right, the first {sided[0]!r}: a "
+                "flipped clip would have a wrong label; turn it off"
+            )
+        return count
+
+
+def check_labels(records: Records, num_classes: int, least: int = 0) -> None:
+    """Raise a ListError unless every label lies in `least` (-1: may be missing) to `num_classes - 1`."""
+    for wrong in np.flatnonzero((records.labels < least) | (records.labels >= num_classes))[:1]:
+        record = records[int(wrong)]
+        raise ListError(
+            f"{record.path} has the label {record.label}; expected 0 to {num_classes - 1}: there are {num_classes} "
+            "classes, as data.num_classes, the class names or the trained model say"
         )
 
 
@@ -140,7 +248,7 @@ class InitConfig:
     inflation: Inflation = field(default_factory=Inflation)
     """How image weights become video weights: average or center, over the frames of a token and of a kernel."""
 
-    def load(self, model: Autoencoder) -> LoadReport | None:
+    def load(self, model: Autoencoder | Classifier | Probe) -> LoadReport | None:
         """Load the weights, if any, and say what was loaded.
 
         Raises:
@@ -169,13 +277,100 @@ class PretrainConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     """What the encoder does not see."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda."""
     seed: int = 0
     """Every random number of the run follows from it."""
+
+
+@dataclass(frozen=True)
+class ValidateConfig(ProtocolConfig):
+    """What is measured on the validation list while a classifier is trained."""
+
+    every: float = 1.0
+    """Epochs between two measurements; the last step is always followed by one."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """A finetuning or probing run."""
+
+    output: str
+    """Run folder; the same command on a folder that holds a run goes on with it."""
+    data: LabelledDataConfig
+    """The lists, and how clips are made of their records."""
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """The classifier."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """What the run starts from."""
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    """Mixup, cutmix and label smoothing."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer and its learning rate."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
+    """The validation during training."""
+    test: ProtocolConfig = field(default_factory=ProtocolConfig)
+    """The protocol of tools/evaluate.py for this run."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda."""
+    seed: int = 0
+    """Every random number of the run follows from it."""
+
+    def __post_init__(self) -> None:
+        if self.model.probe is not None and self.optim.layer_decay != 1:
+            raise ValueError(
+                f"optim.layer_decay is {self.optim.layer_decay} and model.probe is {self.model.probe!r}; expected 1: a "
+                "probed encoder's layers are frozen"
+            )
+        clips = self.train.batch_size * self.data.repeats
+        if self.mixing.mixes and clips % 2:
+            raise ValueError(
+                f"train.batch_size x data.repeats is {clips}; mixup and cutmix take pairs: make it even, or set "
+                "mixing.mixup and mixing.cutmix to 0"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """A test of a classifier on a list; what is none is as in the run that trained it."""
+
+    weights: str
+    """Run folder, a checkpoint of one (checkpoints/best.pt), or a published classifier."""
+    output: str
+    """Folder for predictions.csv, scores.npz and metrics.json; after an interruption the same command goes on."""
+    list: str | None = None
+    """The list to test on; none: the run's data.validation."""
+    root: str | None = None
+    """Folder that the list's relative paths are joined to."""
+    format: ListFormat | None = None
+    """What a line holds: video, frames or image."""
+    labels: str | None = None
+    """File of class names; they are needed for pictures and printed names alone."""
+    segments: int | None = None
+    """Clips over the length of a video."""
+    crops: int | None = None
+    """Windows along the longer side of a frame."""
+    crop_share: float | None = None
+    """Side of a window over the largest one's."""
+    batch_size: int | None = None
+    """Records whose views go through the model together."""
+    precision: Literal["bf16", "fp16", "fp32"] | None = None
+    """Autocast type."""
+    workers: int | None = None
+    """Loading processes of each device."""
+    decoder: Decoder | None = None
+    """auto, torchcodec, pyav or decord."""
+    ema: bool | None = None
+    """Test the average of the weights; none: where the run kept one."""
+    plot: bool = False
+    """Also write confusion.png and classes.png, the accuracy of each class."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda."""
 
 
 Config = TypeVar("Config")
@@ -220,25 +415,3 @@ def from_plain(kind: type[Config], values: dict[str, Any]) -> Config:
     parser = ArgumentParser()
     parser.add_class_arguments(kind)
     return kind(**parser.instantiate(parser.parse_object(values)).as_dict())
-
-
-def load_autoencoder(path: str | Path, ema: bool = False) -> tuple[Autoencoder, PretrainConfig]:
-    """A pretrained model in evaluation mode, and the configuration of its run.
-
-    Args:
-        path: a checkpoint, or a run folder (its newest checkpoint).
-        ema: take the moving average of the weights, where the run kept one (`train.ema`).
-
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: the file is no checkpoint of a pretraining run, or holds no average.
-    """
-    path = checkpoint.find(path)
-    state = checkpoint.load(path)
-    config = from_plain(PretrainConfig, state["config"])
-    weights = state["ema"] if ema else state["model"]
-    if weights is None:
-        raise ValueError(f"{path} holds no average of the weights: the run had no train.ema")
-    model = config.model.autoencoder()
-    model.load_state_dict(weights)
-    return model.eval(), config

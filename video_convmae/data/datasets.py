@@ -1,7 +1,7 @@
-"""Clips: record + sampling + decoding + crop + mask -> a sample.
+"""Clips: record + sampling + decoding + crop + mask -> a sample. Views: a record's test views.
 
-A sample is a function of (seed, epoch, record index, repeat) and of nothing else: not of the worker, the rank or the
-number of either. An epoch and an index are therefore what a data set is asked for.
+A training sample is a function of (seed, epoch, record index, repeat) and of nothing else: not of the worker, the rank
+or the number of either. An epoch and an index are therefore what a data set of clips is asked for.
 
 The index that its random numbers are drawn from is the record's line in the list file (`Records.lines`): whether other
 rows are good, bad or commented out with '#', a record gives the same samples.
@@ -10,6 +10,7 @@ rows are good, bad or commented out with '#', a record gives the same samples.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +20,9 @@ from torch.utils.data import Dataset
 
 from .decoding import DecodeError
 from .isolation import IsolatedDecoder
-from .records import Records
+from .records import Record, Records
 from .sampling import Sampling
-from .transforms import Augmentation
+from .transforms import Augmentation, view_crops
 
 
 class Draw(NamedTuple):
@@ -40,14 +41,14 @@ class Fault(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """R clips of one record.
+    """R clips, or views, of one record.
 
-    clips: `(R, C, T, H, W)` uint8. visible: `(R, t, h, w)` bool. label: -1 where the list has none.
-    index: the record that is shown. faults: records that were asked for first and could not be read.
+    clips: `(R, C, T, H, W)` uint8. visible: `(R, t, h, w)` bool, None without masks. label: -1 where the list has none.
+    index: the record that is shown. faults: records that could not be read.
     """
 
     clips: Tensor
-    visible: Tensor
+    visible: Tensor | None
     label: int
     index: int
     faults: tuple[Fault, ...]
@@ -64,14 +65,15 @@ CLIP, REPLACEMENT, ORDER, STEP = range(4)
 
 
 class Clips(Dataset):
-    """Training clips with masks.
+    """Training clips, with masks where a task hides tokens.
 
     Args:
         records: the list.
         sampling: which frames.
-        augmentation: crop and flip.
+        augmentation: crop, flip and what else changes a clip.
         size: (height, width) of a clip.
-        draw_mask: generator -> `visible (t, h, w)`; drawn here, in the worker, with the clip's own generator.
+        draw_mask: generator -> `visible (t, h, w)`; drawn here, in the worker, with the clip's own generator. None:
+            nothing is hidden.
         repeats: clips of one decoded record (repeated augmentation), each with its own start, crop and mask.
         seed: of the run.
         decoder: reads frames in a process that can be ended.
@@ -84,7 +86,7 @@ class Clips(Dataset):
         sampling: Sampling,
         augmentation: Augmentation,
         size: tuple[int, int],
-        draw_mask: Callable[[torch.Generator], Tensor],
+        draw_mask: Callable[[torch.Generator], Tensor] | None,
         decoder: IsolatedDecoder,
         repeats: int = 1,
         seed: int = 0,
@@ -135,6 +137,90 @@ class Clips(Dataset):
         for generator, of_clip in zip(generators, indices):
             crop = self.augmentation.draw(*frames.shape[1:3], generator)
             clips.append(self.augmentation.apply(frames[np.searchsorted(wanted, of_clip)], crop, self.size))
-            masks.append(self.draw_mask(generator))
-        label = -1 if record.label is None else record.label
-        return Sample(torch.stack(clips), torch.stack(masks), label, index, faults)
+            if self.draw_mask is not None:
+                masks.append(self.draw_mask(generator))
+        visible = torch.stack(masks) if masks else None
+        return Sample(torch.stack(clips), visible, _label_of(record), index, faults)
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """Which parts of a record are looked at in a test, each in time and space."""
+
+    segments: int = 1
+    """Clips over the length of a video."""
+    crops: int = 1
+    """Windows along the longer side of a frame."""
+    crop_share: float = 1.0
+    """Side of a window over the largest one's; 0.875 is what resizing to 256 and cropping 224 shows."""
+
+    def __post_init__(self) -> None:
+        if self.segments < 1 or self.crops < 1:
+            raise ValueError(f"segments is {self.segments} and crops {self.crops}; expected 1 or more")
+        if not 0 < self.crop_share <= 1:
+            raise ValueError(f"crop_share is {self.crop_share}; expected more than 0 and up to 1")
+
+    @property
+    def count(self) -> int:
+        """Views of one record."""
+        return self.segments * self.crops
+
+
+class Views(Dataset):
+    """The test views of each record, from one decode. Nothing is random, and no record takes another's place.
+
+    Args:
+        records: the list.
+        sampling: which frames.
+        views: how many views, and where.
+        augmentation: its resizing alone is used.
+        size: (height, width) of a clip.
+        decoder: reads frames in a process that can be ended.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        sampling: Sampling,
+        views: ViewConfig,
+        augmentation: Augmentation,
+        size: tuple[int, int],
+        decoder: IsolatedDecoder,
+    ) -> None:
+        self.records = records
+        self.sampling = sampling
+        self.views = views
+        self.augmentation = augmentation
+        self.size = size
+        self.decoder = decoder
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The record's views, segment by segment; zeros and a fault where it cannot be read."""
+        record = self.records[index]
+        try:
+            clips, faults = self._clips(record), ()
+        except DecodeError as error:
+            shape = (self.views.count, 3, self.sampling.num_frames, *self.size)
+            clips, faults = torch.zeros(shape, dtype=torch.uint8), (Fault(index, record.path, str(error)),)
+        return Sample(clips, None, _label_of(record), index, faults)
+
+    def _clips(self, record: Record) -> Tensor:
+        with self.decoder.open(record) as reader:
+            segments = self.sampling.views(len(reader), self.views.segments)
+            wanted = np.unique(segments)  # segments overlap in short videos: each frame is decoded once
+            frames = reader.read(wanted)
+        crops = view_crops(*frames.shape[1:3], self.size, self.views.crops, self.views.crop_share)
+        return torch.stack(
+            [
+                self.augmentation.apply(frames[np.searchsorted(wanted, segment)], crop, self.size)
+                for segment in segments
+                for crop in crops
+            ]
+        )
+
+
+def _label_of(record: Record) -> int:
+    return -1 if record.label is None else record.label

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from .datasets import ORDER, Clips, Draw, Fault, Sample, sample_generator
+from .datasets import ORDER, Clips, Draw, Fault, Sample, Views, sample_generator
 
 _PATIENCE = 2.0  # seconds that workers have to end before they are killed
 
@@ -35,12 +35,12 @@ class LoaderError(RuntimeError):
 class Batch(NamedTuple):
     """What a task turns into a loss; B counts clips, R of each record side by side.
 
-    clips: `(B, C, T, H, W)` uint8. visible: `(B, t, h, w)` bool. labels, records: `(B,)` int64.
+    clips: `(B, C, T, H, W)` uint8. visible: `(B, t, h, w)` bool, None without masks. labels, records: `(B,)` int64.
     faults: records that could not be read while this batch was made.
     """
 
     clips: Tensor
-    visible: Tensor
+    visible: Tensor | None
     labels: Tensor
     records: Tensor
     faults: tuple[Fault, ...]
@@ -104,9 +104,10 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples -> a batch; the clips of one record stay side by side."""
     repeats = len(samples[0].clips)
+    masks = [sample.visible for sample in samples if sample.visible is not None]
     return Batch(
         clips=torch.cat([sample.clips for sample in samples]),
-        visible=torch.cat([sample.visible for sample in samples]),
+        visible=torch.cat(masks) if masks else None,
         labels=torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
         records=torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),
         faults=tuple(fault for sample in samples for fault in sample.faults),
@@ -114,13 +115,17 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def load(
-    clips: Clips, batches: Batches, workers: int, pin_memory: bool = False, start_method: str | None = None
+    data: Clips | Views,
+    batches: Iterable[Sequence[Any]],
+    workers: int,
+    pin_memory: bool = False,
+    start_method: str | None = None,
 ) -> Generator[Batch]:
     """The batches, from workers that live until the last one, or until this iterator is closed.
 
     Args:
-        clips: the data set.
-        batches: what to load.
+        data: the data set.
+        batches: what each batch asks the data set for, `Batches` or lists of indices.
         workers: processes; 0 loads in this one.
         pin_memory: page-locked batches, for copies to CUDA that do not wait.
         start_method: fork, spawn or forkserver; None is the platform's own.
@@ -129,7 +134,7 @@ def load(
         LoaderError: a worker ended, which is noticed in 5 s.
     """
     loader = DataLoader(
-        clips,
+        data,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,

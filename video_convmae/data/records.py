@@ -113,11 +113,41 @@ def read_list(path: str | Path, format: ListFormat = "video", root: str | Path =
     return Records(records, format, lines)
 
 
+def class_names(path: str | Path, root: str | Path = "", labels: str | Path | None = None) -> list[str] | None:
+    """The names of a list's classes, where something says them: class n is the n-th.
+
+    Args:
+        path: the list, or a folder of class folders, as in `read_list`.
+        root: as in `read_list`.
+        labels: a file of names, one a line. None: `NAME.labels.txt` beside `NAME.txt` (make_list.py writes it), or the
+            names of the class folders.
+
+    Raises:
+        ListError: the file of names is missing or empty.
+    """
+    if labels is None:
+        if Path(root, path).is_dir():
+            return _class_folders(Path(root, path))
+        labels = Path(path).with_suffix(".labels.txt")
+        if not labels.exists():
+            return None
+    try:
+        names = Path(labels).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ListError(f"cannot read the class names {labels}: {error.strerror or error}") from error
+    if not names:
+        raise ListError(f"the file of class names {labels} is empty")
+    return names
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
 def _read_tree(folder: Path, format: ListFormat) -> Records:
     """The files (for `frames`, the folders) one level down in each class folder, in the order of their names."""
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     records = []
-    for label, name in enumerate(classes):
+    for label, name in enumerate(_class_folders(folder)):
         entries = sorted(os.scandir(folder / name), key=lambda entry: entry.name)
         for entry in entries:
             wanted = entry.name.lower().endswith(IMAGE_SUFFIXES) if format == "image" else entry.name[0] != "."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,30 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int | None = None
     return path
 
 
+def mark_best(folder: Path, step: int) -> None:
+    """Keep the checkpoint of a step as `folder/best.pt`, which no pruning removes."""
+    path, partial = folder / f"step_{step:08d}.pt", folder / "best.partial"
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(path, partial)
+    except OSError:  # not every file system has links
+        shutil.copyfile(path, partial)
+    os.replace(partial, folder / "best.pt")
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     return sorted((p for p in folder.glob("step_*.pt") if _NAME.fullmatch(p.name)), key=lambda p: p.name)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read one checkpoint, on the CPU.
+def load(path: Path, lazily: bool = False) -> dict[str, Any]:
+    """Read one checkpoint, on the CPU; `lazily`, a tensor is read when it is used.
 
     Raises:
         ValueError: the file is missing, damaged or holds more than tensors and plain data.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint that can be read: {type(error).__name__}: {error}") from error
 

@@ -81,7 +81,10 @@ def wrap(
                     wrapped.compile()
                 setattr(parent, name, wrapped)
     if group.count > 1:
-        devices = [group.device] if group.device.type == "cuda" else None
+        devices = None
+        if group.device.type == "cuda":
+            devices = [group.device]
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a probe's; PyTorch has it for CUDA alone
         model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     return model
 

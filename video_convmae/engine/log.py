@@ -20,6 +20,12 @@ class TooManyBadRecords(RuntimeError):
 class NoLog:
     """The log of a rank that writes nothing."""
 
+    writes = False
+
+    def values(self, name: str) -> dict[int, float | int | None]:
+        """A value of the steps that were logged with it."""
+        return {}
+
     def step(self) -> None:
         """One optimizer step is done."""
 
@@ -43,14 +49,22 @@ class RunLog(NoLog):
         first_step, steps: where this process starts, and where the run ends.
     """
 
+    writes = True
+
     def __init__(self, folder: Path, first_step: int, steps: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._keep_until(folder / "log.jsonl", first_step)
-        self._lines = open(folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115, closed in close()
+        self._path = folder / "log.jsonl"
+        self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed in close()
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
         # disable=None: a bar on a terminal, plain lines elsewhere.
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
         self._steps = steps
+
+    def values(self, name: str) -> dict[int, float | int | None]:
+        """A value of the steps that were logged with it."""
+        lines = (json.loads(line) for line in whole_lines(self._path))
+        return {line["step"]: line[name] for line in lines if name in line}
 
     def step(self) -> None:
         """One optimizer step is done."""
@@ -143,9 +157,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _line(values: dict[str, float | int | None]) -> str:
-    remaining = int(values["eta_seconds"])
-    loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
-    return (
-        f"loss {loss}  lr {values['lr']:.2e}  {values['clips_per_second']:.1f} clips/s  "
-        f"data wait {values['data_wait']:.0%}  ETA {remaining // 3600}:{remaining // 60 % 60:02d}:{remaining % 60:02d}"
-    )
+    parts = []
+    if "loss" in values:
+        remaining = int(values["eta_seconds"])
+        parts = [
+            "loss not finite" if values["loss"] is None else f"loss {values['loss']:.4f}",
+            f"lr {values['lr']:.2e}",
+            f"{values['clips_per_second']:.1f} clips/s",
+            f"data wait {values['data_wait']:.0%}",
+            f"ETA {remaining // 3600}:{remaining // 60 % 60:02d}:{remaining % 60:02d}",
+        ]
+    if values.get("val_top1") is not None:
+        parts.append(f"validation top-1 {values['val_top1']:.4f}")
+    return "  ".join(parts)

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from video_convmae.data.datasets import STEP, Fault, sample_generator
@@ -29,7 +29,7 @@ from . import checkpoint, distributed
 from .distributed import Processes
 from .log import BadRecords, NoLog, RunLog, TooManyBadRecords
 from .optim import Optimization, clip_gradients
-from .tasks import Task
+from .tasks import Task, autocast
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,53 @@ class Window:
         return "not finite at " + "; ".join(line for lines in distributed.gather(own) for line in lines)
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What is measured while a model is trained.
+
+    measure: model, not wrapped -> named values; called on every rank. "top1" says which checkpoint is the best.
+    every: epochs between two measurements; the last step is always followed by one.
+    """
+
+    measure: Callable[[nn.Module], dict[str, float | int | None]]
+    every: float = 1.0
+
+
+class _Validator:
+    """Measures the average of the weights where there is one, else the weights, and keeps the best checkpoint.
+
+    What was measured stands in log.jsonl, and there it is looked up when a run goes on: a run that was killed while it
+    measured does so again.
+    """
+
+    def __init__(self, validation: Validation, state: State, optimization: Optimization, log: NoLog, folder: Path):
+        self._measure = validation.measure
+        self._every = max(1, round(validation.every * optimization.steps_per_epoch))
+        self._steps = optimization.schedule.steps
+        self._state, self._log, self._folder = state, log, folder
+        known = distributed.gather(log.values("val_top1"))[0]
+        self._best = max((value for value in known.values() if value is not None), default=-math.inf)
+        self.is_missing = self.is_due() and state.step not in known
+
+    def is_due(self) -> bool:
+        """Whether the step that was just done is one to measure after."""
+        step = self._state.step
+        return step > 0 and (step % self._every == 0 or step == self._steps)
+
+    def __call__(self) -> dict[str, float | int | None]:
+        """The measured values, for the log. Its checkpoint is there already: a kill loses none of the steps."""
+        state = self._state
+        model = distributed.unwrap(state.task.model) if state.ema is None else state.ema.module
+        values = self._measure(model)
+        top1 = values.get("top1")
+        if top1 is not None and top1 > self._best:
+            self._best = top1
+            if self._log.writes:
+                checkpoint.mark_best(self._folder / "checkpoints", state.step)
+            self._log.say(f"step {state.step}: best top-1 so far, {top1:.4f}")
+        return {f"val_{name}": value for name, value in values.items()}
+
+
 class StopSignal:
     """Remembers SIGTERM, SIGINT and SIGUSR1, so that the loop can save and leave between two steps."""
 
@@ -205,6 +252,7 @@ def train(
     bad_records: BadRecords,
     settings: dict[str, Any],
     seed: int = 0,
+    validation: Validation | None = None,
 ) -> int:
     """Train until the schedule ends, or a signal asks to stop; the run goes on from its newest checkpoint.
 
@@ -218,6 +266,7 @@ def train(
         bad_records: what could not be read.
         settings: the run's configuration as plain data, kept in every checkpoint.
         seed: of the run.
+        validation: what is measured beside training; its values are logged with the step's as val_NAME.
 
     Returns:
         Steps done: all of the schedule's, or fewer where a signal ended the run (its checkpoint is written).
@@ -235,6 +284,9 @@ def train(
     log = RunLog(folder, first, schedule.steps) if group.is_main else NoLog()
     save_every = max(1, round(config.save_every * optimization.steps_per_epoch))
     with StopSignal() as stop, contextlib.closing(log), contextlib.closing(load_from(first)) as batches:
+        validator = None if validation is None else _Validator(validation, state, optimization, log, folder)
+        if validator is not None and validator.is_missing:
+            log.write({"step": first, "epoch": first / optimization.steps_per_epoch} | validator())
         window = Window()
         for step in range(first, schedule.steps):
             torch.manual_seed(sample_generator(seed, step, group.rank, STEP).initial_seed())
@@ -248,7 +300,8 @@ def train(
             window.add(records, loss, norm)
             log.step()
 
-            ends, saves = state.step == schedule.steps, state.step % save_every == 0
+            validates = validator is not None and validator.is_due()
+            ends, saves = state.step == schedule.steps, state.step % save_every == 0 or validates
             # One process leaves after any step; several decide it where they speak to each other anyway.
             leaves = stop.received is not None and group.count == 1
             if not (ends or saves or leaves or state.step % config.log_every == 0):
@@ -268,9 +321,13 @@ def train(
                 raise TooManyBadRecords(f"{error}\n{_saved(state)}") from None
             for fault in new:
                 log.say(f"bad record, another was shown in its place: {fault.error}")
-            log.write(values | {"bad_records": len(bad_records)})
+            values |= {"bad_records": len(bad_records)}
             if group.is_main and (ends or saves or leaves):
                 state.save(folder / "checkpoints", config.keep)
+            if validates and not leaves:
+                distributed.barrier()
+                values |= validator()
+            log.write(values)
             if leaves:
                 log.say(f"stopped by a signal after step {state.step}; the same command goes on from there")
                 break
@@ -316,7 +373,7 @@ def _accumulate_gradients(
         batch = window.next_batch(batches)
         records += batch.records.tolist()
         with distributed.gradient_sync(state.task.model, sync=part == config.accumulate - 1):
-            with _autocast(group.device, config.precision):
+            with autocast(group.device, config.precision):
                 loss, values = state.task(batch)
             state.scaler.scale(loss / config.accumulate).backward()
         total += loss.detach() / config.accumulate
@@ -328,27 +385,24 @@ def _update(state: State, optimization: Optimization, lr: float) -> Tensor:
     """One optimizer step; the gradient norm before clipping. Non-finite gradients leave the weights untouched.
 
     A fused optimizer passes over a step whose `found_inf` is 1. That is how GradScaler speaks to it; here it is used at
-    every precision, so that the host does not wait for the device to know.
+    every precision, so that the host does not wait for the device to know. For one that is not fused (LARS) it waits.
     """
     optimizer = state.optimizer
     for options in optimizer.param_groups:
-        options["lr"] = lr
+        options["lr"] = lr * options["lr_scale"]
     state.scaler.unscale_(optimizer)
     norm = clip_gradients([p for options in optimizer.param_groups for p in options["params"]], optimization.clip_grad)
-    if not state.scaler.is_enabled():
+    fused = optimizer.defaults.get("fused", False)
+    if fused and not state.scaler.is_enabled():
         optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
-    state.scaler.step(optimizer)
+    if fused or state.scaler.is_enabled() or norm.isfinite():
+        state.scaler.step(optimizer)
     state.scaler.update()
     optimizer.zero_grad(set_to_none=True)
     if state.ema:
         state.ema.update_parameters(distributed.unwrap(state.task.model))
     state.step += 1
     return norm
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def _finite_mean(values: list[float]) -> float | None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from timm.optim import Lars
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    optimizer: Literal["adamw", "lars"] = "adamw"
+    """adamw, or lars (large-batch linear probes)."""
     base_lr: float = 1.5e-4
     """Learning rate for an effective batch of 256: lr = base_lr x effective batch / 256."""
     base_min_lr: float = 0.0
@@ -24,8 +28,10 @@ class OptimConfig:
     """Epochs of linear rise from 0."""
     weight_decay: float = 0.05
     """On matrices and kernels only; never on vectors (biases, norms, the mask token) and positions."""
+    layer_decay: float = 1.0
+    """Finetuning: what a layer's learning rate is over that of the layer after it."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averages."""
+    """AdamW's averages; the first is the momentum of LARS."""
     clip_grad: float | None = None
     """Largest gradient norm; none: gradients are not clipped."""
 
@@ -50,18 +56,28 @@ class Schedule:
         return self.end + (self.peak - self.end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Two groups, with and without weight decay; every parameter that learns is in exactly one.
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, scales: Mapping[str, float] | None = None
+) -> list[dict]:
+    """Groups by learning-rate scale (`lr_scale`), each with and without weight decay; every parameter that learns is in
+    exactly one.
 
     Vectors and position tables are not decayed (MAE decays its 3-D mask token; ours is a vector).
+
+    Args:
+        named: the parameters by name.
+        weight_decay: of the groups that are decayed.
+        scales: what each parameter's learning rate is multiplied with (layer decay); None: 1.
     """
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
-            undecayed = parameter.ndim <= 1 or name.endswith("positions")
-            (free if undecayed else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+            decayed = parameter.ndim > 1 and not name.endswith("positions")
+            groups.setdefault((scales[name] if scales else 1.0, decayed), []).append(parameter)
+    return [
+        {"params": groups[scale, decayed], "weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale}
+        for scale, decayed in sorted(groups, reverse=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -82,12 +98,12 @@ class Optimization:
 def build_optimization(
     model: nn.Module, config: OptimConfig, effective_batch: int, epochs: float, steps_per_epoch: int
 ) -> Optimization:
-    """AdamW and its schedule.
+    """The optimizer and its schedule.
 
     AdamW is fused: it can pass over a step with non-finite gradients without the host ever waiting for the device.
 
     Args:
-        model: whose parameters learn.
+        model: whose parameters learn; with layer decay, one that has `layer_scales`.
         config: the optimizer's settings.
         effective_batch: records of one optimizer step, repeats not counted.
         epochs: length of the run.
@@ -100,8 +116,14 @@ def build_optimization(
         peak, end = (base * effective_batch / 256 for base in (config.base_lr, config.base_min_lr))
         origin = f"lr {peak:.3g} = base_lr {config.base_lr:.3g} x effective batch {effective_batch} / 256"
     schedule = Schedule(peak, end, round(config.warmup_epochs * steps_per_epoch), round(epochs * steps_per_epoch))
-    groups = parameter_groups(model.named_parameters(), config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
+    scales = None if config.layer_decay == 1 else model.layer_scales(config.layer_decay)
+    groups = parameter_groups(model.named_parameters(), config.weight_decay, scales)
+    if config.optimizer == "lars":
+        for group in groups:  # MAE's LARS: the trust ratio is for matrices, with or without weight decay
+            group["always_adapt"] = any(p.ndim > 1 for p in group["params"])
+        optimizer: torch.optim.Optimizer = Lars(groups, lr=0.0, momentum=config.betas[0])
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
     return Optimization(optimizer, schedule, config.clip_grad, steps_per_epoch, origin)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from video_convmae.data.loader import Batch
+from video_convmae.data.mixing import Mixing
 
 
 class Task(Protocol):
@@ -18,6 +20,12 @@ class Task(Protocol):
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar loss to step on, and detached scalars to log beside it; the host does not wait for the device."""
         ...
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a model computes at `bf16`, `fp16` or, unchanged, at `fp32`."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 class Pixels(nn.Module):
@@ -56,3 +64,26 @@ class Pretraining:
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The reconstruction loss over the hidden patches. `visible` stays on the CPU: see `Packing`."""
         return self.model(self.pixels.normalise(batch.clips), batch.visible).loss, {}
+
+
+class Classification:
+    """Finetuning and probing: cross-entropy over mixed clips and smoothed labels.
+
+    Args:
+        model: clips -> logits, wrapped or not.
+        pixels: how bytes become the model's input.
+        mixing: mixup, cutmix and label smoothing.
+    """
+
+    def __init__(self, model: nn.Module, pixels: Pixels, mixing: Mixing) -> None:
+        self.model = model
+        self.pixels = pixels
+        self.mixing = mixing
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and how often the class with the largest share of a mixed clip is predicted."""
+        clips = self.pixels.normalise(batch.clips)
+        clips, targets = self.mixing(clips, batch.labels.to(clips.device, non_blocking=True))
+        logits = self.model(clips).float()
+        hits = (logits.argmax(dim=1) == targets.argmax(dim=1)).float().mean()
+        return F.cross_entropy(logits, targets), {"train_top1": hits.detach()}

@@ -119,7 +119,38 @@ class Decoder(nn.Module):
         return linear + sum(block_multiply_adds(block, tokens) for block in self.blocks)
 
 
-class Autoencoder(nn.Module):
+class FusedEncoder(nn.Module):
+    """Encoder, fusion and the norm over tokens: what features of pretraining are read from.
+
+    The three were trained together, so features are read after all of them.
+
+    Args:
+        encoder: the encoder in numbers.
+        msd: whether the multi-scale fusion is there.
+    """
+
+    def __init__(self, encoder: EncoderConfig, msd: bool = True) -> None:
+        super().__init__()
+        self.encoder = Encoder(encoder)
+        self.fusion = Fusion(encoder) if msd else None
+        self.norm = nn.LayerNorm(self.encoder.width, eps=1e-6)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The token grid (t, h, w)."""
+        return self.encoder.config.grid
+
+    def encode(self, clips: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Features `(B, n, D)` after fusion and final norm, which were trained together; `None` = all visible."""
+        return self._encode(clips, self.encoder.packing(clips, visible))
+
+    def _encode(self, clips: Tensor, packing: Packing) -> Tensor:
+        features = self.encoder(clips, packing)
+        tokens = features.tokens if self.fusion is None else self.fusion(features, packing)
+        return self.norm(tokens)
+
+
+class Autoencoder(FusedEncoder):
     """A masked autoencoder over clips; an image is a clip of one frame.
 
     Args:
@@ -130,20 +161,12 @@ class Autoencoder(nn.Module):
     """
 
     def __init__(self, encoder: EncoderConfig, decoder: DecoderConfig, msd: bool = True, target: Target = "patch"):
-        super().__init__()
         if target not in get_args(Target):
             raise ValueError(f"target is {target!r}; expected one of {', '.join(get_args(Target))}")
+        super().__init__(encoder, msd)
         self.target = target
-        self.encoder = Encoder(encoder)
-        self.fusion = Fusion(encoder) if msd else None
-        self.norm = nn.LayerNorm(self.encoder.width, eps=1e-6)
         self.decoder = Decoder(decoder, encoder)
         self.init_weights()
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """The token grid (t, h, w)."""
-        return self.encoder.config.grid
 
     def init_weights(self) -> None:
         """Set every parameter and table; works after `to_empty` on a model built on the meta device."""
@@ -174,10 +197,6 @@ class Autoencoder(nn.Module):
         loss = F.mse_loss(prediction.to(dtype), target.to(dtype))
         return AutoencoderOutput(loss, prediction, target, tokens)
 
-    def encode(self, clips: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Features `(B, n, D)` after fusion and final norm, which were trained together; `None` = all visible."""
-        return self._encode(clips, self.encoder.packing(clips, visible))
-
     @torch.no_grad()
     def reconstruct(self, clips: Tensor, visible: Tensor) -> Tensor:
         """Clips `(B, C, T, H, W)` whose hidden patches are the model's.
@@ -203,11 +222,6 @@ class Autoencoder(nn.Module):
             parts["fusion"] = computed * sum(joint.weight.numel() for joint in self.fusion.joints)
         parts["decoder"] = self.decoder.multiply_adds(visible)
         return parts
-
-    def _encode(self, clips: Tensor, packing: Packing) -> Tensor:
-        features = self.encoder(clips, packing)
-        tokens = features.tokens if self.fusion is None else self.fusion(features, packing)
-        return self.norm(tokens)
 
 
 def patch_target(patches: Tensor, target: Target) -> Tensor:

@@ -1,38 +1,47 @@
-"""The classifier: the encoder with nothing hidden, the mean over tokens, LayerNorm, Linear."""
+"""Classes from clips: the classifier, which is finetuned whole, and the probe, which reads a frozen encoder.
+
+Letters: B clips, N tokens, n visible tokens of a clip, D width of a token.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
 
-from .encoder import Encoder, EncoderConfig, encoder_config
+from .autoencoder import FusedEncoder
+from .encoder import Encoder, EncoderConfig, encoder_config, init_as_convolution, init_as_transformer
 
 
 class Classifier(nn.Module):
-    """Finetuning and probing. There is no fusion and no norm before the mean (ConvViT, VideoMAE).
+    """The encoder with nothing hidden, the mean over tokens, LayerNorm, Linear; for finetuning.
+
+    There is no fusion and no norm before the mean (ConvViT, VideoMAE).
 
     Args:
         encoder: the encoder in numbers; its positions should be learnable.
         num_classes: classes.
+        head_init: deviation of the head's first weights. Finetuning starts from 2e-5 (ConvMAE; VideoMAE scales 0.02 by
+            0.001).
     """
 
-    def __init__(self, encoder: EncoderConfig, num_classes: int) -> None:
+    def __init__(self, encoder: EncoderConfig, num_classes: int, head_init: float = 0.02) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}; expected 1 or more")
+        _check_head(num_classes, head_init)
+        self.head_init = head_init
         self.encoder = Encoder(encoder)
         self.norm = nn.LayerNorm(self.encoder.width, eps=1e-6)
         self.head = nn.Linear(self.encoder.width, num_classes)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As the autoencoder's encoder; the head normal with deviation 0.02, cut at two deviations."""
+        """As the autoencoder's encoder; the head normal with deviation `head_init`."""
         self.encoder.init_weights()
         self.norm.reset_parameters()
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        _init_head(self.head, self.head_init)
 
     def forward(self, clips: Tensor) -> Tensor:
         """Clips `(B, C, T, H, W)` -> logits `(B, num_classes)`."""
@@ -73,11 +82,171 @@ def create_classifier(
     num_classes: int,
     num_frames: int = 16,
     image_size: int | tuple[int, int] = 224,
+    head_init: float = 0.02,
     **overrides: Any,
 ) -> Classifier:
     """A classifier of a named size; arguments as in `create_autoencoder`, overrides any field of `EncoderConfig`.
 
-    Positions are learnable, started from the table.
+    Positions are learnable, started from the table. `head_init`: see `Classifier`.
     """
     overrides = {"learnable_positions": True, **overrides}
-    return Classifier(encoder_config(size, num_frames, image_size, **overrides), num_classes)
+    return Classifier(encoder_config(size, num_frames, image_size, **overrides), num_classes, head_init)
+
+
+class Probe(FusedEncoder):
+    """What a frozen encoder's features tell: pretrained encoder, fusion and norm that stay as they are, and a head.
+
+    The features are an autoencoder's, after fusion and the norm over tokens; `load_weights` fills those parts by their
+    names. Only the head learns. The rest has no gradients, keeps no activations, and stays in evaluation mode.
+
+    Two traps of the released ConvMAE probe are not here. Its documented command lacks --global_pool and so reads the
+    top-left token alone; with it, the trained norm is dropped and an untrained, frozen `fc_norm` is read.
+
+    Args:
+        encoder: the encoder in numbers. Positions that were learnt need `learnable_positions`; they are frozen too.
+        num_classes: classes.
+        msd: whether the fusion is there, as in pretraining.
+        kind: the head, `linear` or `attentive`.
+        head_init: deviation of the first weights of the head's last Linear.
+    """
+
+    def __init__(
+        self,
+        encoder: EncoderConfig,
+        num_classes: int,
+        msd: bool = True,
+        kind: Literal["linear", "attentive"] = "linear",
+        head_init: float = 0.01,
+    ) -> None:
+        if kind not in ("linear", "attentive"):
+            raise ValueError(f"kind is {kind!r}; expected 'linear' or 'attentive'")
+        _check_head(num_classes, head_init)
+        super().__init__(encoder, msd)
+        self.requires_grad_(False)
+        width = self.encoder.width
+        if kind == "linear":
+            self.head = LinearHead(width, num_classes, head_init)
+        else:
+            self.head = AttentiveHead(width, encoder.heads, num_classes, head_init)
+        self.init_weights()
+        self.train()
+
+    def init_weights(self) -> None:
+        """The frozen part as an autoencoder's, to be loaded over; the head as it says."""
+        self.encoder.init_weights()
+        self.norm.reset_parameters()
+        if self.fusion is not None:
+            init_as_convolution(self.fusion)
+        self.head.init_weights()
+
+    def train(self, mode: bool = True) -> Probe:
+        """Switch the head alone: in the frozen part drop path stays off."""
+        super().train(False)
+        self.training = mode
+        self.head.train(mode)
+        return self
+
+    @torch.no_grad()
+    def encode(self, clips: Tensor, visible: Tensor | None = None) -> Tensor:
+        """The autoencoder's features `(B, n, D)`, without gradients; `None` = all visible."""
+        return super().encode(clips, visible)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Clips `(B, C, T, H, W)` -> logits `(B, num_classes)`."""
+        return self.head(self.encode(clips))
+
+
+class LinearHead(nn.Module):
+    """The mean over tokens, standardised over the batch, then Linear (the probe of MAE and ConvMAE).
+
+    BatchNorm without affine parameters puts features of any scale under one learning rate. Training needs two clips a
+    batch.
+    """
+
+    def __init__(self, width: int, num_classes: int, head_init: float) -> None:
+        super().__init__()
+        self.head_init = head_init
+        self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False)
+        self.linear = nn.Linear(width, num_classes)
+
+    def init_weights(self) -> None:
+        """The Linear normal with deviation `head_init`; nothing seen by the BatchNorm."""
+        self.norm.reset_running_stats()
+        _init_head(self.linear, self.head_init)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`(B, N, D)` -> `(B, num_classes)`."""
+        return self.linear(self.norm(tokens.mean(dim=1)))
+
+
+class AttentiveHead(nn.Module):
+    """One learnt query reads the tokens by cross-attention, then an MLP, LayerNorm and Linear.
+
+        x = query + attention(query, norm1(tokens))
+        x = x + mlp(norm2(x))
+
+    As V-JEPA's attentive probes: one pre-norm block, no projection behind the attention. The LayerNorm before the
+    Linear is ours: it is what reads a pre-norm block everywhere else here.
+    """
+
+    def __init__(self, width: int, heads: int, num_classes: int, head_init: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_init = head_init
+        self.query = nn.Parameter(torch.zeros(width))  # a vector: it is not decayed
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.linear = nn.Linear(width, num_classes)
+
+    def init_weights(self) -> None:
+        """Xavier as an attention block; the query normal with deviation 0.02, the last Linear with `head_init`."""
+        init_as_transformer(self)
+        nn.init.normal_(self.query, std=0.02)
+        _init_head(self.linear, self.head_init)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`(B, N, D)` -> `(B, num_classes)`."""
+        x = self.query + self._attention(self.norm1(tokens))
+        x = x + self.mlp(self.norm2(x))
+        return self.linear(self.norm(x))
+
+    def _attention(self, tokens: Tensor) -> Tensor:
+        """`(B, N, D)` -> what the query takes from them, `(B, D)`."""
+        batch, count, width = tokens.shape
+        q = self.q(self.query).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
+        k, v = self.kv(tokens).view(batch, count, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).reshape(batch, width)
+
+
+def create_probe(
+    size: str,
+    *,
+    num_classes: int,
+    num_frames: int = 16,
+    image_size: int | tuple[int, int] = 224,
+    msd: bool = True,
+    kind: Literal["linear", "attentive"] = "linear",
+    head_init: float = 0.01,
+    **overrides: Any,
+) -> Probe:
+    """A probe of a named size; arguments as in `create_autoencoder`, overrides any field of `EncoderConfig`.
+
+    Positions are fixed, as in an autoencoder. `kind` and `head_init`: see `Probe`.
+    """
+    return Probe(encoder_config(size, num_frames, image_size, **overrides), num_classes, msd, kind, head_init)
+
+
+def _check_head(num_classes: int, head_init: float) -> None:
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}; expected 1 or more")
+    if not head_init > 0:
+        raise ValueError(f"head_init is {head_init}; expected a deviation above 0")
+
+
+def _init_head(linear: nn.Linear, deviation: float) -> None:
+    nn.init.trunc_normal_(linear.weight, std=deviation)
+    nn.init.zeros_(linear.bias)

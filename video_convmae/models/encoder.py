@@ -6,6 +6,7 @@ convolutional stages compute (n packed, N dense), D width of a token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -207,6 +208,38 @@ class Encoder(nn.Module):
             x = block(x)
         return Features(pyramid, x)
 
+    def forward_intermediates(
+        self,
+        clips: Tensor,
+        visible: Tensor | None = None,
+        indices: int | Sequence[int] | None = None,
+        *,
+        intermediates_only: bool = False,
+    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
+        """The tokens and the feature pyramid as dense grids; name and arguments are timm's.
+
+        A stage's grid is `(B, C, t, H, W)`, at strides (4, 2, 2) 1/4, 1/8 and 1/16 of the pixels. An image is a clip of
+        one frame, here too: t = 1 stays. The last grid holds the tokens, before any final norm and without fusion.
+
+        Args:
+            clips: `(B, C, T, H, W)`.
+            visible: `(B, t, h, w)`; grids are zero where a token is hidden. `None` = all visible.
+            indices: the stages whose grids are returned: the last so many, those named (counted from 0, or back from
+                -1), or all. They come in the order of the stages.
+            intermediates_only: leave out the tokens.
+
+        Returns:
+            The visible tokens `(B, n, D)` and the grids, or the grids alone.
+
+        Raises:
+            ValueError: clips or visible do not have the encoder's shape; a stage that there is not.
+        """
+        chosen = _stages(len(self.config.widths), indices)
+        packing = self.packing(clips, visible)
+        features = self(clips, packing)
+        grids = [self._grid(features, packing, stage).permute(0, 4, 1, 2, 3) for stage in chosen]
+        return grids if intermediates_only else (features.tokens, grids)
+
     def multiply_adds(self, visible: int) -> dict[str, int]:
         """Multiply-adds of one clip with `visible` visible tokens, by part, as the implementation computes them."""
         config, last = self.config, len(self.conv_stages)
@@ -220,10 +253,33 @@ class Encoder(nn.Module):
         parts[f"stage {last + 1}"] = sum(block_multiply_adds(block, visible) for block in self.attention_blocks)
         return parts
 
+    def _grid(self, features: Features, packing: Packing, stage: int) -> Tensor:
+        """What a stage left as `(B, t, H, W, C)`, hidden positions zero."""
+        cells = packing.cells(self.config.later_strides(stage))
+        if stage == len(features.pyramid):
+            return cells.visible_to_grid(features.tokens[:, :, None])
+        return cells.to_grid(features.pyramid[stage])
+
     def _join_cells(self, x: Tensor, stage: int) -> Tensor:
         """Join the cells under each window of embedding `stage`: `(B, m, cells, C)` -> `(B, m, cells / s², s² C)`."""
         window = self.config.strides[stage] ** 2
         return x.reshape(*x.shape[:2], x.shape[2] // window, window * x.shape[3])
+
+
+def _stages(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """timm's `indices` as stages 0 .. count - 1, ascending."""
+    if indices is None:
+        return list(range(count))
+    if isinstance(indices, int):
+        chosen = set(range(count - indices, count))
+    else:
+        chosen = {count + index if index < 0 else index for index in indices}
+    if not chosen or not chosen <= set(range(count)):
+        raise ValueError(
+            f"indices is {indices}; expected how many of the last stages, 1 to {count}, or a list of stages, "
+            f"{-count} to {count - 1}"
+        )
+    return sorted(chosen)
 
 
 def init_as_convolution(root: nn.Module) -> None:

@@ -93,9 +93,14 @@ class Cells:
 
     def to_grid(self, x: Tensor) -> Tensor:
         """`(B, m, cells, C)` -> `(B, t, H, W, C)`. Hidden positions are selected away, never multiplied by zero."""
-        if self.packing.all_computed:
-            if self.packing.shown is not None:
-                x = torch.where(self.packing.shown, x, x.new_zeros(()))
+        if self.packing.shown is None:
+            return self.visible_to_grid(x)
+        x = torch.where(self.packing.shown, x, x.new_zeros(()))
+        return unnest(x, self.factors, self.grid)
+
+    def visible_to_grid(self, x: Tensor) -> Tensor:
+        """Cells of the visible tokens alone, `(B, n, cells, C)` -> `(B, t, H, W, C)`."""
+        if self.packing.hidden.shape[1] == 0:
             return unnest(x, self.factors, self.grid)
         channels = x.shape[-1]
         dense = x.new_zeros(self.packing.batch * prod(self.grid), channels)

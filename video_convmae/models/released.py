@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import positions
 from .autoencoder import Autoencoder
 from .classifier import Classifier
+from .encoder import encoder_config
 from .layouts import (
     CONVMAE,
     HUGGING_FACE,
@@ -58,6 +59,7 @@ class Weights:
     names: our names -> those in the file.
     dropped: names in the file that have no counterpart here -> why.
     notes: sentences for the report.
+    grid: the token grid that learnt positions are over, where the file says it.
     """
 
     layout: str
@@ -67,6 +69,7 @@ class Weights:
     names: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    grid: tuple[int, int, int] | None = None
 
     @property
     def temporal_kernel(self) -> int:
@@ -85,9 +88,16 @@ class Weights:
             return "decoder.embedding.weight" in self.tensors
         return any(name.startswith(part + ".") for name in self.tensors)
 
+    @property
+    def is_probe(self) -> bool:
+        """Whether the head is that of our `Probe`, which stands on the norm over tokens."""
+        return "head.linear.weight" in self.tensors
+
     def state_dict(self) -> Tensors:
-        """What `load_state_dict` of our model takes: a classifier if there is a head, else an autoencoder."""
+        """What `load_state_dict` of our model takes: a classifier or probe if there is a head, else an autoencoder."""
         tensors = {n: t for n, t in self.tensors.items() if n != "decoder.positions"}
+        if self.is_probe:
+            return tensors
         table = tensors.get("encoder.positions")
         if not self.has("head"):
             if table is not None and self._is_fixed(table):
@@ -137,10 +147,10 @@ def weights_of(source: str | Path | Mapping[str, Any] | Weights | nn.Module) -> 
         return source
     if isinstance(source, nn.Module):
         return _weights_of_model(source)
-    state = _tensors_in(read(source) if isinstance(source, (str, Path)) else source)
-    state = _without_wrappers(state)
+    given = read(source) if isinstance(source, (str, Path)) else source
+    state = _without_wrappers(_tensors_in(given))
     if _OURS in state:
-        return _from_ours(state)
+        return replace(_from_ours(state), grid=_grid_in(given))
     for layout in LAYOUTS:
         prefix = _prefix(state, layout)
         if prefix is not None:
@@ -212,6 +222,16 @@ def _from_ours(state: Tensors) -> Weights:
     return replace(weights, layout=f"VideoConvMAE {_role(weights)}")
 
 
+def _grid_in(checkpoint: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """The token grid of the run whose checkpoint this is; None: there is no configuration in it."""
+    config = checkpoint.get("config")
+    if not isinstance(config, Mapping) or "num_frames" not in config.get("model", {}):
+        return None
+    model = config["model"]
+    known = {name: model[name] for name in ("strides", "tubelet") if model.get(name) is not None}
+    return encoder_config(model["size"], model["num_frames"], model["image_size"], **known).grid
+
+
 def _weights_of_model(model: nn.Module) -> Weights:
     if not isinstance(model, (Autoencoder, Classifier)):
         raise ValueError(f"a {type(model).__name__}; expected an Autoencoder or a Classifier")
@@ -220,7 +240,8 @@ def _weights_of_model(model: nn.Module) -> Weights:
         tensors = _with_fc_norm(tensors)
     config = model.encoder.config
     geometry = Geometry(config.strides, config.tubelet, config.channels, config.grid[0])
-    weights = Weights("VideoConvMAE", tensors, geometry, config.position_table, {name: name for name in tensors})
+    names = {name: name for name in tensors}
+    weights = Weights("VideoConvMAE", tensors, geometry, config.position_table, names, grid=config.grid)
     return replace(weights, layout=f"VideoConvMAE {_role(weights)}")
 
 
@@ -231,6 +252,8 @@ def _with_fc_norm(tensors: Tensors) -> Tensors:
 def _role(weights: Weights) -> str:
     if weights.has("decoder"):
         return "pretraining"
+    if weights.is_probe:
+        return "probe"
     return "finetuning" if weights.has("head") else "encoder only"
 
 
@@ -395,9 +418,11 @@ def sizes_of(
         kind: which of the two; by default a classifier where there is a head.
 
     Raises:
-        ValueError: the weights cannot be held: stages with different MLP ratios.
+        ValueError: the weights cannot be held: stages with different MLP ratios, or a probe's head.
     """
     weights = weights_of(source)
+    if weights.is_probe and kind is None:
+        raise ValueError("a probe of ours: video_convmae.load() reads the checkpoint of its run")
     kind = kind or ("classifier" if weights.has("head") else "autoencoder")
     sizes = _encoder_sizes(weights)
     if weights.position_table == "flat":

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from . import positions
-from .autoencoder import Autoencoder, create_autoencoder
-from .classifier import Classifier, create_classifier
+from .autoencoder import Autoencoder, FusedEncoder, create_autoencoder
+from .classifier import Classifier, Probe, create_classifier
 from .encoder import Encoder, EncoderConfig
 from .layouts import NO_CLS, Tensors, matches
 from .released import PARTS, TABLE_TOLERANCE, Weights, difference, folded, sizes_of, weights_of, what
@@ -79,7 +79,7 @@ class Inflation:
 
 
 def load_weights(
-    model: Autoencoder | Classifier | Encoder,
+    model: Autoencoder | Classifier | Probe | Encoder,
     path_or_state_dict: str | Path | Mapping[str, Any] | Weights,
     *,
     inflation: Inflation | None = None,
@@ -90,17 +90,19 @@ def load_weights(
     The encoder must be there and fit. Norm, fusion, decoder and head are taken where the file has them: where it has
     not, they keep their initial values and are reported as missing. A head for another number of classes stays new;
     learnable positions of another grid are resized; a fixed position table is compared with the model's own. What the
-    file holds and the model has no place for (a decoder, for a classifier) is reported as unexpected.
+    file holds and the model has no place for (a decoder, for a classifier) is reported as unexpected. A probe never
+    trains the norm and fusion that it reads: for it they must be there, as the encoder must.
 
     Args:
-        model: an Autoencoder, a Classifier or an Encoder of ours, not wrapped.
+        model: an Autoencoder, a Classifier, a Probe or an Encoder of ours, not wrapped.
         path_or_state_dict: as in `weights_of`.
         inflation: lets image weights into a video model, in this way; then a decoder that does not fit stays new.
         leave_out: parts that are not taken: norm, fusion, decoder, head.
 
     Raises:
         ValueError: as `weights_of`; the encoder or another part does not fit; positions of another kind; image weights
-            for a video model without `inflation`; a head that was not trained on the mean over tokens.
+            for a video model without `inflation`; a head that was not trained on the mean over tokens; no norm or
+            fusion for a probe that reads it; a fusion that the model would not read.
     """
     weights = weights_of(path_or_state_dict)
     if unknown := sorted(set(leave_out) - set(PARTS[1:])):
@@ -109,6 +111,7 @@ def load_weights(
     inflated = weights.is_image and encoder.config.num_frames > 1
     if inflated:
         weights = _inflated_for(encoder.config, weights, inflation)
+    _check_parts(model, {part for part in PARTS if weights.has(part)} - set(leave_out), weights)
     weights = _arranged_for(model, weights, leave_out)
     plan = _Plan(_targets(model), weights, notes=list(weights.notes))
     _plan_positions(plan, encoder.config)
@@ -149,21 +152,37 @@ class _Plan:
 
 
 def _targets(model: nn.Module) -> Tensors:
-    """What can be filled, under the names of a whole model: parameters, but not the fixed tables."""
+    """What can be filled, under the names of a whole model: all that is saved, so not the fixed tables."""
     prefix = "encoder." if isinstance(model, Encoder) else ""
-    return {prefix + name: parameter for name, parameter in model.named_parameters()}
+    return {prefix + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def _check_parts(model: nn.Module, parts: Collection[str], weights: Weights) -> None:
+    """Raise if the model would read a part that these weights leave untrained, or not read what theirs was trained on.
+
+    `parts` are those that are going to be taken.
+    """
+    if isinstance(model, Classifier) and "head" in parts and not weights.has("fc_norm"):
+        raise ValueError(
+            f"the head of these {weights.layout} weights was trained on one token or is a probe's, not a classifier's "
+            "on the mean over tokens; leave out the head to take the encoder alone"
+        )
+    if isinstance(model, FusedEncoder) and model.fusion is None and "fusion" in parts:
+        raise ValueError("these weights were trained with the fusion: build the model with msd=True or leave it out")
+    if isinstance(model, Probe) and "norm" not in parts:
+        raise ValueError(
+            f"no norm over tokens comes from these {weights.layout} weights (a finetuned classifier's is over their "
+            "mean): a probe would read its own, untrained and frozen. Probe pretraining weights, or finetune these"
+        )
+    if isinstance(model, Probe) and model.fusion is not None and model.fusion.joints and "fusion" not in parts:
+        raise ValueError(
+            f"no fusion comes from these {weights.layout} weights: a probe would read its own, untrained and frozen. "
+            "Build the probe with msd=False"
+        )
 
 
 def _arranged_for(model: nn.Module, weights: Weights, leave_out: Collection[str]) -> Weights:
     """Names as the model has them, without the parts that are to be left out."""
-    head_kept = weights.has("head") and "head" not in leave_out
-    if isinstance(model, Classifier) and head_kept and not weights.has("fc_norm"):
-        raise ValueError(
-            f"the head of these {weights.layout} weights was trained on one token, not on the mean over tokens; "
-            "leave out the head to take the encoder alone"
-        )
-    if isinstance(model, Autoencoder) and model.fusion is None and weights.has("fusion") and "fusion" not in leave_out:
-        raise ValueError("these weights were trained with the fusion: build the model with msd=True or leave it out")
 
     def arranged(name: str) -> str:
         if isinstance(model, Classifier) and name.startswith(("norm.", "fc_norm.")):
@@ -177,8 +196,18 @@ def _arranged_for(model: nn.Module, weights: Weights, leave_out: Collection[str]
     notes = [f"{name} dropped: {reason}" for name, reason in weights.dropped.items() if reason is not NO_CLS]
     if isinstance(model, Classifier) and weights.has("norm"):
         notes.append("a classifier has no place for pretraining's norm over tokens, fusion and decoder")
+    if isinstance(model, Probe) and model.fusion is None and _may_have_had_fusion(weights):
+        notes.append(
+            "the probe reads no fusion: if these weights were pretrained with one, as the released ConvMAE was, their "
+            "norm stood behind it and was not trained on what the probe reads"
+        )
     notes += [f"left out as asked: {', '.join(leave_out)}"] if leave_out else []
     return replace(weights, tensors=tensors, names=names, notes=(*weights.notes, *notes))
+
+
+def _may_have_had_fusion(weights: Weights) -> bool:
+    """A hybrid's weights with a fusion, or so cut down that it may have been cut off."""
+    return len(weights.geometry.strides) > 1 and (weights.has("fusion") or not weights.has("decoder"))
 
 
 def _plan_part(plan: _Plan, part: str, decoder_may_be_new: bool) -> None:
@@ -190,9 +219,11 @@ def _plan_part(plan: _Plan, part: str, decoder_may_be_new: bool) -> None:
     faults = _faults(wanted, given)
     if not faults:
         plan.values |= given
+    elif part == "head" and given.keys() != wanted.keys():
+        plan.notes.append("the head is new: the file's is of another kind")
     elif part == "head":
         plan.reshaped += sorted(wanted)
-        theirs, ours = (len(tensors["head.bias"]) for tensors in (given, wanted))
+        theirs, ours = (_classes(tensors) for tensors in (given, wanted))
         plan.notes.append(f"the head is new: {theirs} classes in the file, {ours} in the model")
     elif part == "decoder" and decoder_may_be_new:
         plan.notes.append(f"the decoder does not fit and is new: {faults[0]}")
@@ -213,6 +244,11 @@ def _holds(plan: _Plan, part: str, given: Tensors) -> bool:
     if not given and part in ("norm", "fusion") and weights.has("decoder") and "decoder.mask_token" in plan.targets:
         raise ValueError(f"{weights.layout} weights with a decoder but no {part}; msd=False or leave out the decoder")
     return bool(given)
+
+
+def _classes(head: Tensors) -> int:
+    """How many classes a head tells apart; a probe's ends in a Linear of its own."""
+    return len(head["head.bias"] if "head.bias" in head else head["head.linear.bias"])
 
 
 def _faults(wanted: Tensors, given: Tensors) -> list[str]:
@@ -240,7 +276,7 @@ def _plan_positions(plan: _Plan, config: EncoderConfig) -> None:
     if name not in plan.targets:
         _compare(plan, name, config)
         return
-    grid = _grid_of(table.shape[1], config.grid)
+    grid = weights.grid or _grid_of(table.shape[1], config.grid)
     plan.values[name] = positions.resize(table[0], grid, config.grid)[None]
     if grid != config.grid:
         plan.reshaped.append(name)
@@ -285,6 +321,8 @@ def model_from(
         ValueError: as `weights_of`, `sizes_of` and `load_weights`.
     """
     weights = weights_of(source)
+    if "head.linear.weight" in weights.tensors:
+        raise ValueError("these are a probe's weights: build it with create_probe and fill it with load_weights")
     create: Callable[..., Autoencoder | Classifier] = create_classifier if weights.has("head") else create_autoencoder
     model = create(**{**sizes_of(weights), **overrides})
     return model, load_weights(model, weights)

@@ -1,0 +1,214 @@
+"""Heads on the encoder: the probe reads what was pretrained and changes none of it; how heads start."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from video_convmae import create_autoencoder, create_classifier, load_weights, masking
+from video_convmae.models.autoencoder import Autoencoder
+from video_convmae.models.classifier import Probe, create_probe
+
+VIDEO = {"num_frames": 4, "image_size": 32, "depths": (1, 1, 2)}
+GEOMETRIES = {
+    "video": ("tiny", VIDEO),
+    "image": ("tiny", {**VIDEO, "num_frames": 1}),
+    "without fusion": ("tiny", {**VIDEO, "msd": False}),
+    "plain ViT": ("vit_tiny", {**VIDEO, "depths": (2,)}),
+}
+KINDS = ["linear", "attentive"]
+
+
+def pretrained(size: str = "tiny", **settings: object) -> Autoencoder:
+    """An autoencoder whose every parameter is random, norms too, so that a forgotten one shows."""
+    torch.manual_seed(0)
+    model = create_autoencoder(size, **{**VIDEO, **settings})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def probe(kind: str = "linear", num_classes: int = 3, **settings: object) -> Probe:
+    torch.manual_seed(1)
+    return create_probe("tiny", num_classes=num_classes, kind=kind, **{**VIDEO, **settings})
+
+
+def clips_for(model: nn.Module, count: int = 6) -> Tensor:
+    return torch.randn(count, *model.encoder.config.clip_shape, generator=torch.Generator().manual_seed(2))
+
+
+def step(model: Probe, optimizer: torch.optim.Optimizer, clips: Tensor, labels: Tensor) -> float:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(clips), labels)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+# The features
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_probe_reads_the_autoencoders_features(geometry: str, kind: str) -> None:
+    size, settings = GEOMETRIES[geometry]
+    source = pretrained(size, **settings)
+    model = create_probe(size, num_classes=3, kind=kind, **settings)
+    load_weights(model, source.state_dict())
+    clips = clips_for(source)
+    visible = masking.tube(source.grid, 0.5).expand(len(clips), -1, -1, -1)
+    with torch.no_grad():
+        tokens = source.encode(clips)
+        assert torch.equal(model.encode(clips), tokens)
+        assert torch.equal(model.encode(clips, visible), source.encode(clips, visible))
+        assert torch.equal(model(clips), model.head(tokens))
+
+
+def test_the_linear_head_reads_the_mean_over_tokens() -> None:
+    source = pretrained()
+    model = probe().eval()
+    load_weights(model, source.state_dict())
+    model.head.norm.running_mean.uniform_()
+    model.head.norm.running_var.uniform_(1, 2)
+    clips = clips_for(source)
+    with torch.no_grad():
+        mean = source.encode(clips).mean(dim=1)
+        standard = (mean - model.head.norm.running_mean) / (model.head.norm.running_var + 1e-6).sqrt()
+        expected = standard @ model.head.linear.weight.T + model.head.linear.bias
+        assert torch.allclose(model(clips), expected, atol=1e-5)
+
+
+def test_features_of_any_scale_are_standardised_in_training() -> None:
+    head = probe().head
+    tokens = 1e3 + 50 * torch.randn(16, 5, 192)
+    seen = []
+    head.linear.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    head(tokens)
+    assert seen[0].mean(dim=0).abs().max() < 1e-3
+    assert (seen[0].var(dim=0, correction=0) - 1).abs().max() < 1e-3
+    assert [name for name, _ in head.named_parameters()] == ["linear.weight", "linear.bias"]
+
+
+def test_the_attentive_head_is_torchs_attention_of_one_query() -> None:
+    head = probe("attentive").head
+    tokens = torch.randn(2, 7, 192)
+    attention = nn.MultiheadAttention(192, 3, batch_first=True)
+    with torch.no_grad():
+        attention.in_proj_weight.copy_(torch.cat([head.q.weight, head.kv.weight]))
+        attention.in_proj_bias.copy_(torch.cat([head.q.bias, head.kv.bias]))
+        attention.out_proj.weight.copy_(torch.eye(192))
+        attention.out_proj.bias.zero_()
+        inputs = head.norm1(tokens)
+        expected = attention(head.query.expand(2, 1, -1), inputs, inputs, need_weights=False)[0][:, 0]
+        expected = expected + head.query
+        expected = head.linear(head.norm(expected + head.mlp(head.norm2(expected))))
+        assert torch.allclose(head(tokens), expected, atol=1e-6)
+        assert torch.allclose(head(tokens), head(tokens.flip(1)), atol=1e-6)  # tokens have no order here
+
+
+# What stays as it is
+
+
+@pytest.mark.parametrize("settings", [{}, {"learnable_positions": True}], ids=["fixed", "learnt"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_head_learns(kind: str, settings: dict) -> None:
+    model = probe(kind, **settings)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert {name.split(".")[0] for name, _ in learning} == {"head"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    clips, labels = clips_for(model), torch.arange(6) % 3
+    for _ in range(2):  # the first step of a last Linear that small hardly moves what stands before it
+        step(model, optimizer, clips, labels)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if name.startswith("head.")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_keep_no_graph_and_drop_path_stays_off(kind: str) -> None:
+    model = probe(kind, drop_path=0.9)
+    clips = clips_for(model)
+    expected = model.encode(clips)
+    for mode in (True, False):
+        assert model.train(mode) is model
+        assert model.training is model.head.training is mode
+        assert not any(
+            module.training for part in (model.encoder, model.fusion, model.norm) for module in part.modules()
+        )
+        tokens = model.encode(clips.requires_grad_())
+        assert not tokens.requires_grad
+        assert torch.equal(tokens, expected)
+        assert model(clips).requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_probe_learns_its_clips(kind: str) -> None:
+    model = probe(kind, msd=False)
+    load_weights(model, pretrained(msd=False).state_dict())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    clips, labels = clips_for(model), torch.arange(6) % 3
+    losses = [step(model, optimizer, clips, labels) for _ in range(30)]
+    assert losses[0] == pytest.approx(math.log(3), abs=0.3)
+    assert losses[-1] < 0.1
+
+
+def test_every_parameter_of_a_head_receives_a_gradient() -> None:
+    for kind in KINDS:
+        model = probe(kind)
+        F.cross_entropy(model(clips_for(model)), torch.arange(6) % 3).backward()
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in model.head.parameters())
+
+
+# How models start
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_of_a_probe_is_initialised(kind: str) -> None:
+    with torch.device("meta"):
+        model = probe(kind, learnable_positions=True)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(math.nan if tensor.is_floating_point() else 7)
+    model.init_weights()
+    assert all(tensor.isfinite().all() for tensor in (*model.parameters(), *model.buffers()))
+    assert model(clips_for(model)).isfinite().all()
+    if kind == "linear":
+        assert model.head.norm.num_batches_tracked == 1
+
+
+def test_heads_start_with_the_deviation_that_was_asked_for() -> None:
+    settings = {"num_classes": 200, **VIDEO}
+    for model, deviation in [
+        (create_classifier("tiny", **settings), 0.02),
+        (create_classifier("tiny", head_init=2e-5, **settings), 2e-5),
+        (probe(num_classes=200), 0.01),
+        (probe("attentive", num_classes=200, head_init=0.1), 0.1),
+    ]:
+        linear = model.head if isinstance(model.head, nn.Linear) else model.head.linear
+        assert linear.weight.std().item() == pytest.approx(deviation, rel=0.05)
+        assert not linear.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_classes": 0}, "num_classes is 0; expected 1"),
+        ({"kind": "quadratic"}, "kind is 'quadratic'; expected 'linear' or 'attentive'"),
+        ({"head_init": 0.0}, "head_init is 0.0; expected a deviation above 0"),
+    ],
+)
+def test_impossible_heads_are_errors(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        probe(**wrong)
+    if "kind" not in wrong:
+        with pytest.raises(ValueError, match=message):
+            create_classifier("tiny", **{"num_classes": 3, **VIDEO, **wrong})
+    with pytest.raises(TypeError, match="unknown overrides: decoder"):
+        probe(decoder=(8, 1, 1))

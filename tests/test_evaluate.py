@@ -1,0 +1,207 @@
+"""Evaluation on real encoded files: every record once, the same numbers for any number of processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from clips import encode
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
+
+from tools.evaluate import run
+from tools.finetune import finetune
+from video_convmae.config import EvaluateConfig, FinetuneConfig, parse
+from video_convmae.data.sampling import dense_views
+from video_convmae.data.transforms import view_crops
+from video_convmae.predictor import load
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+COUNT, CLASSES = 11, 6  # records: a number that neither 2 nor 3 divides, nor the chunk
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for i in range(COUNT):
+        encode(folder / f"{i}.mp4", 8 + 3 * i, size=(48, 80))
+    (folder / "bad.mp4").write_text("no video")
+    rows = [f"{i}.mp4 {i % CLASSES}" for i in range(COUNT)]
+    (folder / "list.txt").write_text("\n".join(rows))
+    (folder / "with_bad.txt").write_text("\n".join([*rows[:4], "bad.mp4 1", *rows[4:]]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    finetune(
+        parse(
+            FinetuneConfig,
+            [
+                f"--config={ROOT / 'configs' / 'debug' / 'finetune.yaml'}",
+                f"--data.train={videos / 'list.txt'}",
+                f"--data.validation={videos / 'list.txt'}",
+                f"--data.root={videos}",
+                "--data.decoder=pyav",
+                "--data.workers=0",
+                "--model.image_size=32",
+                "--model.head_init=0.5",
+                "--device=cpu",
+                "--train.epochs=1",
+                f"--output={output}",
+            ],
+        )
+    )
+    return output
+
+
+def options(trained: Path, videos: Path, output: Path, *edits: str, name: str = "list.txt") -> list[str]:
+    return [f"--weights={trained}", f"--list={videos / name}", f"--output={output}", "--device=cpu", *edits]
+
+
+def in_processes(arguments: list[str], processes: int) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "tools" / "evaluate.py"), *arguments]
+    return subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, text=True, timeout=300)
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "predictions.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def alone(trained: Path, videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("alone")
+    in_processes(options(trained, videos, output, "--workers=1", name="with_bad.txt"), 1)
+    return output
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_gives_the_same_predictions(
+    trained: Path, videos: Path, alone: Path, tmp_path: Path, processes: int
+) -> None:
+    in_processes(options(trained, videos, tmp_path, "--workers=1", name="with_bad.txt"), processes)
+    assert (tmp_path / "predictions.csv").read_bytes() == (alone / "predictions.csv").read_bytes()
+    ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, alone))
+    for name in ("top1", "top5", "mean_class_accuracy", "scored", "failed"):
+        assert ours[name] == theirs[name]
+    assert (tmp_path / "bad_records.jsonl").read_bytes() == (alone / "bad_records.jsonl").read_bytes()
+
+
+def test_the_metrics_are_those_of_scikit_learn(alone: Path) -> None:
+    metrics, rows = json.loads((alone / "metrics.json").read_text()), rows_of(alone)
+    labels = [int(row["label"]) for row in rows]
+    first = [int(row["pred1"]) for row in rows]
+    assert len(rows) == metrics["scored"] == COUNT
+    assert metrics["failed"] == 1
+    assert metrics["top1"] == pytest.approx(accuracy_score(labels, first))
+    assert metrics["mean_class_accuracy"] == pytest.approx(balanced_accuracy_score(labels, first))
+    with np.load(alone / "scores.npz") as file:
+        scores, failed = file["scores"], file["failed"]
+        assert metrics["top5"] == pytest.approx(top_k_accuracy_score(labels, scores[~failed], k=5))
+        assert list(file["records"][~failed]) == [row["record"] for row in rows]
+    np.testing.assert_allclose(scores[~failed].sum(axis=1), 1, rtol=1e-5)
+    assert not scores[failed].any()
+    assert list(rows[0]) == ["record", "label", *(f"pred{i}" for i in range(1, 6)), *(f"score{i}" for i in range(1, 6))]
+
+
+def test_a_bad_record_is_reported_and_changes_no_other_row(
+    trained: Path, videos: Path, alone: Path, tmp_path: Path
+) -> None:
+    (fault,) = [json.loads(line) for line in (alone / "bad_records.jsonl").read_text().splitlines()]
+    assert fault["path"] == str(videos / "bad.mp4")
+    # In chunks of one record, nothing but a record's own views can change its row.
+    for name in ("list.txt", "with_bad.txt"):
+        run(parse(EvaluateConfig, options(trained, videos, tmp_path / name, "--batch_size=1", name=name)))
+    without, with_bad = ((tmp_path / name / "predictions.csv").read_bytes() for name in ("list.txt", "with_bad.txt"))
+    assert without == with_bad
+
+
+def test_scores_are_the_mean_softmax_of_the_views(trained: Path, videos: Path, alone: Path) -> None:
+    """Made anew from the frames, segment by segment and crop by crop."""
+    predictor = load(trained)
+    data, number = predictor.config.data, 7
+    with data.views(data.validation_records(), predictor.model.encoder.config, predictor.config.test).decoder.open(
+        data.validation_records()[number]
+    ) as reader:
+        frames = reader.read(list(range(len(reader))))
+    scores = []
+    for segment in dense_views(len(frames), 4, 2, 2):
+        for crop in view_crops(48, 80, (32, 32), 3):
+            clip = data.augmentation.apply(frames[segment], crop, (32, 32))[None]
+            mean, std = (255 * torch.tensor(v).view(1, 3, 1, 1, 1) for v in (data.mean, data.std))
+            with torch.inference_mode():
+                scores.append(predictor.model((clip - mean) / std).softmax(dim=1))
+    with np.load(alone / "scores.npz") as file:
+        (place,) = np.flatnonzero(file["records"] == str(videos / f"{number}.mp4"))
+        np.testing.assert_allclose(file["scores"][place], torch.stack(scores).mean(dim=0)[0], atol=1e-6)
+
+
+def test_an_interrupted_test_goes_on_from_what_was_scored(
+    trained: Path, videos: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(Exception):
+        pass
+
+    seen: list[int] = []
+
+    def interrupting(after: int):
+        from video_convmae.engine import evaluate
+
+        real = evaluate._score
+
+        def score(*arguments, **named):
+            for number, chunk in enumerate(real(*arguments, **named)):
+                if number == after:
+                    raise Interrupted
+                seen.extend(chunk[0])
+                yield chunk
+
+        return score
+
+    arguments = options(trained, videos, tmp_path, "--workers=0", name="with_bad.txt")
+    with monkeypatch.context() as patch:
+        patch.setattr("video_convmae.engine.evaluate._score", interrupting(4))
+        with pytest.raises(Interrupted):
+            run(parse(EvaluateConfig, arguments))
+    assert not (tmp_path / "metrics.json").exists()
+    for path in (tmp_path / "partial").glob("*.rows"):  # the kill came while a row was written
+        path.write_bytes(path.read_bytes()[:-3])
+    with monkeypatch.context() as patch:
+        patch.setattr("video_convmae.engine.evaluate._score", interrupting(100))
+        run(parse(EvaluateConfig, arguments))
+    assert seen == [0, 1, 2, 3, 4, 5, 6, 7, *range(6, COUNT + 1)]  # the chunk with the torn row is scored again
+    assert (tmp_path / "predictions.csv").read_bytes() == (alone / "predictions.csv").read_bytes()
+    assert (tmp_path / "bad_records.jsonl").read_bytes() == (alone / "bad_records.jsonl").read_bytes()
+    assert not (tmp_path / "partial").exists()
+
+
+def test_chunks_of_another_evaluation_are_not_mixed_in(trained: Path, videos: Path, tmp_path: Path) -> None:
+    from video_convmae.engine.evaluate import begin
+
+    begin(tmp_path, {"something": "else"})
+    with pytest.raises(ValueError, match="other settings or weights"):
+        run(parse(EvaluateConfig, options(trained, videos, tmp_path)))
+
+
+def test_a_list_without_labels_is_scored(trained: Path, videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{videos / '0.mp4'}\n{videos / '1.mp4'}\n")
+    metrics = run(parse(EvaluateConfig, options(trained, tmp_path, tmp_path / "test", "--workers=0")))
+    assert metrics["top1"] is None
+    assert metrics["scored"] == 2
+    assert [row["label"] for row in rows_of(tmp_path / "test")] == ["", ""]
+
+
+def test_labels_that_the_model_does_not_know_are_errors(trained: Path, videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{videos / '0.mp4'} {CLASSES}\n")
+    with pytest.raises(ValueError, match=f"label {CLASSES}; expected 0 to {CLASSES - 1}"):
+        run(parse(EvaluateConfig, options(trained, tmp_path, tmp_path / "test")))

@@ -1,0 +1,171 @@
+"""Runs: carry out a configuration, and take a model out of what a run left.
+
+What pretraining and finetuning have in common stands here once; tools/pretrain.py and tools/finetune.py add the model
+and the task.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from video_convmae.config import FinetuneConfig, PretrainConfig, from_plain, plain, write_yaml
+from video_convmae.data.datasets import Clips
+from video_convmae.data.decoding import resolve
+from video_convmae.data.loader import Batch, Batches, Share, load
+from video_convmae.engine import checkpoint, distributed
+from video_convmae.engine.distributed import Processes
+from video_convmae.engine.log import BadRecords, write_text
+from video_convmae.engine.loop import Validation, train
+from video_convmae.engine.optim import build_optimization
+from video_convmae.engine.tasks import Pixels, Task
+from video_convmae.models.autoencoder import Autoencoder
+from video_convmae.models.blocks import AttentionBlock, ConvBlock
+from video_convmae.models.classifier import Classifier, Probe
+
+Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+
+
+def with_decoder(config: Config) -> Config:
+    """The configuration with `decoder: auto` resolved, once, before anything is read."""
+    return replace(config, data=replace(config.data, decoder=resolve(config.data.decoder)))
+
+
+def carry_out(
+    config: PretrainConfig | FinetuneConfig,
+    group: Processes,
+    model: nn.Module,
+    clips: Clips,
+    task: Callable[[nn.Module, Pixels], Task],
+    validation: Validation | None = None,
+) -> int:
+    """Train a model as a configuration says; its run folder goes on where it was left.
+
+    Args:
+        config: the run's, its decoder resolved.
+        group: the processes.
+        model: newly built, on the CPU.
+        clips: the training data.
+        task: wrapped model, pixels -> what is trained.
+        validation: what is measured beside training.
+
+    Returns:
+        Steps done: all of the schedule's, or fewer where a signal ended the run.
+    """
+    folder, count = Path(config.output), len(clips)
+    report = None if checkpoint.checkpoints(folder / "checkpoints") else config.init.load(model)
+    model = model.to(group.device)
+    share = Share(config.train.batch_size, group.count, group.rank, config.train.accumulate)
+    steps_per_epoch = Batches(count, share, config.seed, 0, 0).steps_per_epoch
+    optimization = build_optimization(model, config.optim, share.global_batch, config.train.epochs, steps_per_epoch)
+    last_step = optimization.schedule.steps
+    if group.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_yaml(config, folder / "config.yaml")
+        if report is not None:
+            print(report)
+        print(f"{count} records, decoder {config.data.decoder}, device {group.device} x {group.count}")
+        print(
+            f"effective batch {share.global_batch} = {share.per_device} a device x {share.ranks} devices x "
+            f"{share.accumulate} accumulated; {optimization.origin}; {last_step} steps",
+            flush=True,
+        )
+
+    def load_from(first_step: int) -> Generator[Batch]:
+        batches = Batches(count, share, config.seed, first_step, last_step)
+        return load(clips, batches, config.data.workers, group.device.type == "cuda", config.data.start_method)
+
+    wrapped = distributed.wrap(
+        model, group, (ConvBlock, AttentionBlock), config.train.activation_checkpointing, config.train.compile
+    )
+    started = time.perf_counter()
+    steps = train(
+        task(wrapped, Pixels(config.data.mean, config.data.std, group.device)),
+        optimization,
+        load_from,
+        config.train,
+        group,
+        folder,
+        BadRecords(folder / "bad_records.jsonl", count, config.data.max_bad_fraction),
+        plain(config),
+        config.seed,
+        validation,
+    )
+    if group.is_main and steps == last_step:
+        _write_metrics(folder, time.perf_counter() - started)
+    return steps
+
+
+def _write_metrics(folder: Path, seconds: float) -> None:
+    """metrics.json of a run that ended: the last logged values, and the best validation."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    metrics = {name: value for line in lines if line["step"] == lines[-1]["step"] for name, value in line.items()}
+    validated = [line for line in lines if line.get("val_top1") is not None]
+    if validated:
+        best = max(validated, key=lambda line: line["val_top1"])  # the first of equals, as best.pt
+        metrics["best"] = {"step": best["step"], "top1": best["val_top1"]}
+    write_text(folder / "metrics.json", json.dumps(metrics | {"seconds": seconds}) + "\n")
+
+
+def run_kind(path: Path) -> Literal["pretrain", "finetune"] | None:
+    """Whose checkpoint a file is; None: no run's of ours."""
+    try:
+        config = checkpoint.load(path, lazily=True)["config"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return "finetune" if "mixing" in config else "pretrain"
+
+
+def load_autoencoder(path: str | Path, ema: bool = False) -> tuple[Autoencoder, PretrainConfig]:
+    """A pretrained model in evaluation mode, and the configuration of its run.
+
+    Args:
+        path: a checkpoint, or a run folder (its newest checkpoint).
+        ema: take the moving average of the weights, where the run kept one (`train.ema`).
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the file is no checkpoint of a pretraining run, or holds no average.
+    """
+    path = checkpoint.find(path)
+    state = checkpoint.load(path)
+    config = from_plain(PretrainConfig, state["config"])
+    model = config.model.autoencoder()
+    model.load_state_dict(_weights(state, path, ema))
+    return model.eval(), config
+
+
+def load_classifier(path: str | Path, ema: bool | None = None) -> tuple[Classifier | Probe, FinetuneConfig]:
+    """A finetuned or probed model in evaluation mode, and the configuration of its run.
+
+    Args:
+        path: a checkpoint (`checkpoints/best.pt` is the best), or a run folder (its newest checkpoint).
+        ema: take the moving average of the weights; None: where the run kept one, which is what it validated.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the file is no checkpoint of a finetuning run, or holds no average.
+    """
+    path = checkpoint.find(path)
+    if run_kind(path) != "finetune":
+        raise ValueError(f"{path} is not a checkpoint of tools/finetune.py")
+    state = checkpoint.load(path)
+    config = from_plain(FinetuneConfig, state["config"])
+    weights = _weights(state, path, state["ema"] is not None if ema is None else ema)
+    model = config.model.build(config.data.num_classes)
+    model.load_state_dict(weights)
+    return model.eval(), config
+
+
+def _weights(state: dict[str, Any], path: Path, ema: bool) -> dict[str, torch.Tensor]:
+    weights = state["ema"] if ema else state["model"]
+    if weights is None:
+        raise ValueError(f"{path} holds no average of the weights: the run had no train.ema")
+    return weights
