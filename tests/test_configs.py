@@ -134,7 +134,7 @@ def test_a_shrunken_classifier_takes_two_steps(path: Path, videos: Path, tmp_pat
     assert sum(p.numel() for p in best.parameters()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("path", [p for p in PRETRAINING if p.parent.name == "video"], ids=name)
+@pytest.mark.parametrize("path", [p for p in PRETRAINING if "k400" in p.name or "ssv2" in p.name], ids=name)
 def test_the_numbers_are_the_recipes(path: Path) -> None:
     """shared/reference/video_frameworks.md sections 1.1 and 1.4; the number of devices stands in the launch command."""
     config, text = load(path), path.read_text()
@@ -152,11 +152,38 @@ def test_the_numbers_are_the_recipes(path: Path) -> None:
     assert f"Effective batch {batch} " in text
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in FINETUNING if p.name.startswith("finetune") and p.parent.name != "debug"], ids=name
+)
+def test_the_numbers_of_finetuning_are_the_recipes(path: Path) -> None:
+    """shared/reference/convmae_family.md section 2, video_frameworks.md section 1.2."""
+    config, text = parse(FinetuneConfig, [f"--config={path}"]), path.read_text()
+    nodes = int((re.search(r"--nnodes (\d+)", text) or [1, 1])[1])
+    batch = config.train.batch_size * 8 * nodes * config.train.accumulate
+    assert f"Effective batch {batch} " in text
+    optim, mixing, augmentation = config.optim, config.mixing, config.data.augmentation
+    assert (mixing.mixup, mixing.cutmix, mixing.smoothing, mixing.switch) == (0.8, 1.0, 0.1, 0.5)
+    assert (augmentation.erasing, augmentation.area, optim.weight_decay) == (0.25, (0.08, 1.0), 0.05)
+    assert (optim.betas, optim.warmup_epochs, config.model.drop_path) == ((0.9, 0.999), 5, 0.1)
+    is_image, is_ssv2 = path.parent.name == "image", "ssv2" in path.name
+    assert optim.layer_decay == (0.65 if is_image else 0.75)
+    assert augmentation.rand_augment == ("rand-m9-mstd0.5-inc1" if is_image else "rand-m7-n4-mstd0.5-inc1")
+    assert augmentation.flip is not is_ssv2
+    assert (config.data.sampling == "uniform") == is_ssv2
+    assert config.train.epochs == (40 if is_ssv2 else 100)
+    views = {"image": (1, 1), "ssv2": (2, 3)}.get("image" if is_image else "ssv2" if is_ssv2 else "", (5, 3))
+    assert (config.test.segments, config.test.crops) == views
+    if "k400" in path.name or is_ssv2:
+        assert (batch, optim.base_lr) == (512, 5e-4 if is_ssv2 else 1e-3)
+    if is_image:
+        assert (batch, optim.base_lr, optim.base_min_lr * batch / 256) == (1024, 5e-4, 1e-6)
+
+
 def test_something_something_is_never_flipped() -> None:
-    for path in PRETRAINING:
-        config = load(path)
+    for path in [*PRETRAINING, *FINETUNING]:
+        kind = PretrainConfig if path in PRETRAINING else FinetuneConfig
         if "ssv2" in path.name:
-            assert (config.data.augmentation.flip, config.data.stride) == (False, 2)
+            assert parse(kind, [f"--config={path}"]).data.augmentation.flip is False
 
 
 @pytest.mark.parametrize(
