@@ -59,9 +59,11 @@ def test_the_whole_model_builds(path: Path) -> None:
     if path.parent.name == "image":
         assert model.grid == (1, 14, 14)
     if path.parent.name == "video":
-        assert model.grid == (8, 14, 14)
-        assert sum(p.numel() for p in model.parameters()) > 85e6
-        assert (model.fusion is not None and len(model.fusion.joints) > 0) == ("_msd" in path.name)
+        assert model.grid == ((8, 7, 7) if "own" in path.name else (8, 14, 14))
+        assert sum(p.numel() for p in model.parameters()) > (85e6 if "base" in path.name else 20e6)
+        assert (model.fusion is not None and len(model.fusion.joints) > 0) == (
+            "_msd" in path.name or "own" in path.name
+        )
 
 
 @pytest.mark.parametrize("path", PRETRAINING, ids=name)
@@ -93,7 +95,8 @@ def test_the_whole_classifier_builds(path: Path) -> None:
         model = config.model.build(400)
     assert isinstance(model, Probe) == (config.model.probe is not None)
     if path.parent.name != "debug":
-        assert model.encoder.config.grid == ((1, 14, 14) if path.parent.name == "image" else (8, 14, 14))
+        grid = (8, 7, 7) if "own" in path.name else (8, 14, 14)
+        assert model.encoder.config.grid == ((1, 14, 14) if path.parent.name == "image" else grid)
 
 
 @pytest.mark.parametrize("path", FINETUNING, ids=name)
@@ -120,18 +123,21 @@ def test_a_shrunken_classifier_takes_two_steps(path: Path, videos: Path, tmp_pat
         train=replace(config.train, batch_size=2, accumulate=1, epochs=1, log_every=1),
         validate=replace(config.validate, precision="fp32"),
     )
-    assert finetune(small) == 2
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
+    steps = 0 if config.model.probe == "knn" else 2
+    assert finetune(small) == steps
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["val_scored"] == 4
-    assert metrics["best"]["top1"] == metrics["val_top1"]
+    if steps:
+        lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2]
+        assert metrics["best"]["top1"] == metrics["val_top1"]
     model, again = load_classifier(tmp_path)
     classes = 2 if frames == 1 else 4
     assert again.data.num_classes == classes
     assert replace(again, data=small.data) == small
-    best, _ = load_classifier(tmp_path / "checkpoints" / "best.pt")
-    assert sum(p.numel() for p in best.parameters()) == sum(p.numel() for p in model.parameters())
+    if steps:
+        best, _ = load_classifier(tmp_path / "checkpoints" / "best.pt")
+        assert best.state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("path", [p for p in PRETRAINING if "k400" in p.name or "ssv2" in p.name], ids=name)
@@ -152,9 +158,10 @@ def test_the_numbers_are_the_recipes(path: Path) -> None:
     assert f"Effective batch {batch} " in text
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FINETUNING if p.name.startswith("finetune") and p.parent.name != "debug"], ids=name
-)
+RECIPES = [p for p in FINETUNING if p.name.startswith("finetune") and "own" not in p.name and p.parent.name != "debug"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_the_numbers_of_finetuning_are_the_recipes(path: Path) -> None:
     """shared/reference/convmae_family.md section 2, video_frameworks.md section 1.2."""
     config, text = parse(FinetuneConfig, [f"--config={path}"]), path.read_text()

@@ -296,3 +296,17 @@ def test_lars_adapts_matrices_alone(videos: Path) -> None:
     moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
     assert moved["weight"].norm().item() == pytest.approx(0.4e-3 * before["weight"].norm().item(), rel=1e-4)
     torch.testing.assert_close(moved["bias"], -0.4 * model.bias.grad)
+
+
+def test_nearest_neighbours_know_what_they_remember(videos: Path, tmp_path: Path) -> None:
+    """Clips of a class show the same pictures: with one neighbour's temperature the nearest is of the class."""
+    edits = ("--model.probe=knn", "--optim.layer_decay=1", "--data.max_bad_fraction=0.5")
+    assert run(videos, tmp_path, *PLAIN, *edits, train="with_bad.txt") == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["remembered"], metrics["val_scored"], metrics["val_failed"]) == (7, 7, 1)
+    assert metrics["val_top1"] == 1.0
+    assert (tmp_path / "bad_records.jsonl").exists()
+    model, _ = load_classifier(tmp_path)
+    assert model.head.features.shape == (7, 192)
+    shares = model(torch.randn(2, 3, 4, 32, 32)).softmax(dim=1)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(2))

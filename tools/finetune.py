@@ -24,7 +24,7 @@ from video_convmae.engine.evaluate import evaluate
 from video_convmae.engine.loop import Validation
 from video_convmae.engine.tasks import Classification, Pixels
 from video_convmae.models.encoder import EncoderConfig
-from video_convmae.runs import carry_out, with_decoder
+from video_convmae.runs import carry_out, remember, with_decoder
 
 
 def finetune(config: FinetuneConfig) -> int:
@@ -45,6 +45,8 @@ def finetune(config: FinetuneConfig) -> int:
         validation = None
         if config.data.validation is not None:
             validation = _validation(config, group, lists[1], model.encoder.config)
+        if config.model.probe == "knn":
+            return remember(config, group, model, records, validation)
         return carry_out(config, group, model, clips, task, validation)
 
 

@@ -32,7 +32,7 @@ from video_convmae.engine.loop import TrainConfig
 from video_convmae.engine.optim import OptimConfig
 from video_convmae.masking import MASKS
 from video_convmae.models.autoencoder import Autoencoder, Target, create_autoencoder
-from video_convmae.models.classifier import Classifier, Probe, create_classifier, create_probe
+from video_convmae.models.classifier import Classifier, Probe, ProbeKind, create_classifier, create_probe
 from video_convmae.models.encoder import EncoderConfig
 from video_convmae.models.weights import Inflation, LoadReport, load_weights
 
@@ -50,6 +50,12 @@ class EncoderFields:
     """Frames of a clip; 1 makes an image model."""
     image_size: int | tuple[int, int] = 224
     """Pixels: one number, or height and width."""
+    widths: tuple[int, ...] | None = None
+    """Values of a position in each stage; the last stage is attention, those before it are convolutional."""
+    depths: tuple[int, ...] | None = None
+    """Blocks of each stage."""
+    heads: int | None = None
+    """Of the attention."""
     strides: tuple[int, ...] | None = None
     """Spatial stride of each stage; 4, 2, 2 by default, 16 pixels a token."""
     tubelet: int | None = None
@@ -88,8 +94,9 @@ class ModelConfig(EncoderFields):
 class ClassifierConfig(EncoderFields):
     """Arguments of `create_classifier` or, with `probe`, of `create_probe`."""
 
-    probe: Literal["linear", "attentive"] | None = None
-    """Freeze the encoder and train this head on its features; none: finetune everything."""
+    probe: ProbeKind | None = None
+    """Freeze the encoder and train this head on its features: linear, attentive, or knn, which remembers the training
+    list and trains nothing; none: finetune everything."""
     msd: bool = True
     """Probes read the tokens after fusion and norm, as pretrained. A finetuned classifier has no fusion."""
     head_init: float | None = None

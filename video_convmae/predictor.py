@@ -7,7 +7,10 @@ for prediction in predictor("clip.mp4"):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import warnings
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +25,10 @@ from video_convmae.config import (
     ModelConfig,
     PretrainConfig,
 )
-from video_convmae.data.datasets import ViewConfig
-from video_convmae.data.decoding import DecodeError
-from video_convmae.data.records import Record, Records, class_names
+from video_convmae.data.datasets import ViewConfig, Views
+from video_convmae.data.decoding import DecodeError, Decoder, resolve
+from video_convmae.data.isolation import IsolatedDecoder
+from video_convmae.data.records import IMAGE_SUFFIXES, ListError, ListFormat, Record, Records, class_names
 from video_convmae.data.transforms import Augmentation
 from video_convmae.engine import checkpoint
 from video_convmae.engine.evaluate import ProtocolConfig
@@ -32,7 +36,7 @@ from video_convmae.engine.tasks import Pixels
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier, Probe
 from video_convmae.models.weights import model_from
-from video_convmae.runs import load_autoencoder, load_classifier, run_kind, with_decoder
+from video_convmae.runs import load_autoencoder, load_classifier, run_kind
 
 
 class Prediction(NamedTuple):
@@ -46,6 +50,9 @@ class Prediction(NamedTuple):
 @dataclass(frozen=True)
 class Predictor:
     """A model in evaluation mode, and all that lies between a file and its input.
+
+    Files are decoded in a process of its own, which can be ended and lives as long as the predictor: not for several
+    threads at once. The model computes in float32, or as an autocast of the caller says.
 
     model: what was trained; it may be moved to another device.
     config: of the run; for a published file, the usual settings of its kind.
@@ -77,13 +84,20 @@ class Predictor:
         return [Prediction(self.name(i), s, i) for s, i in zip(best.values.tolist(), best.indices.tolist())]
 
     def features(self, path: str | Path, views: ViewConfig | None = None) -> Tensor:
-        """Tokens `(V, N, D)` of the file's V views, as `encode` gives them. None: one view of the middle.
+        """Tokens `(V, N, D)` of the file's V views, as `encode` gives them. None: one view, `middle`.
+
+        A pretrained model's and a probe's are those after fusion and norm, a classifier's those before its norm.
 
         Raises:
             DecodeError: the file cannot be read.
         """
         with torch.inference_mode():
-            return self.model.encode(self.clips(path, views or ViewConfig()))
+            return self.model.encode(self.clips(path, views or self.middle))
+
+    @property
+    def middle(self) -> ViewConfig:
+        """One view, of the middle in time and space; its window is as large as in the run's test."""
+        return ViewConfig(crop_share=self.config.test.crop_share if isinstance(self.config, FinetuneConfig) else 1.0)
 
     def clips(self, path: str | Path, views: ViewConfig) -> Tensor:
         """The file's views as the model takes them, `(V, C, T, H, W)` on its device.
@@ -91,30 +105,58 @@ class Predictor:
         Raises:
             DecodeError: the file cannot be read.
         """
-        data = self.config.data
-        records = Records([Record(str(path), format=data.format)], data.format)
-        sample = data.views(records, self.model.encoder.config, views)[0]
+        return self.normalise(self.pictures(path, views))
+
+    def normalise(self, pictures: Tensor) -> Tensor:
+        """Views `(V, C, T, H, W)` uint8 -> as the model takes them, on its device."""
+        data, device = self.config.data, next(self.model.parameters()).device
+        return Pixels(data.mean, data.std, device).normalise(pictures)
+
+    def pictures(self, path: str | Path, views: ViewConfig) -> Tensor:
+        """The file's views as a person looks at them, `(V, C, T, H, W)` uint8 on the CPU.
+
+        A folder is one of frames, and a file an image or a video, whatever the model was trained on.
+
+        Raises:
+            DecodeError: the file cannot be read.
+        """
+        data, encoder = self.config.data, self.model.encoder.config
+        record = Record(str(path), format=_format(Path(path), data.format))
+        records, size = Records([record], record.format), encoder.image_size
+        sample = Views(records, data.frames(encoder), views, data.augmentation, size, self._decoder)[0]
         if sample.faults:
             raise DecodeError(sample.faults[0].error)
-        device = next(self.model.parameters()).device
-        return Pixels(data.mean, data.std, device).normalise(sample.clips)
+        return sample.clips
 
     def name(self, label: int) -> str:
         """The name of a class."""
-        return self.class_names[label] if self.class_names else str(label)
+        return self.class_names[label] if label < len(self.class_names or ()) else str(label)
+
+    @cached_property
+    def _decoder(self) -> IsolatedDecoder:
+        return IsolatedDecoder(self.config.data.decoder, self.config.data.decode_timeout)
 
 
-def load(path_or_run: str | Path, *, labels: str | Path | None = None, ema: bool | None = None) -> Predictor:
+def load(
+    path_or_run: str | Path,
+    *,
+    labels: str | Path | None = None,
+    ema: bool | None = None,
+    decoder: Decoder | None = None,
+) -> Predictor:
     """A model with its preprocessing and class names.
 
     Args:
         path_or_run: a run folder or a checkpoint of tools/pretrain.py or tools/finetune.py, or a published file.
         labels: a file of class names, line n names class n; None: as the run's configuration finds them.
         ema: take the moving average of the weights; None: for a classifier, where the run kept one.
+        decoder: auto, torchcodec, pyav or decord; None: the run's, or one that works where that does not.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: the file is none that is known (models/released.py tells the layouts).
+        ValueError: the file is none that is known (models/released.py tells the layouts), or the names are not as many
+            as its classes.
+        ImportError: the decoder does not work here.
     """
     path = checkpoint.find(path_or_run)
     kind = run_kind(path)
@@ -130,7 +172,34 @@ def load(path_or_run: str | Path, *, labels: str | Path | None = None, ema: bool
         names = None
     if labels is not None:
         names = class_names("", labels=labels)
-    return Predictor(model, with_decoder(config), None if names is None else tuple(names))
+        _check_names(names, config, labels)
+    data = replace(config.data, decoder=_working(config.data.decoder) if decoder is None else resolve(decoder))
+    return Predictor(model, replace(config, data=data), None if names is None else tuple(names))
+
+
+def _check_names(names: list[str], config: PretrainConfig | FinetuneConfig, labels: str | Path) -> None:
+    classes = getattr(config.data, "num_classes", None)
+    if classes is not None and len(names) != classes:
+        raise ListError(f"{labels} names {len(names)} classes and the model has {classes}: line n must name class n")
+
+
+def _working(decoder: str) -> str:
+    """A run's decoder, or one that works where the run's does not: the frames are the same (data/decoding.py)."""
+    try:
+        return resolve(decoder)
+    except ImportError as error:
+        instead = resolve("auto")
+        warnings.warn(f"{instead} decodes in place of the run's {decoder}: {error}", stacklevel=3)
+        return instead
+
+
+def _format(path: Path, usual: ListFormat) -> ListFormat:
+    """What a path is; `usual` decides where a file's suffix does not."""
+    if path.is_dir():
+        return "frames"
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return "image"
+    return "video" if usual == "frames" else usual
 
 
 def _usual_settings(model: Autoencoder | Classifier) -> PretrainConfig | FinetuneConfig:
@@ -139,7 +208,8 @@ def _usual_settings(model: Autoencoder | Classifier) -> PretrainConfig | Finetun
     shape = {"num_frames": encoder.num_frames, "image_size": encoder.image_size}
     is_image = encoder.num_frames == 1
     how = Augmentation(interpolation="bicubic" if is_image else "bilinear")
-    data = {"train": "", "format": "image" if is_image else "video", "augmentation": how}
+    # There is no training list; an empty path would be the working directory, and its folders the classes.
+    data = {"train": os.devnull, "format": "image" if is_image else "video", "augmentation": how}
     if isinstance(model, Autoencoder):
         return PretrainConfig("", DataConfig(**data), ModelConfig(**shape))
     test = ProtocolConfig(crop_share=0.875) if is_image else ProtocolConfig(segments=5, crops=3)

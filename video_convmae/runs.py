@@ -7,6 +7,7 @@ and the task.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
@@ -14,14 +15,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from video_convmae.config import FinetuneConfig, PretrainConfig, from_plain, plain, write_yaml
 from video_convmae.data.datasets import Clips
 from video_convmae.data.decoding import resolve
 from video_convmae.data.loader import Batch, Batches, Share, load
+from video_convmae.data.records import Records
 from video_convmae.engine import checkpoint, distributed
 from video_convmae.engine.distributed import Processes
+from video_convmae.engine.evaluate import begin, score_list
 from video_convmae.engine.log import BadRecords, write_text
 from video_convmae.engine.loop import Validation, train
 from video_convmae.engine.optim import build_optimization
@@ -71,6 +75,8 @@ def carry_out(
         write_yaml(config, folder / "config.yaml")
         if report is not None:
             print(report)
+        elif isinstance(model, Probe) and not checkpoint.checkpoints(folder / "checkpoints"):
+            print("init.weights is none: a random encoder is probed")
         print(f"{count} records, decoder {config.data.decoder}, device {group.device} x {group.count}")
         print(
             f"effective batch {share.global_batch} = {share.per_device} a device x {share.ranks} devices x "
@@ -101,6 +107,51 @@ def carry_out(
     if group.is_main and steps == last_step:
         _write_metrics(folder, time.perf_counter() - started)
     return steps
+
+
+def remember(
+    config: FinetuneConfig, group: Processes, model: Probe, records: Records, validation: Validation | None
+) -> int:
+    """Fill a nearest-neighbour probe with the training list's features and validate it. Returns 0: no step is done.
+
+    A record's feature is that of its validation views; one that cannot be read is reported and left out.
+    """
+    folder, data = Path(config.output), config.data
+    report = config.init.load(model)
+    model = model.to(group.device)
+    if group.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_yaml(config, folder / "config.yaml")
+        print(report or "init.weights is none: a random encoder is probed", flush=True)
+        begin(folder, plain(config))
+    distributed.barrier()
+    started = time.perf_counter()
+    rows = score_list(
+        model,
+        lambda clips: model.head.describe(model.encode(clips)),
+        (model.encoder.width,),
+        data.views(records, model.encoder.config, config.validate),
+        Pixels(data.mean, data.std, group.device),
+        config.validate,
+        group,
+        data.workers,
+        data.start_method,
+        folder / "partial",
+    )
+    BadRecords(folder / "bad_records.jsonl", len(records), data.max_bad_fraction).add(rows.faults, group.is_main)
+    features = F.normalize(torch.from_numpy(rows.values[~rows.failed]), dim=1)  # a mean over views has lost its length
+    model.head.remember(features.to(group.device), torch.from_numpy(records.labels[~rows.failed]).to(group.device))
+    values = {} if validation is None else validation.measure(model)
+    if group.is_main:
+        state = {"step": 0, "model": model.state_dict(), "ema": None, "config": plain(config)}
+        checkpoint.save(folder / "checkpoints", 0, state)
+        metrics = {f"val_{name}": value for name, value in values.items()}
+        metrics |= {"step": 0, "remembered": len(features), "seconds": time.perf_counter() - started}
+        write_text(folder / "metrics.json", json.dumps(metrics) + "\n")
+        print(", ".join(f"{name} {value}" for name, value in metrics.items()), flush=True)
+        shutil.rmtree(folder / "partial")
+    distributed.barrier()
+    return 0
 
 
 def _write_metrics(folder: Path, seconds: float) -> None:

@@ -5,6 +5,8 @@ are dealt whole, so that each forward pass has the same composition wherever it 
 mean over a record's views. A record that cannot be read is reported; its slot in the batch is zeros and is dropped.
 
 An evaluation with a folder leaves what was scored there as it goes, chunk by chunk; begun again, it goes on from there.
+Features (features.py) are computed and kept by the same means: what is a record's row of scores here is its row of
+features there.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import csv
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -105,98 +108,196 @@ def evaluate(
     Returns:
         The same on every rank.
     """
-    kept = _Kept(folder, num_classes, group.rank)
+
+    def class_scores(clips: Tensor) -> Tensor:
+        return model(clips).float().softmax(dim=1)
+
+    shape = (num_classes,)
+    rows = score_list(model, class_scores, shape, views, pixels, config, group, workers, start_method, folder)
+    return Evaluation(rows.values, views.records.labels, rows.failed, rows.faults)
+
+
+class Rows(NamedTuple):
+    """What was computed of a list, in its order.
+
+    values: `(R, ...)` float32, the mean over each record's views; zeros where it could not be read.
+    failed: `(R,)` bool.
+    faults: what could not be read, and why.
+    """
+
+    values: np.ndarray
+    failed: np.ndarray
+    faults: tuple[Fault, ...]
+
+
+class Chunk(NamedTuple):
+    """Records that went through the model together, their `(R, ...)` values, and which of them could not be read."""
+
+    records: list[int]
+    values: np.ndarray
+    faults: list[Fault]
+
+
+def score_list(
+    model: nn.Module,
+    compute: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+    views: Views,
+    pixels: Pixels,
+    config: ProtocolConfig,
+    group: Processes,
+    workers: int,
+    start_method: str | None = None,
+    folder: Path | None = None,
+) -> Rows:
+    """A row of float32 for every record of a list, held in memory; the same on every rank.
+
+    Args:
+        model: what `compute` uses; in evaluation mode meanwhile.
+        compute: clips `(B, C, T, H, W)` -> values `(B, *shape)`, without gradients and with autocast on.
+        shape: of a record's values.
+        views, pixels, config, group, workers, start_method, folder: as in `evaluate`.
+    """
+    kept = Kept(folder, shape, group.rank)
     rows, faults = kept.read()
-    scored = set(rows["record"].tolist())
-    starts = range(0, len(views), config.batch_size)
+    done = set(rows["record"].tolist())
+    new_rows, new_faults = [rows[:0]], []
+    show = folder is not None
+    chunks = score_chunks(model, compute, views, pixels, config, group, workers, start_method, done, show)
+    with closing(kept), closing(chunks):
+        for chunk in chunks:
+            new_rows.append(kept.add(chunk))
+            new_faults += chunk.faults
+    for rank_rows, rank_faults in distributed.gather((np.concatenate(new_rows), new_faults)):
+        rows, faults = np.concatenate([rows, rank_rows]), [*faults, *rank_faults]
+    return _arrange(rows, faults, len(views), shape)
+
+
+def score_chunks(
+    model: nn.Module,
+    compute: Callable[[Tensor], Tensor],
+    views: Views,
+    pixels: Pixels,
+    config: ProtocolConfig,
+    group: Processes,
+    workers: int,
+    start_method: str | None,
+    done: Collection[int],
+    show: bool,
+) -> Generator[Chunk]:
+    """This rank's chunks, as they are computed.
+
+    Args:
+        model, compute, views, pixels, config, group, workers, start_method: as in `score_list`.
+        done: records whose values are kept, the same on every rank; chunks that lack none of theirs are left out.
+        show: show progress.
+    """
+    starts, done = range(0, len(views), config.batch_size), set(done)
     chunks = [list(range(start, min(start + config.batch_size, len(views)))) for start in starts]
-    pending = [chunk for chunk in chunks if not scored.issuperset(chunk)]
+    pending = [chunk for chunk in chunks if not done.issuperset(chunk)]
     mine = pending[group.rank :: group.count]
     bar = tqdm(
         total=len(views),
         initial=len(views) - sum(map(len, pending)),
         unit="video",
-        disable=None if folder is not None and group.is_main else True,
+        disable=None if show and group.is_main else True,
     )
-    new_rows, new_faults = [rows[:0]], []
     training = model.training
     model.eval()
     try:
         batches = load(views, mine, workers, group.device.type == "cuda", start_method)
-        for chunk, scores, of_chunk in _score(model, batches, views.views.count, pixels, config.precision):
-            failed = {fault.index for fault in of_chunk}
-            new = np.zeros(len(chunk), kept.row)
-            new["record"], new["failed"] = chunk, [record in failed for record in chunk]
-            new["scores"] = np.where(new["failed"][:, None], 0, scores)
-            kept.add(new, of_chunk)
-            new_rows.append(new)
-            new_faults += of_chunk
-            bar.update(min(len(chunk) * group.count, bar.total - bar.n))
+        for chunk in _score(compute, batches, views.views.count, pixels, config.precision):
+            yield chunk
+            bar.update(min(len(chunk.records) * group.count, bar.total - bar.n))
     finally:
         model.train(training)
         bar.close()
-        kept.close()
-    for rank_rows, rank_faults in distributed.gather((np.concatenate(new_rows), new_faults)):
-        rows, faults = np.concatenate([rows, rank_rows]), [*faults, *rank_faults]
-    return _arrange(rows, faults, views.records, num_classes)
 
 
 @torch.inference_mode()
 def _score(
-    model: nn.Module, batches: Iterator[Batch], views: int, pixels: Pixels, precision: str
-) -> Iterator[tuple[list[int], np.ndarray, list[Fault]]]:
-    """Records of each chunk, their scores and faults."""
+    compute: Callable[[Tensor], Tensor], batches: Iterator[Batch], views: int, pixels: Pixels, precision: str
+) -> Iterator[Chunk]:
+    """The chunks: `compute` of every view, then the mean over a record's views."""
     for batch in batches:
         clips = pixels.normalise(batch.clips)
         with autocast(clips.device, precision):
-            logits: Tensor = model(clips)
-        scores = logits.float().softmax(dim=1).unflatten(0, (-1, views)).mean(dim=1)
-        yield batch.records[::views].tolist(), scores.cpu().numpy(), list(batch.faults)
+            values = compute(clips)
+        values = values.float().unflatten(0, (-1, views)).mean(dim=1)
+        yield Chunk(batch.records[::views].tolist(), values.cpu().numpy(), list(batch.faults))
 
 
-def _arrange(rows: np.ndarray, faults: Sequence[Fault], records: Records, num_classes: int) -> Evaluation:
+def _arrange(rows: np.ndarray, faults: Sequence[Fault], count: int, shape: tuple[int, ...]) -> Rows:
     """Rows in the list's order; a record that was scored twice (a chunk that was torn by a kill) counts once."""
-    scores = np.zeros((len(records), num_classes), np.float32)
-    failed = np.zeros(len(records), bool)
-    scores[rows["record"]], failed[rows["record"]] = rows["scores"], rows["failed"]
+    values = np.zeros((count, *shape), np.float32)
+    failed = np.zeros(count, bool)
+    values[rows["record"]], failed[rows["record"]] = rows["values"], rows["failed"]
+    return Rows(values, failed, in_order(faults))
+
+
+def in_order(faults: Sequence[Fault]) -> tuple[Fault, ...]:
+    """Faults in the order of the list, one a record."""
     by_record = {fault.index: fault for fault in faults}
-    return Evaluation(scores, records.labels, failed, tuple(by_record[i] for i in sorted(by_record)))
+    return tuple(by_record[index] for index in sorted(by_record))
 
 
-class _Kept:
-    """Chunks that were scored before an interruption. Each process of each attempt appends to files of its own."""
+class Kept:
+    """Chunks that were scored before an interruption. Each process of each attempt appends to files of its own.
 
-    def __init__(self, folder: Path | None, num_classes: int, rank: int) -> None:
-        self.row = np.dtype([("record", "<i8"), ("failed", "?"), ("scores", "<f4", (num_classes,))])
+    Args:
+        folder: where they lie; made with the first chunk that is added. None: nothing is kept.
+        shape: of a record's values.
+        rank: of this process.
+    """
+
+    def __init__(self, folder: Path | None, shape: tuple[int, ...], rank: int) -> None:
+        self.row = np.dtype([("record", "<i8"), ("failed", "?"), ("values", "<f4", shape)])
         self._folder = folder
+        self._rank = rank
         self._files: list[Any] = []
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            name = f"{time.time_ns()}-{rank}"
-            self._files = [open(folder / f"{name}.rows", "ab"), open(folder / f"{name}.faults.jsonl", "a")]  # noqa: SIM115
 
     def read(self) -> tuple[np.ndarray, list[Fault]]:
         """All that any process has kept, the same on every rank."""
-        rows, faults = [np.zeros(0, self.row)], []
-        if self._folder is not None:
-            for path in sorted(self._folder.glob("*.rows")):
-                data = path.read_bytes()  # a row that was cut off is not there
-                rows.append(np.frombuffer(data[: len(data) // self.row.itemsize * self.row.itemsize], self.row))
-            for path in sorted(self._folder.glob("*.faults.jsonl")):
-                faults += [Fault(**json.loads(line)) for line in whole_lines(path)]
-        everyone = distributed.gather((np.concatenate(rows), faults))
+        everyone = distributed.gather((np.concatenate([np.zeros(0, self.row), *self.mapped()]), self.faults()))
         return np.concatenate([rows for rows, _ in everyone]), [fault for _, faults in everyone for fault in faults]
 
-    def add(self, rows: np.ndarray, faults: Sequence[Fault]) -> None:
-        """Keep a chunk; its faults first, so that no failed row is without its reason."""
-        if self._files:
-            rows_file, faults_file = self._files
-            faults_file.writelines(json.dumps(fault._asdict()) + "\n" for fault in faults)
+    def records(self) -> set[int]:
+        """The records that any process has kept, the same on every rank; their values are not read."""
+        mine = np.unique(np.concatenate([np.zeros(0, np.int64), *(rows["record"] for rows in self.mapped())]))
+        return set(np.concatenate(distributed.gather(mine)).tolist())
+
+    def mapped(self) -> list[np.ndarray]:
+        """The rows of every file that this process sees; they are read from it when they are looked at."""
+        files = sorted(self._folder.glob("*.rows")) if self._folder is not None else []
+        counts = [path.stat().st_size // self.row.itemsize for path in files]  # a row that was cut off is not there
+        return [np.memmap(path, self.row, "r", shape=(count,)) for path, count in zip(files, counts) if count]
+
+    def faults(self) -> list[Fault]:
+        """The faults in every file that this process sees."""
+        files = sorted(self._folder.glob("*.faults.jsonl")) if self._folder is not None else []
+        return [Fault(**json.loads(line)) for path in files for line in whole_lines(path)]
+
+    def add(self, chunk: Chunk) -> np.ndarray:
+        """Keep a chunk; its faults first, so that no failed row is without its reason. Returns its rows."""
+        failed = {fault.index for fault in chunk.faults}
+        rows = np.zeros(len(chunk.records), self.row)
+        rows["record"], rows["failed"] = chunk.records, [record in failed for record in chunk.records]
+        rows["values"][~rows["failed"]] = chunk.values[~rows["failed"]]
+        if self._folder is not None:
+            rows_file, faults_file = self._files = self._files or self._opened(self._folder)
+            faults_file.writelines(json.dumps(fault._asdict()) + "\n" for fault in chunk.faults)
             faults_file.flush()
             rows_file.write(rows.tobytes())
             rows_file.flush()
+        return rows
+
+    def _opened(self, folder: Path) -> list[Any]:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{time.time_ns()}-{self._rank}"
+        return [open(folder / f"{name}.rows", "ab"), open(folder / f"{name}.faults.jsonl", "a")]
 
     def close(self) -> None:
+        """Nothing more is added."""
         for file in self._files:
             file.close()
 
@@ -236,14 +337,19 @@ def write(evaluation: Evaluation, records: Records, folder: Path, more: dict[str
     with open(folder / "scores.npz.partial", "wb") as file:
         np.savez(file, scores=evaluation.scores, labels=evaluation.labels, failed=evaluation.failed, records=paths)
     (folder / "scores.npz.partial").replace(folder / "scores.npz")
-    bad = folder / "bad_records.jsonl"
-    bad.unlink(missing_ok=True)
-    if evaluation.faults:
-        write_text(bad, "".join(json.dumps(fault._asdict()) + "\n" for fault in evaluation.faults))
+    write_faults(evaluation.faults, folder)
     metrics = evaluation.metrics() | more
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     shutil.rmtree(folder / "partial", ignore_errors=True)
     return metrics
+
+
+def write_faults(faults: Sequence[Fault], folder: Path) -> None:
+    """Write bad_records.jsonl; with no faults there is none."""
+    bad = folder / "bad_records.jsonl"
+    bad.unlink(missing_ok=True)
+    if faults:
+        write_text(bad, "".join(json.dumps(fault._asdict()) + "\n" for fault in faults))
 
 
 def _write_predictions(evaluation: Evaluation, records: Records, path: Path) -> None:

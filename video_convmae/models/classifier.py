@@ -5,7 +5,7 @@ Letters: B clips, N tokens, n visible tokens of a clip, D width of a token.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from .autoencoder import FusedEncoder
 from .encoder import Encoder, EncoderConfig, encoder_config, init_as_convolution, init_as_transformer
+
+ProbeKind = Literal["linear", "attentive", "knn"]
 
 
 class Classifier(nn.Module):
@@ -106,7 +108,7 @@ class Probe(FusedEncoder):
         encoder: the encoder in numbers. Positions that were learnt need `learnable_positions`; they are frozen too.
         num_classes: classes.
         msd: whether the fusion is there, as in pretraining.
-        kind: the head, `linear` or `attentive`.
+        kind: the head, `linear`, `attentive` or `knn`.
         head_init: deviation of the first weights of the head's last Linear.
     """
 
@@ -115,17 +117,19 @@ class Probe(FusedEncoder):
         encoder: EncoderConfig,
         num_classes: int,
         msd: bool = True,
-        kind: Literal["linear", "attentive"] = "linear",
+        kind: ProbeKind = "linear",
         head_init: float = 0.01,
     ) -> None:
-        if kind not in ("linear", "attentive"):
-            raise ValueError(f"kind is {kind!r}; expected 'linear' or 'attentive'")
+        if kind not in get_args(ProbeKind):
+            raise ValueError(f"kind is {kind!r}; expected one of {', '.join(get_args(ProbeKind))}")
         _check_head(num_classes, head_init)
         super().__init__(encoder, msd)
         self.requires_grad_(False)
         width = self.encoder.width
         if kind == "linear":
             self.head = LinearHead(width, num_classes, head_init)
+        elif kind == "knn":
+            self.head = NearestHead(width, num_classes)
         else:
             self.head = AttentiveHead(width, encoder.heads, num_classes, head_init)
         self.init_weights()
@@ -222,6 +226,52 @@ class AttentiveHead(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).reshape(batch, width)
 
 
+class NearestHead(nn.Module):
+    """The classes of the nearest remembered features, each with a vote of exp(cosine / temperature).
+
+    A feature is the mean over tokens, scaled to length 1. Nothing is trained: `remember` takes the features of a
+    labelled list. 20 neighbours and a temperature of 0.07 are those of the probes of DINO (Caron et al., 2021).
+    """
+
+    def __init__(self, width: int, num_classes: int, neighbours: int = 20, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.neighbours = neighbours
+        self.temperature = temperature
+        self.register_buffer("features", torch.zeros(0, width))
+        self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
+
+    def init_weights(self) -> None:
+        """Nothing is remembered."""
+        self.remember(self.features[:0], self.labels[:0])
+
+    def describe(self, tokens: Tensor) -> Tensor:
+        """Tokens `(B, N, D)` -> features `(B, D)` of length 1."""
+        return F.normalize(tokens.float().mean(dim=1), dim=1)
+
+    def remember(self, features: Tensor, labels: Tensor) -> None:
+        """Take labelled features, `(R, D)` of length 1 and `(R,)`, in place of those before."""
+        self.features, self.labels = features, labels
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`(B, N, D)` -> `(B, num_classes)`, whose softmax is each class's share of the votes."""
+        if not len(self.features):
+            raise RuntimeError("nothing is remembered yet; tools/finetune.py with model.probe knn does it")
+        with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 cannot tell near neighbours apart
+            cosines = self.describe(tokens) @ self.features.T
+            nearest = cosines.topk(min(self.neighbours, len(self.features)), dim=1)
+            votes = torch.zeros(len(tokens), self.num_classes, device=tokens.device)
+            votes.scatter_add_(1, self.labels[nearest.indices], (nearest.values / self.temperature).exp())
+            return votes.log()  # minus infinity where no neighbour is of the class
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """How many were remembered, the file says."""
+        for name in ("features", "labels"):
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
 def create_probe(
     size: str,
     *,
@@ -229,7 +279,7 @@ def create_probe(
     num_frames: int = 16,
     image_size: int | tuple[int, int] = 224,
     msd: bool = True,
-    kind: Literal["linear", "attentive"] = "linear",
+    kind: ProbeKind = "linear",
     head_init: float = 0.01,
     **overrides: Any,
 ) -> Probe:

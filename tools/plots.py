@@ -1,0 +1,123 @@
+"""Pictures of an evaluation: which classes are taken for which, and which are known well.
+
+tools/evaluate.py --plot writes them. matplotlib is needed (pip install matplotlib).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from video_convmae.engine.evaluate import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FEW = 40  # classes whose names can all be read
+ENDS = 20  # of more classes, so many of the worst and of the best are shown
+
+
+def confusion(evaluation: Evaluation) -> np.ndarray:
+    """`(classes, classes)` float64: the share of each label's records (row) that each class is predicted for (column).
+
+    Counted are the records that were read and have a label; a class without any has a row of NaN.
+    """
+    labels, predicted = _counted(evaluation)
+    count = evaluation.scores.shape[1]
+    table = np.bincount(labels * count + predicted, minlength=count * count).reshape(count, count)
+    with np.errstate(invalid="ignore"):
+        return table / table.sum(axis=1, keepdims=True)
+
+
+def draw_confusion(evaluation: Evaluation, names: Sequence[str], path: Path) -> None:
+    """Write the confusion matrix, normalised over each row; where there are many classes, their numbers alone.
+
+    Raises:
+        ValueError: no labelled record was scored.
+        ImportError: matplotlib is missing.
+    """
+    table = confusion(evaluation)
+    side = 4 + 0.2 * len(names) if len(names) <= FEW else 10
+    figure = _figure(side + 1, side)
+    axes = figure.add_subplot()
+    axes.set_facecolor("0.8")  # rows of classes without records
+    # The root shows what is rare, too; without interpolation every class keeps its own pixels.
+    image = axes.imshow(np.sqrt(table), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02, label="share of the label's records")
+    shares = [0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1]
+    bar.set_ticks(np.sqrt(shares), labels=[f"{share:.0%}" for share in shares])
+    if len(names) <= FEW:
+        axes.set_xticks(range(len(names)), labels=_short(names), rotation=90, fontsize=8)
+        axes.set_yticks(range(len(names)), labels=_short(names), fontsize=8)
+    axes.set_xlabel("predicted" if len(names) <= FEW else "predicted (class number)")
+    axes.set_ylabel("label" if len(names) <= FEW else "label (class number)")
+    axes.set_title(_title(evaluation))
+    figure.savefig(path, dpi=200 if len(names) > FEW else 150)
+
+
+def draw_classes(evaluation: Evaluation, names: Sequence[str], path: Path) -> None:
+    """Write the accuracy of each class that has records, best first; where there are many, the best and the worst.
+
+    Raises:
+        ValueError: no labelled record was scored.
+        ImportError: matplotlib is missing.
+    """
+    labels, predicted = _counted(evaluation)
+    classes, counts = np.unique(labels, return_counts=True)
+    accuracy = np.array([(predicted[labels == label] == label).mean() for label in classes])
+    order = np.lexsort((classes, -accuracy))
+    parts = {"": order}
+    if len(order) > FEW:
+        parts = {f"the {ENDS} best of {len(order)}": order[:ENDS], f"the {ENDS} worst": order[-ENDS:]}
+    rows = max(map(len, parts.values()))
+    figure = _figure(7.5 * len(parts), 1.5 + 0.22 * rows)
+    figure.suptitle(_title(evaluation))
+    for place, (title, part) in enumerate(parts.items(), start=1):
+        axes = figure.add_subplot(1, len(parts), place, title=title)
+        _draw_bars(axes, accuracy[part], [f"{names[classes[i]]} ({counts[i]})" for i in part])
+        mean = accuracy.mean()
+        axes.axvline(mean, color="0.3", linestyle="--", linewidth=1, label=f"mean class accuracy {mean:.1%}")
+        axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_bars(axes: Axes, accuracy: np.ndarray, names: Sequence[str]) -> None:
+    places = range(len(names))
+    axes.barh(places, 100 * accuracy)
+    axes.set_yticks(places, labels=_short(names), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy in % (records)")
+
+
+def _counted(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and predicted classes of the labelled records that were read."""
+    counted = ~evaluation.failed & (evaluation.labels >= 0)
+    if not counted.any():
+        raise ValueError("no labelled record was scored: there is no accuracy to draw; give a list with labels")
+    return evaluation.labels[counted], evaluation.scores[counted].argmax(axis=1)
+
+
+def _title(evaluation: Evaluation) -> str:
+    metrics = evaluation.metrics()
+    title = f"top-1 {metrics['top1']:.1%} of {len(_counted(evaluation)[0])} records"
+    return title + (f", {metrics['failed']} could not be read" if metrics["failed"] else "")
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names that fit beside a picture; a dollar sign is one, and does not begin a formula."""
+    return [shorten(name, 48, placeholder=" ...").replace("$", r"\$") for name in names]
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches; no window is opened, and nothing global is changed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"pictures need matplotlib: pip install matplotlib ({error})") from error
+    return Figure((width, height), layout="constrained")
