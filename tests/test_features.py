@@ -16,11 +16,10 @@ from clips import encode, pictures
 from PIL import Image
 from torch import nn
 
-import plots
-from tools import show_features
+from tools import plots, show_features
 from tools.evaluate import run as evaluate
 from tools.extract_features import FeaturesConfig, run
-from video_convmae import create_autoencoder, create_classifier, create_probe, load
+from video_convmae import create_classifier, create_probe, load
 from video_convmae.config import (
     ClassifierConfig,
     DataConfig,
@@ -238,7 +237,7 @@ def test_an_interrupted_extraction_goes_on(
 
 def test_rows_that_are_not_there_are_an_error(tmp_path: Path) -> None:
     records = Records([Record("a.mp4"), Record("b.mp4")])
-    with pytest.raises(RuntimeError, match="features of 2 of 2 records are not in .*same file system"):
+    with pytest.raises(RuntimeError, match=r"features of 2 of 2 records are not in .*same file system"):
         features.write(tmp_path, (4,), records, tmp_path / "features.npz", {})
     assert Kept(tmp_path, (4,), 0).records() == set()
 
@@ -257,7 +256,7 @@ def test_evidence_of_a_classifier_sums_to_the_logit() -> None:
             assert parts.tokens.shape == (TOKENS,)
             assert float(parts.tokens.sum() + parts.constant) == pytest.approx(float(logits[label]), rel=1e-12)
             constant = model.head.weight[label] @ model.norm.bias + model.head.bias[label]
-            assert float(parts.constant) == pytest.approx(float(constant))
+            assert float(parts.constant) == pytest.approx(constant.item())
 
 
 def test_evidence_of_a_linear_probe_sums_to_the_logit() -> None:
@@ -269,7 +268,7 @@ def test_evidence_of_a_linear_probe_sums_to_the_logit() -> None:
         logits, tokens = model(clips)[0], model.encode(clips)[0]
         parts = show_features.evidence(model, tokens, 3)
     assert float(parts.tokens.sum() + parts.constant) == pytest.approx(float(logits[3]), rel=1e-12)
-    assert float(parts.constant) == pytest.approx(float(model.head.linear.bias[3]))
+    assert float(parts.constant) == pytest.approx(model.head.linear.bias[3].item())
 
 
 def test_a_token_that_speaks_for_the_class_has_the_evidence() -> None:

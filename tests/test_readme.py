@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "VIDEO.md", ROOT / "data_lists" / "README.md"]
+DOCUMENTS = [ROOT / name for name in ("README.md", "PRETRAIN.md", "FINETUNE.md", "VIDEO.md", "data_lists/README.md")]
 
 
 def blocks(document: Path, language: str) -> list[str]:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from video_convmae.engine import checkpoint
 from video_convmae.models.released import WRITTEN, Weights, release, save, sizes_of, weights_of
 from video_convmae.models.weights import inflate
 
@@ -29,17 +31,22 @@ def report(weights: Weights) -> str:
 
 def convert(given: argparse.Namespace) -> None:
     """Any layout to ours, or to a released one."""
-    weights = weights_of(given.source)
+    weights = weights_of(source(given))
     tensors = weights.state_dict() if given.to == "ours" else release(weights, given.to, given.image_size)
     save(tensors, given.output)
     print(report(weights))
     print(f"{given.output}: {len(tensors)} tensors, layout {given.to}")
 
 
+def source(given: argparse.Namespace) -> Path:
+    """The file that was named, or the newest checkpoint of the run folder."""
+    return checkpoint.find(given.source)
+
+
 def inflate_file(given: argparse.Namespace) -> None:
     """Image weights of any layout to video weights of ours."""
     weights = inflate(
-        given.source,
+        source(given),
         tubelet=given.tubelet,
         temporal_kernel=given.temporal_kernel,
         num_frames=given.num_frames,
@@ -61,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", help="weights of any known layout")
+    parser.add_argument("source", help="weights of any known layout, or a run folder")
     parser.add_argument("output", help="file to write")
     if inflating:
         parser.add_argument("--tubelet", type=int, default=2, help="frames in a token")

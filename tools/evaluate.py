@@ -29,14 +29,14 @@ from video_convmae.predictor import Predictor
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Carry out a test; returns what metrics.json holds."""
     path, folder = checkpoint.find(config.weights), Path(config.output)
-    loaded = predictor.load(path, labels=config.labels, ema=config.ema)
+    loaded = predictor.load(path, labels=config.labels, ema=config.ema, decoder=config.decoder)
     data, protocol = settings(config, loaded)
     with distributed.processes(config.device) as group:
         records = data.validation_records()
         check_labels(records, data.num_classes, least=-1)
         if group.is_main:
-            weights = hashlib.sha256(path.read_bytes()).hexdigest()
-            begin(folder, {"weights": weights, "data": plain(data), "protocol": plain(protocol), "ema": config.ema})
+            identity = {"weights": hashlib.sha256(path.read_bytes()).hexdigest(), "records": records.digest()}
+            begin(folder, identity | {"data": plain(data), "protocol": plain(protocol), "ema": config.ema})
             print(f"{path}: {len(records)} records, {protocol.segments} x {protocol.crops} views", flush=True)
         distributed.barrier()
         started = time.perf_counter()
@@ -50,7 +50,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         }
         metrics = write(evaluation, records, folder, more)
         print(summary(metrics), flush=True)
-        if config.plot:
+        if config.plot and metrics["top1"] is not None:
             _plot(evaluation, loaded, folder)
         return metrics
 
@@ -70,6 +70,7 @@ def settings(config: EvaluateConfig, loaded: Predictor) -> tuple[LabelledDataCon
         edits["validation"] = values["list"]
     edits["decoder"] = resolve(values.get("decoder", data.decoder))
     protocol = {name: values[name] for name in ProtocolConfig.__dataclass_fields__ if name in values}
+    protocol.setdefault("precision", loaded.config.test.precision or loaded.config.train.precision)
     return replace(data, **edits), replace(loaded.config.test, **protocol)
 
 

@@ -59,7 +59,7 @@ class FeaturesConfig:
     batch_size: int | None = None
     """Records whose views go through the model together; features may depend on it in the last bits."""
     precision: Literal["bf16", "fp16", "fp32"] | None = None
-    """Autocast type. Of a pretraining run and of a published file: bf16."""
+    """Autocast type; none: that of the run's test or training. Of a published file: bf16."""
     workers: int | None = None
     """Loading processes of each device."""
     decoder: Decoder | None = None
@@ -81,7 +81,7 @@ def run(config: FeaturesConfig) -> Path:
         shape = features.shape_of(loaded.model, config.kind)
         about = _about(config, path, loaded, protocol)
         if group.is_main:
-            begin(folder, about | {"ema": config.ema, "data": plain(data), "records": _digest(records)})
+            begin(folder, about | {"ema": config.ema, "data": plain(data), "records": records.digest()})
             print(f"{path}: {len(records)} records, features {shape}: {about['source']}", flush=True)
         distributed.barrier()
         _extract(config, loaded, records, data, protocol, group, folder / "partial")
@@ -101,9 +101,9 @@ def settings(config: FeaturesConfig, loaded: Predictor) -> tuple[DataConfig, Pro
         loaded.config.data, **{name: values[name] for name in ("root", "format", "workers") if name in values}
     )
     usual = loaded.config.test if isinstance(loaded.config, FinetuneConfig) else ProtocolConfig()
-    return data, replace(
-        usual, **{name: values[name] for name in ProtocolConfig.__dataclass_fields__ if name in values}
-    )
+    protocol = {name: values[name] for name in ProtocolConfig.__dataclass_fields__ if name in values}
+    protocol.setdefault("precision", usual.precision or loaded.config.train.precision)
+    return data, replace(usual, **protocol)
 
 
 def _about(config: FeaturesConfig, path: Path, loaded: Predictor, protocol: ProtocolConfig) -> dict[str, Any]:
@@ -117,14 +117,6 @@ def _about(config: FeaturesConfig, path: Path, loaded: Predictor, protocol: Prot
         "grid": loaded.model.encoder.config.grid,
         **asdict(protocol),
     }
-
-
-def _digest(records: Records) -> str:
-    """What identifies a list: rows that were kept are numbered by it."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(repr(record).encode())
-    return digest.hexdigest()
 
 
 def _extract(

@@ -24,12 +24,12 @@ from video_convmae.engine.evaluate import evaluate
 from video_convmae.engine.loop import Validation
 from video_convmae.engine.tasks import Classification, Pixels
 from video_convmae.models.encoder import EncoderConfig
-from video_convmae.runs import carry_out, remember, with_decoder
+from video_convmae.runs import carry_out, remember, resolved
 
 
 def finetune(config: FinetuneConfig) -> int:
     """Run a configuration; returns the steps done."""
-    config = with_decoder(config)
+    config = resolved(config)
     with distributed.processes(config.device) as group:
         records = config.data.records()
         lists = [records] if config.data.validation is None else [records, config.data.validation_records()]

@@ -57,7 +57,7 @@ def draw_confusion(evaluation: Evaluation, names: Sequence[str], path: Path) -> 
     axes.set_xlabel("predicted" if len(names) <= FEW else "predicted (class number)")
     axes.set_ylabel("label" if len(names) <= FEW else "label (class number)")
     axes.set_title(_title(evaluation))
-    figure.savefig(path, dpi=200 if len(names) > FEW else 150)
+    figure.savefig(path, dpi=200 if len(names) > FEW else 150, bbox_inches="tight")
 
 
 def draw_classes(evaluation: Evaluation, names: Sequence[str], path: Path) -> None:
@@ -79,20 +79,21 @@ def draw_classes(evaluation: Evaluation, names: Sequence[str], path: Path) -> No
     figure.suptitle(_title(evaluation))
     for place, (title, part) in enumerate(parts.items(), start=1):
         axes = figure.add_subplot(1, len(parts), place, title=title)
-        _draw_bars(axes, accuracy[part], [f"{names[classes[i]]} ({counts[i]})" for i in part])
+        named = [f"{name} ({count})" for name, count in zip(_short([names[i] for i in classes[part]]), counts[part])]
+        _draw_bars(axes, accuracy[part], named)
         mean = accuracy.mean()
-        axes.axvline(mean, color="0.3", linestyle="--", linewidth=1, label=f"mean class accuracy {mean:.1%}")
-        axes.legend(loc="lower right", fontsize=8)
+        axes.axvline(100 * mean, color="0.3", linestyle="--", linewidth=1, label=f"mean class accuracy {mean:.1%}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     figure.savefig(path, dpi=150)
 
 
 def _draw_bars(axes: Axes, accuracy: np.ndarray, names: Sequence[str]) -> None:
     places = range(len(names))
-    axes.barh(places, 100 * accuracy)
-    axes.set_yticks(places, labels=_short(names), fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("accuracy in % (records)")
+    axes.bar_label(axes.barh(places, 100 * accuracy), fmt="%.0f", padding=2, fontsize=8)
+    axes.set_yticks(places, labels=names, fontsize=8)
+    axes.set_ylim(len(names) - 0.4, -0.6)  # the first is on top
+    axes.set_xlim(0, 108)  # and room for the number
+    axes.set_xlabel("accuracy in %; in brackets: records")
 
 
 def _counted(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:

@@ -13,12 +13,12 @@ import torch
 from video_convmae.config import PretrainConfig, parse
 from video_convmae.engine import distributed
 from video_convmae.engine.tasks import Pretraining
-from video_convmae.runs import carry_out, with_decoder
+from video_convmae.runs import carry_out, resolved
 
 
 def pretrain(config: PretrainConfig) -> int:
     """Run a configuration; returns the steps done."""
-    config = with_decoder(config)
+    config = resolved(config)
     with distributed.processes(config.device) as group:
         torch.manual_seed(config.seed)
         model = config.model.autoencoder()

@@ -82,12 +82,12 @@ def principal_colours(grid: Tensor) -> np.ndarray:
     values, vectors = torch.linalg.eigh(x.T @ x)  # ascending
     vectors = vectors[:, -3:].flip(1)
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
-    shares = torch.zeros(len(x), 3, dtype=x.dtype)
+    shares = torch.full((len(x), 3), 0.5, dtype=x.dtype)
     for i, value in enumerate(values[-3:].flip(0)):
         component = x @ vectors[:, i]
         low, high = np.percentile(component.numpy(), (1, 99))
-        there = value > 1e-12 * values[-1] and high > low
-        shares[:, i] = ((component - low) / (high - low)).clamp(0, 1) if there else 0.5
+        if value > 1e-12 * values[-1] and high > low:
+            shares[:, i] = ((component - low) / (high - low)).clamp(0, 1)
     return (255 * shares).round().to(torch.uint8).view(*grid.shape[1:], 3).numpy()
 
 

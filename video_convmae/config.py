@@ -9,6 +9,7 @@ An unknown field or a wrong type is an error that names the field. The settings 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -213,6 +214,8 @@ class LabelledDataConfig(DataConfig):
         """The names of the classes, where something says them."""
         if isinstance(self.labels, tuple):
             return self.labels
+        if not self.train and self.labels is None:  # a published file's usual settings: there is no list
+            return None
         names = class_names(self.train, self.root, self.labels)
         return None if names is None else tuple(names)
 
@@ -227,7 +230,7 @@ class LabelledDataConfig(DataConfig):
         count = self.num_classes or (len(names) if names else largest + 1)
         for records in lists:
             check_labels(records, count)
-        sided = [name for name in names or [] if {"left", "right"} & set(name.lower().split())]
+        sided = [name for name in names or [] if {"left", "right"} & set(re.split(r"[\W_]+", name.lower()))]
         if sided and self.augmentation.flip:
             raise ListError(
                 f"data.augmentation.flip is on and {len(sided)} classes name left or right, the first {sided[0]!r}: a "
@@ -254,6 +257,8 @@ class InitConfig:
     """Checkpoint, run folder or published file (models/released.py tells the layouts); none: random."""
     inflation: Inflation = field(default_factory=Inflation)
     """How image weights become video weights: average or center, over the frames of a token and of a kernel."""
+    leave_out: tuple[Literal["norm", "fusion", "decoder", "head"], ...] = ()
+    """Parts of the file that are not taken."""
 
     def load(self, model: Autoencoder | Classifier | Probe) -> LoadReport | None:
         """Load the weights, if any, and say what was loaded.
@@ -266,7 +271,7 @@ class InitConfig:
             return None
         path = Path(self.weights)
         source = checkpoint.find(path) if path.is_dir() else path
-        return load_weights(model, source, inflation=self.inflation)
+        return load_weights(model, source, inflation=self.inflation, leave_out=self.leave_out)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ for prediction in predictor("clip.mp4"):
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,6 +34,7 @@ from video_convmae.engine.evaluate import ProtocolConfig
 from video_convmae.engine.tasks import Pixels
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier, Probe
+from video_convmae.models.released import folded, weights_of
 from video_convmae.models.weights import model_from
 from video_convmae.runs import load_autoencoder, load_classifier, run_kind
 
@@ -121,7 +121,7 @@ class Predictor:
             DecodeError: the file cannot be read.
         """
         data, encoder = self.config.data, self.model.encoder.config
-        record = Record(str(path), format=_format(Path(path), data.format))
+        record = Record(str(path), format=_format(Path(path)))
         records, size = Records([record], record.format), encoder.image_size
         sample = Views(records, data.frames(encoder), views, data.augmentation, size, self._decoder)[0]
         if sample.faults:
@@ -167,8 +167,7 @@ def load(
         model, config = load_classifier(path, ema)
         names = config.data.class_names()
     else:
-        model, _ = model_from(path)
-        config = _usual_settings(model.eval())
+        model, config = _published(path)
         names = None
     if labels is not None:
         names = class_names("", labels=labels)
@@ -193,13 +192,22 @@ def _working(decoder: str) -> str:
         return instead
 
 
-def _format(path: Path, usual: ListFormat) -> ListFormat:
-    """What a path is; `usual` decides where a file's suffix does not."""
+def _format(path: Path) -> ListFormat:
+    """What a path is: a folder of frames, an image or a video."""
     if path.is_dir():
         return "frames"
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return "image"
-    return "video" if usual == "frames" else usual
+    return "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
+
+
+def _published(path: Path) -> tuple[Autoencoder | Classifier, PretrainConfig | FinetuneConfig]:
+    """The model of a published file, and its usual settings. Only parts that the file holds are built and read."""
+    weights = weights_of(path)
+    # Without a decoder the sizes cannot say whether there was a fusion; an untrained one would spoil the features.
+    built = {} if weights.has("head") else {"msd": weights.has("fusion")}
+    model, report = model_from(weights, **built)
+    if untrained := [name for name in report.missing if not name.startswith("decoder.")]:
+        warnings.warn(f"{path} does not hold {folded(untrained)}: they are untrained", stacklevel=3)
+    return model.eval(), _usual_settings(model)
 
 
 def _usual_settings(model: Autoencoder | Classifier) -> PretrainConfig | FinetuneConfig:
@@ -208,8 +216,7 @@ def _usual_settings(model: Autoencoder | Classifier) -> PretrainConfig | Finetun
     shape = {"num_frames": encoder.num_frames, "image_size": encoder.image_size}
     is_image = encoder.num_frames == 1
     how = Augmentation(interpolation="bicubic" if is_image else "bilinear")
-    # There is no training list; an empty path would be the working directory, and its folders the classes.
-    data = {"train": os.devnull, "format": "image" if is_image else "video", "augmentation": how}
+    data = {"train": "", "format": "image" if is_image else "video", "augmentation": how}
     if isinstance(model, Autoencoder):
         return PretrainConfig("", DataConfig(**data), ModelConfig(**shape))
     test = ProtocolConfig(crop_share=0.875) if is_image else ProtocolConfig(segments=5, crops=3)

@@ -37,9 +37,16 @@ from video_convmae.models.classifier import Classifier, Probe
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
 
-def with_decoder(config: Config) -> Config:
-    """The configuration with `decoder: auto` resolved, once, before anything is read."""
-    return replace(config, data=replace(config.data, decoder=resolve(config.data.decoder)))
+def resolved(config: Config) -> Config:
+    """The configuration with what it leaves open decided, once, before anything is read: `decoder: auto`, and the
+    precision of validation and test."""
+    config = replace(config, data=replace(config.data, decoder=resolve(config.data.decoder)))
+    if not isinstance(config, FinetuneConfig):
+        return config
+    validate, test = (
+        replace(part, precision=part.precision or config.train.precision) for part in (config.validate, config.test)
+    )
+    return replace(config, validate=validate, test=test)
 
 
 def carry_out(
@@ -170,6 +177,8 @@ def run_kind(path: Path) -> Literal["pretrain", "finetune"] | None:
     try:
         config = checkpoint.load(path, lazily=True)["config"]
     except (ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(config, dict) or not {"data", "model", "init"} <= config.keys():
         return None
     return "finetune" if "mixing" in config else "pretrain"
 

@@ -12,6 +12,7 @@ folder of class folders will do (ImageNet, as torchvision's ImageFolder reads it
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,13 @@ class Records(Sequence[Record]):
         start = self._ends[index - 1] if index else 0
         path = os.fsdecode(self._paths[start : self._ends[index]].tobytes())
         return Record(path, _none_if_absent(self._labels[index]), _none_if_absent(self._num_frames[index]), self.format)
+
+    def digest(self) -> str:
+        """What identifies the list, whatever its file is called: sha256 of its records in their order."""
+        digest = hashlib.sha256()
+        for array in (self._paths, self._ends, self._labels, self._num_frames):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
     @property
     def labels(self) -> np.ndarray:

@@ -42,8 +42,8 @@ class ProtocolConfig(ViewConfig):
 
     batch_size: int = 8
     """Records whose views go through the model together; a score may depend on it in the last bits."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Autocast type."""
+    precision: Literal["bf16", "fp16", "fp32"] | None = None
+    """Autocast type; none: that of the training."""
 
 
 @dataclass(frozen=True)
