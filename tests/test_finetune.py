@@ -310,3 +310,17 @@ def test_nearest_neighbours_know_what_they_remember(videos: Path, tmp_path: Path
     assert model.head.features.shape == (7, 192)
     shares = model(torch.randn(2, 3, 4, 32, 32)).softmax(dim=1)
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["left_shoe", "Turn Right", "something-left"])
+def test_left_and_right_are_found_however_words_are_joined(videos: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "names.txt").write_text(f"{name}\nupright\ncleft\nbright\n")
+    with pytest.raises(ValueError, match=f"1 classes name left or right, the first {name!r}"):
+        run(videos, tmp_path / "run", f"--data.labels={tmp_path / 'names.txt'}", "--data.augmentation.flip=true")
+
+
+def test_parts_of_a_file_may_be_left_out(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(videos, tmp_path / "first", "--train.epochs=1")
+    start = (f"--init.weights={tmp_path / 'first'}", "--init.leave_out=[head]", "--optim.lr=0", "--train.epochs=1")
+    run(videos, tmp_path / "second", *start)
+    assert "left out as asked: head" in capsys.readouterr().out

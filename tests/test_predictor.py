@@ -20,7 +20,7 @@ from tools import predict
 from tools.evaluate import run as evaluate
 from tools.finetune import finetune
 from tools.pretrain import pretrain
-from video_convmae import create_classifier, predictor
+from video_convmae import create_autoencoder, create_classifier, predictor
 from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig, parse
 from video_convmae.data.datasets import ViewConfig
 from video_convmae.data.decoding import DecodeError
@@ -297,3 +297,21 @@ def test_predict_says_what_it_cannot_do(
             predict.main([str(weights), str(videos / "0.mp4"), *more])
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_published_encoder_without_a_fusion_gives_the_same_features_each_time(tmp_path: Path) -> None:
+    """No untrained fusion is built beside it: the features are the file's alone."""
+    torch.manual_seed(3)
+    model = create_autoencoder("tiny", num_frames=1, image_size=32, msd=False)
+    torch.save(
+        {"model": {n: t for n, t in model.state_dict().items() if not n.startswith("decoder.")}}, tmp_path / "e.pth"
+    )
+    clips = torch.randn(1, 3, 1, 224, 224)
+    features = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        predictor = video_convmae.load(tmp_path / "e.pth")
+        assert predictor.model.fusion is None
+        with torch.inference_mode():
+            features.append(predictor.model.encode(clips))
+    assert torch.equal(*features)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from clips import encode
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / name for name in ("README.md", "PRETRAIN.md", "FINETUNE.md", "VIDEO.md", "data_lists/README.md")]
@@ -18,9 +21,55 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def test_the_readmes_python_runs() -> None:
-    (program,) = blocks(ROOT / "README.md", "python")
+    program, _ = blocks(ROOT / "README.md", "python")
     assert len([line for line in program.splitlines() if line.strip()]) <= 20
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=True, timeout=300)
+
+
+SHORT = (
+    "--model.size tiny --model.image_size 32 --model.num_frames 4 --train.epochs 1 --train.batch_size 4 --device cpu"
+)
+
+
+def test_your_own_videos(tmp_path: Path) -> None:
+    """The page's commands one after another on encoded files, one of them bad; runs are made small at their end."""
+    for name in ("tools", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for label, name in enumerate(("pouring", "stirring")):
+        (tmp_path / "videos" / name).mkdir(parents=True)
+        for i in range(6):
+            encode(tmp_path / "videos" / name / f"{i}.mp4", 24 + i, seed=label)
+    (tmp_path / "videos" / "pouring" / "bad.mp4").write_text("no video")
+    page = (ROOT / "VIDEO.md").read_text().split("## Your own videos in ten minutes")[1].split("\n## ")[0]
+    commands = "".join(re.findall(r"^```bash\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL))
+    python = f"""
+    python() {{
+        case $1 in
+            *pretrain.py|*finetune.py) {sys.executable} "$@" {SHORT} ;;
+            *predict.py) {sys.executable} "$@" || test $? = 1 ;;  # it names the bad file, and has done the others
+            *) {sys.executable} "$@" ;;
+        esac
+    }}
+    """
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = ["bash", "-euo", "pipefail", "-c", python + commands]
+    result = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    test = tmp_path / "runs" / "own" / "test"
+    metrics = json.loads((test / "metrics.json").read_text())
+    assert metrics["scored"] + metrics["failed"] == len((tmp_path / "lists" / "val.txt").read_text().splitlines())
+    for path in (test / "confusion.png", test / "classes.png", tmp_path / "runs" / "own" / "features.png"):
+        assert path.stat().st_size > 0
+    assert "stirring" in result.stdout
+
+    (tmp_path / "clip.mp4").write_bytes((tmp_path / "videos" / "stirring" / "1.mp4").read_bytes())
+    programs = {blocks(ROOT / "README.md", "python")[1], *blocks(ROOT / "VIDEO.md", "python")}
+    for program in programs:
+        run = [sys.executable, "-c", program]
+        said = subprocess.run(
+            run, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True, timeout=100
+        )
+        assert {line.split()[1] for line in said.stdout.splitlines()} == {"pouring", "stirring"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
