@@ -131,9 +131,9 @@ class CameraPath:
 
 def make_motion_clips(
     output: str | Path,
-    train: int = 320,
-    validation: int = 64,
-    size: int = 64,
+    train: int = 640,
+    validation: int = 128,
+    size: int = 32,
     seconds: float = 2.0,
     fps: int = 16,
     seed: int = 0,
@@ -310,9 +310,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to make the clips in")
-    parser.add_argument("--train", type=int, default=320, help="training clips (default %(default)s)")
-    parser.add_argument("--validation", type=int, default=64, help="validation clips (default %(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="side of a clip in pixels (default %(default)s)")
+    parser.add_argument("--train", type=int, default=640, help="training clips (default %(default)s)")
+    parser.add_argument("--validation", type=int, default=128, help="validation clips (default %(default)s)")
+    parser.add_argument("--size", type=int, default=32, help="side of a clip in pixels (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of a clip (default %(default)s)")
     parser.add_argument("--fps", type=int, default=16, help="frames a second (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of places and speeds (default %(default)s)")

@@ -1,0 +1,163 @@
+"""The demo on images: pretrain a tiny model on digits without labels, and see what that is worth with ten labels a class.
+
+    make demo-image
+
+The images are the 1797 handwritten digits, 8 x 8 pixels, that ship inside the wheel of scikit-learn; nothing is
+downloaded. They are written as PNG files of 32 x 32 pixels. Fifty a class are for validation and take no part in any
+training; all others are for pretraining, which reads no labels; ten a class of these are the labelled ones.
+
+For each of three seeds: pretraining; then, on the labelled digits, finetuning (`finetuned`), a linear probe of the
+frozen encoder (`probed`), and the finetuning again without pretrained weights (`scratch`): same configuration, same
+steps. Settings are in configs/debug/*_digits.yaml. What is tested is the last checkpoint of each run.
+
+It leaves in runs/demo-image: metrics.json, the images in data/, the runs in seed0/ to seed2/. An interrupted demo goes
+on where it was; a finished one is done again. It exits with an error if the finetuned model has not learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from evaluate import run as evaluate
+from finetune import finetune
+from PIL import Image
+from pretrain import pretrain
+from sklearn.datasets import load_digits
+
+from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig, parse
+from video_convmae.engine.log import write_text
+
+CONFIGS = {
+    kind: Path(__file__).parent.parent / "configs" / "debug" / f"{kind}_digits.yaml"
+    for kind in ("pretrain", "finetune", "probe")
+}
+MODELS = {"finetuned": "finetune", "probed": "probe", "scratch": "finetune"}  # and how each is trained
+SEEDS = (0, 1, 2)
+VALIDATION, LABELLED = 50, 10  # digits a class
+SIDE = 32  # pixels
+LEAST = 0.5  # top-1 of the finetuned models below which they have not learned; chance is 0.1
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo-image"), help="folder for all that is made")
+    parser.add_argument("--data_only", action="store_true", help="write the images and train nothing")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    data = arguments.output / "data"
+    make_digits(data)
+    if arguments.data_only:
+        return
+    begin(arguments.output)
+    top1 = [train_and_test(arguments.output / f"seed{seed}", data, seed) for seed in SEEDS]
+    metrics = summarise(top1)
+    write_text(arguments.output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    print(table(metrics, arguments.output))
+    print(f"{time.perf_counter() - started:.0f} s in all.")
+    if metrics["finetuned"]["top1"] < LEAST:
+        sys.exit(f"the model has not learned: top-1 {metrics['finetuned']['top1']:.2f} is less than {LEAST}")
+
+
+def make_digits(folder: Path) -> None:
+    """Write the digits as `SPLIT/CLASS/NUMBER.png`; the split is always the same.
+
+    `train` is for pretraining, `labelled` is the part of it whose labels are read, `validation` is apart.
+    """
+    digits = load_digits()
+    for label in range(10):
+        order = np.random.default_rng([0, label]).permutation(np.flatnonzero(digits.target == label))
+        validation, train = order[:VALIDATION], order[VALIDATION:]
+        splits = {"validation": validation, "train": train, "labelled": train[:LABELLED]}
+        for split, numbers in splits.items():
+            place = folder / split / str(label)
+            place.mkdir(parents=True, exist_ok=True)
+            for old in place.glob("[0-9][0-9][0-9][0-9].png"):
+                old.unlink()
+            for number in numbers:
+                grey = Image.fromarray((digits.images[number] * 255 / 16).astype(np.uint8))
+                grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(place / f"{number:04d}.png")
+
+
+def begin(output: Path) -> None:
+    """Remove the runs of a demo that ended or had other settings; those of an interrupted one stay, to go on."""
+    settings = {kind: path.read_text(encoding="utf-8") for kind, path in CONFIGS.items()}
+    known, metrics = output / "settings.json", output / "metrics.json"
+    if metrics.exists() or not known.exists() or json.loads(known.read_text(encoding="utf-8")) != settings:
+        for seed in SEEDS:
+            shutil.rmtree(output / f"seed{seed}", ignore_errors=True)
+        metrics.unlink(missing_ok=True)
+    write_text(known, json.dumps(settings, indent=2) + "\n")
+
+
+def train_and_test(folder: Path, data: Path, seed: int) -> dict[str, float]:
+    """All runs of one seed: the top-1 of each model on the validation digits."""
+    common = [f"--seed={seed}", f"--data.train={data / 'train'}"]
+    print(f"\nSeed {seed}, pretraining:", flush=True)
+    if not is_done(folder / "pretrain"):
+        pretrain(parse(PretrainConfig, [f"--config={CONFIGS['pretrain']}", f"--output={folder / 'pretrain'}", *common]))
+        check_done(folder / "pretrain")
+    common = [f"--seed={seed}", f"--data.train={data / 'labelled'}", f"--data.validation={data / 'validation'}"]
+    top1 = {}
+    for name, kind in MODELS.items():
+        print(f"\nSeed {seed}, {name}:", flush=True)
+        run = folder / name
+        start = [] if name == "scratch" else [f"--init.weights={folder / 'pretrain'}"]
+        if not is_done(run):
+            finetune(parse(FinetuneConfig, [f"--config={CONFIGS[kind]}", f"--output={run}", *common, *start]))
+            check_done(run)
+        test = parse(EvaluateConfig, [f"--weights={run}", f"--output={run / 'test'}", "--device=cpu"])
+        top1[name] = evaluate(test)["top1"]
+    return top1
+
+
+def is_done(run: Path) -> bool:
+    """Whether a run went to its end."""
+    return (run / "metrics.json").exists()
+
+
+def check_done(run: Path) -> None:
+    """Leave if a signal ended the run."""
+    if not is_done(run):
+        sys.exit(f"{run} was interrupted; the same command goes on from there")
+
+
+def summarise(top1: Sequence[dict[str, float]]) -> dict[str, dict[str, float | list[float]]]:
+    """What metrics.json holds, from the top-1 of each model at each seed; the deviation is that of a sample."""
+    metrics = {}
+    for name in MODELS:
+        seeds = [of_seed[name] for of_seed in top1]
+        metrics[name] = {"top1": statistics.mean(seeds), "top1_std": statistics.stdev(seeds), "seeds": seeds}
+    return metrics
+
+
+def table(metrics: dict, output: Path) -> str:
+    """The metrics for reading."""
+
+    def seconds(name: str) -> float:
+        runs = [output / f"seed{seed}" / name / "metrics.json" for seed in SEEDS]
+        return statistics.mean(json.loads(run.read_text(encoding="utf-8"))["seconds"] for run in runs)
+
+    lines = [
+        f"\nTop-1 on {10 * VALIDATION} digits that took no part in training (chance: 10%), with {LABELLED} labelled a "
+        f"class;\n{len(SEEDS)} seeds, each with its own pretraining ({seconds('pretrain'):.0f} s):",
+        "              mean    std    seeds               training",
+    ]
+    for name, values in metrics.items():
+        seeds = " ".join(f"{top1:6.1%}" for top1 in values["seeds"])
+        lines.append(
+            f"  {name:10} {values['top1']:6.1%}  {values['top1_std']:5.1%}   {seeds}  {seconds(name):5.0f} s"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
