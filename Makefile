@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: test test-faults test-slow demo lint clean
+.PHONY: test test-faults test-slow demo demo-image study lint clean
 
 test: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -22,8 +22,14 @@ lint: $(VENV)/.dev
 demo: $(VENV)/.demo
 	$(BIN)/python tools/demo.py --output runs/demo
 
+demo-image: $(VENV)/.demo
+	$(BIN)/python tools/demo_image.py --output runs/demo-image
+
+study: $(VENV)/.demo
+	$(BIN)/python tools/study.py --output runs/study
+
 clean:
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) runs/demo runs/demo-image
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""The demo on images: pretrain a tiny model on digits without labels, and see what that is worth with ten labels a class.
+"""The demo on images: pretrain a tiny model on digits without labels; see what that is worth with ten labels a class.
 
     make demo-image
 
