@@ -6,7 +6,7 @@ leaves in runs/demo: metrics.json, the pictures loss.png, reconstruction.png, re
 and the runs in pretrain/, finetuned/ and scratch/ (the same finetuning without pretraining). Pretraining sees all
 training clips, finetuning the labels of a few. Validation clips show photographs that are in no training clip.
 
-It exits with an error if nothing was learned: the error on the hidden pixels of validation clips must be 0.8 of the
+It exits with an error if nothing was learned: the error on the hidden pixels of validation clips must be 0.9 of the
 better baseline's or less, and the finetuned model must be right about at least 30% of the clips (chance is 12.5%).
 """
 
@@ -35,7 +35,7 @@ from video_convmae.engine.log import write_text
 from video_convmae.runs import load_autoencoder
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "debug"
-MOST = 0.8  # of the better baseline's error
+MOST = 0.9  # of the better baseline's error
 LEAST = 0.3  # of the clips; one in eight is chance
 LABELLED = 320  # of the training clips; pretraining sees them all
 

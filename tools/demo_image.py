@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from evaluate import run as evaluate
 from finetune import finetune
 from PIL import Image
@@ -58,6 +59,7 @@ def main() -> None:
     if arguments.data_only:
         return
     begin(arguments.output)
+    torch.set_num_threads(1)  # a second thread gains little at this size, and waits long where the cores are shared
     top1 = [train_and_test(arguments.output / f"seed{seed}", data, seed) for seed in SEEDS]
     metrics = summarise(top1)
     write_text(arguments.output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -153,9 +155,7 @@ def table(metrics: dict, output: Path) -> str:
     ]
     for name, values in metrics.items():
         seeds = " ".join(f"{top1:6.1%}" for top1 in values["seeds"])
-        lines.append(
-            f"  {name:10} {values['top1']:6.1%}  {values['top1_std']:5.1%}   {seeds}  {seconds(name):5.0f} s"
-        )
+        lines.append(f"  {name:10} {values['top1']:6.1%}  {values['top1_std']:5.1%}   {seeds}  {seconds(name):5.0f} s")
     return "\n".join(lines)
 
 
