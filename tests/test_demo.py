@@ -29,11 +29,11 @@ def test_a_demo_that_has_not_learned_says_what_failed() -> None:
 
 
 def test_a_study_knows_what_it_has_measured(tmp_path: Path) -> None:
-    results = Results(tmp_path)
+    results = Results(tmp_path, {})
     for seed, top1 in enumerate((0.5, 0.6, 0.7)):
         results.add("VideoConvMAE-MSD", 320, seed, {"top1": top1, "top5": 1.0})
     results.add("VideoMAE (plain ViT)", 96, 0, {"top1": 0.4, "top5": 1.0})
-    again = Results(tmp_path)
+    again = Results(tmp_path, {})
     assert again.has("VideoConvMAE-MSD", 320, 2)
     assert not again.has("VideoConvMAE-MSD", 96, 0)
     lines = (tmp_path / "table.md").read_text().splitlines()

@@ -20,6 +20,7 @@ from tools.finetune import finetune
 from video_convmae.config import EvaluateConfig, FinetuneConfig, parse
 from video_convmae.data.sampling import dense_views
 from video_convmae.data.transforms import view_crops
+from video_convmae.engine.evaluate import partial_folder
 from video_convmae.predictor import load
 
 ROOT = Path(__file__).parent.parent
@@ -174,23 +175,32 @@ def test_an_interrupted_test_goes_on_from_what_was_scored(
         with pytest.raises(Interrupted):
             run(parse(EvaluateConfig, arguments))
     assert not (tmp_path / "metrics.json").exists()
-    for path in (tmp_path / "partial").glob("*.rows"):  # the kill came while a row was written
+    for path in (tmp_path / "partial").rglob("*.rows"):  # the kill came while a row was written
         path.write_bytes(path.read_bytes()[:-3])
     with monkeypatch.context() as patch:
         patch.setattr("video_convmae.engine.evaluate._score", interrupting(100))
         run(parse(EvaluateConfig, arguments))
-    assert seen == [0, 1, 2, 3, 4, 5, 6, 7, *range(6, COUNT + 1)]  # the chunk with the torn row is scored again
+    # The chunk with the bad record is tried again, the one with the torn row is scored again.
+    assert seen == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, *range(6, COUNT + 1)]
     assert (tmp_path / "predictions.csv").read_bytes() == (alone / "predictions.csv").read_bytes()
     assert (tmp_path / "bad_records.jsonl").read_bytes() == (alone / "bad_records.jsonl").read_bytes()
     assert not (tmp_path / "partial").exists()
 
 
 def test_chunks_of_another_evaluation_are_not_mixed_in(trained: Path, videos: Path, tmp_path: Path) -> None:
-    from video_convmae.engine.evaluate import begin
+    settings = {"weights": "a", "data": {"stride": 4, "workers": 1}}
+    folder = partial_folder(tmp_path, settings)
+    assert partial_folder(tmp_path, {"weights": "a", "data": {"stride": 4, "workers": 8}}) == folder
+    assert partial_folder(tmp_path, {"weights": "b", "data": {"stride": 4, "workers": 1}}) != folder
+    assert partial_folder(tmp_path, {"weights": "a", "data": {"stride": 2, "workers": 1}}) != folder
 
-    begin(tmp_path, {"something": "else"})
-    with pytest.raises(ValueError, match="other settings or weights"):
-        run(parse(EvaluateConfig, options(trained, videos, tmp_path)))
+
+def test_scores_that_are_not_finite_are_no_predictions(trained: Path, videos: Path, tmp_path: Path) -> None:
+    state = torch.load(trained / "checkpoints" / "step_00000005.pt", weights_only=True)
+    state["model"]["head.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "broken.pt")
+    with pytest.raises(FloatingPointError, match="not finite for the records"):
+        run(parse(EvaluateConfig, options(tmp_path / "broken.pt", videos, tmp_path / "test", "--workers=0")))
 
 
 def test_a_list_without_labels_is_scored(trained: Path, videos: Path, tmp_path: Path) -> None:

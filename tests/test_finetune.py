@@ -57,7 +57,11 @@ def run(videos: Path, output: Path, *edits: str, **named: str) -> int:
 
 
 def log(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    """A line a step: the training's and the validation's together."""
+    steps: dict[int, dict] = {}
+    for line in map(json.loads, (output / "log.jsonl").read_text().splitlines()):
+        steps.setdefault(line["step"], {}).update(line)
+    return list(steps.values())
 
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
@@ -91,10 +95,12 @@ def test_pretrained_weights_start_a_classifier_of_other_frames_and_size(
 ) -> None:
     torch.manual_seed(1)
     pretrained = create_autoencoder("tiny", num_frames=8, image_size=64)
-    checkpoint.save(tmp_path, 1, {"model": pretrained.state_dict()})
+    sizes = {"size": "tiny", "num_frames": 8, "image_size": 64}
+    checkpoint.save(tmp_path, 1, {"model": pretrained.state_dict(), "config": {"model": sizes}})
     run(videos, tmp_path / "run", f"--init.weights={tmp_path / 'step_00000001.pt'}", "--optim.lr=0", "--train.epochs=1")
     said = capsys.readouterr().out
-    assert "missing: encoder.positions, norm.weight, norm.bias, head.weight" in said
+    assert "missing: norm.weight, norm.bias, head.weight" in said
+    assert "positions resized from the grid (4, 4, 4) to (2, 2, 2)" in said
     assert "4 classes" in said
     ours = weights_of(tmp_path / "run")
     name = "encoder.attention_blocks.3.mlp.fc2.weight"

@@ -79,6 +79,7 @@ def pretrain_on(data: Path, run: Path, *edits: str) -> None:
     _forget_finished(run)
     arguments = [f"--config={CONFIGS / 'demo.yaml'}", f"--output={run}", f"--data.train={data / 'train.txt'}"]
     pretrain(parse(PretrainConfig, [*arguments, f"--data.root={data}", *edits]))
+    _check_finished(run)
 
 
 def finetune_on(data: Path, labelled: int, run: Path, weights: Path | None, *edits: str) -> None:
@@ -96,6 +97,7 @@ def finetune_on(data: Path, labelled: int, run: Path, weights: Path | None, *edi
     ]
     start = [] if weights is None else [f"--init.weights={weights}"]
     finetune(parse(FinetuneConfig, [*arguments, *start, *edits]))
+    _check_finished(run)
 
 
 def accuracy_of(run: Path) -> dict[str, float]:
@@ -182,6 +184,12 @@ def not_learned(metrics: dict[str, Any]) -> str | None:
 def _forget_finished(run: Path) -> None:
     if (run / "metrics.json").exists():
         shutil.rmtree(run)
+
+
+def _check_finished(run: Path) -> None:
+    """Leave if a signal ended the run: nothing may be measured on half of one."""
+    if not (run / "metrics.json").exists():
+        sys.exit(f"{run} was interrupted; the same command goes on from there")
 
 
 if __name__ == "__main__":

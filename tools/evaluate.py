@@ -21,7 +21,7 @@ from video_convmae.data.decoding import resolve
 from video_convmae.data.records import Records
 from video_convmae.engine import checkpoint, distributed
 from video_convmae.engine.distributed import Processes
-from video_convmae.engine.evaluate import Evaluation, ProtocolConfig, begin, evaluate, write
+from video_convmae.engine.evaluate import Evaluation, ProtocolConfig, evaluate, partial_folder, write
 from video_convmae.engine.tasks import Pixels
 from video_convmae.predictor import Predictor
 
@@ -34,13 +34,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     with distributed.processes(config.device) as group:
         records = data.validation_records()
         check_labels(records, data.num_classes, least=-1)
+        identity = {"weights": hashlib.sha256(path.read_bytes()).hexdigest(), "records": records.digest()}
+        identity |= {"data": plain(data), "protocol": plain(protocol), "ema": config.ema}
         if group.is_main:
-            identity = {"weights": hashlib.sha256(path.read_bytes()).hexdigest(), "records": records.digest()}
-            begin(folder, identity | {"data": plain(data), "protocol": plain(protocol), "ema": config.ema})
             print(f"{path}: {len(records)} records, {protocol.segments} x {protocol.crops} views", flush=True)
         distributed.barrier()
         started = time.perf_counter()
-        evaluation = _evaluate(loaded, records, data, protocol, group, folder / "partial")
+        evaluation = _evaluate(loaded, records, data, protocol, group, partial_folder(folder, identity))
         if not group.is_main:
             return evaluation.metrics()
         more = {
@@ -65,7 +65,7 @@ def settings(config: EvaluateConfig, loaded: Predictor) -> tuple[LabelledDataCon
     if not isinstance(data, LabelledDataConfig):
         raise TypeError(f"{config.weights} was pretrained only: it has no classes (tools/finetune.py adds them)")
     values = {name: value for name, value in asdict(config).items() if value is not None}
-    edits = {name: values[name] for name in ("root", "format", "workers") if name in values}
+    edits = {name: values[name] for name in ("root", "format", "sampling", "stride", "workers") if name in values}
     if "list" in values:
         edits["validation"] = values["list"]
     edits["decoder"] = resolve(values.get("decoder", data.decoder))

@@ -29,7 +29,7 @@ from video_convmae.data.decoding import Decoder
 from video_convmae.data.records import ListFormat, Records, read_list
 from video_convmae.engine import checkpoint, distributed, features
 from video_convmae.engine.distributed import Processes
-from video_convmae.engine.evaluate import ProtocolConfig, begin, write_faults
+from video_convmae.engine.evaluate import ProtocolConfig, partial_folder, write_faults
 from video_convmae.engine.tasks import Pixels
 from video_convmae.predictor import Predictor
 
@@ -80,13 +80,14 @@ def run(config: FeaturesConfig) -> Path:
         records = read_list(config.list, data.format, data.root)
         shape = features.shape_of(loaded.model, config.kind)
         about = _about(config, path, loaded, protocol)
+        identity = about | {"ema": config.ema, "data": plain(data), "records": records.digest()}
+        partial = partial_folder(folder, identity)
         if group.is_main:
-            begin(folder, about | {"ema": config.ema, "data": plain(data), "records": records.digest()})
             print(f"{path}: {len(records)} records, features {shape}: {about['source']}", flush=True)
         distributed.barrier()
-        _extract(config, loaded, records, data, protocol, group, folder / "partial")
+        _extract(config, loaded, records, data, protocol, group, partial)
         if group.is_main:
-            faults = features.write(folder / "partial", shape, records, file, about)
+            faults = features.write(partial, shape, records, file, about)
             write_faults(faults, folder)
             shutil.rmtree(folder / "partial")
             failed = f"{len(faults)} failed" + (f" ({folder / 'bad_records.jsonl'})" if faults else "")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from video_convmae.data.mixing import Mixing
 from video_convmae.data.records import Records
 from video_convmae.engine import distributed
 from video_convmae.engine.distributed import Processes
-from video_convmae.engine.evaluate import evaluate
+from video_convmae.engine.evaluate import evaluate, write_faults
 from video_convmae.engine.loop import Validation
 from video_convmae.engine.tasks import Classification, Pixels
 from video_convmae.models.encoder import EncoderConfig
@@ -53,10 +54,11 @@ def finetune(config: FinetuneConfig) -> int:
 def _validation(config: FinetuneConfig, group: Processes, records: Records, encoder: EncoderConfig) -> Validation:
     """Score the validation list with the run's own views."""
     views = config.data.views(records, encoder, config.validate)
+    folder = Path(config.output) / "validation"
     pixels = Pixels(config.data.mean, config.data.std, group.device)
 
     def measure(model: nn.Module) -> dict[str, float | int | None]:
-        return evaluate(
+        evaluation = evaluate(
             model,
             views,
             pixels,
@@ -65,7 +67,11 @@ def _validation(config: FinetuneConfig, group: Processes, records: Records, enco
             group,
             config.data.workers,
             config.data.start_method,
-        ).metrics()
+        )
+        if group.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_faults(evaluation.faults, folder)
+        return evaluation.metrics()
 
     return Validation(measure, config.validate.every)
 

@@ -66,7 +66,9 @@ def main() -> None:
     given = parser.parse_args()
     data = given.output / "data"
     make_motion_clips(data)
-    results = Results(given.output)
+    results = Results(
+        given.output, {"pretrain_epochs": given.pretrain_epochs, "finetune_epochs": given.finetune_epochs}
+    )
     for labelled in given.labelled:
         for seed in range(given.seeds):
             for name in ENTRIES:
@@ -96,10 +98,14 @@ def run_once(name: str, labelled: int, seed: int, data: Path, given: argparse.Na
 class Results:
     """What was measured so far, in results.json and table.md."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: dict[str, float | None]) -> None:
         self._folder = folder
         self._path = folder / "results.json"
-        self.rows = json.loads(self._path.read_text())["rows"] if self._path.exists() else []
+        self._settings = settings
+        known = json.loads(self._path.read_text()) if self._path.exists() else {"rows": [], "settings": settings}
+        if known["settings"] != settings:
+            raise SystemExit(f"{self._path} is of {known['settings']}, asked for is {settings}: give another --output")
+        self.rows = known["rows"]
 
     def has(self, name: str, labelled: int, seed: int) -> bool:
         """Whether this run is done."""
@@ -107,9 +113,9 @@ class Results:
 
     def add(self, name: str, labelled: int, seed: int, values: dict[str, float]) -> None:
         """Take a run in."""
-        self.rows.append({"model": name, "labelled": labelled, "seed": seed, **values})
         about = {"commit": commit(), "machine": machine()}
-        write_text(self._path, json.dumps({"rows": self.rows, **about}, indent=1) + "\n")
+        self.rows.append({"model": name, "labelled": labelled, "seed": seed, **values, **about})
+        write_text(self._path, json.dumps({"rows": self.rows, "settings": self._settings}, indent=1) + "\n")
         write_text(self._folder / "table.md", self.table() + "\n")
 
     def table(self) -> str:
@@ -124,7 +130,8 @@ class Results:
                 spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.1%}{spread} ({len(values)})" if values else "-")
             lines.append(f"| {name} | {' | '.join(cells)} |")
-        return "\n".join([*lines, "", f"{machine()}, commit {commit()}"])
+        where = dict.fromkeys(f"{row['machine']}, commit {row['commit']}" for row in self.rows)
+        return "\n".join([*lines, "", f"{'; '.join(where)}; {self._settings}"])
 
 
 def machine() -> str:

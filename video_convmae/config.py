@@ -10,6 +10,7 @@ An unknown field or a wrong type is an error that names the field. The settings 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -230,6 +231,12 @@ class LabelledDataConfig(DataConfig):
         count = self.num_classes or (len(names) if names else largest + 1)
         for records in lists:
             check_labels(records, count)
+        if self.augmentation.flip and names is None:
+            warnings.warn(
+                "data.augmentation.flip is on and no class names are known: whether a class names left or right cannot "
+                "be checked; name them with data.labels",
+                stacklevel=2,
+            )
         sided = [name for name in names or [] if {"left", "right"} & set(re.split(r"[\W_]+", name.lower()))]
         if sided and self.augmentation.flip:
             raise ListError(
@@ -361,6 +368,10 @@ class EvaluateConfig:
     """Folder that the list's relative paths are joined to."""
     format: ListFormat | None = None
     """What a line holds: video, frames or image."""
+    sampling: Literal["dense", "uniform"] | None = None
+    """Frames `stride` apart (Kinetics), or one of each of T segments (Something-Something); published: dense."""
+    stride: int | None = None
+    """Frames between two of a dense clip; of a published classifier: 4."""
     labels: str | None = None
     """File of class names; they are needed for pictures and printed names alone."""
     segments: int | None = None
@@ -423,7 +434,14 @@ def write_yaml(config: Any, path: Path) -> None:
 
 
 def from_plain(kind: type[Config], values: dict[str, Any]) -> Config:
-    """The configuration that `plain` took apart, checked as strictly as a file."""
-    parser = ArgumentParser()
+    """The configuration that `plain` took apart, checked as strictly as a file.
+
+    Raises:
+        ValueError: a field is unknown, missing or of a wrong type.
+    """
+    parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)
-    return kind(**parser.instantiate(parser.parse_object(values)).as_dict())
+    try:
+        return kind(**parser.instantiate(parser.parse_object(values)).as_dict())
+    except Exception as error:
+        raise ValueError(f"no {kind.__name__} of this version: {error}") from error

@@ -6,6 +6,7 @@ and the task.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -25,7 +26,7 @@ from video_convmae.data.loader import Batch, Batches, Share, load
 from video_convmae.data.records import Records
 from video_convmae.engine import checkpoint, distributed
 from video_convmae.engine.distributed import Processes
-from video_convmae.engine.evaluate import begin, score_list
+from video_convmae.engine.evaluate import partial_folder, score_list
 from video_convmae.engine.log import BadRecords, write_text
 from video_convmae.engine.loop import Validation, train
 from video_convmae.engine.optim import build_optimization
@@ -71,7 +72,10 @@ def carry_out(
         Steps done: all of the schedule's, or fewer where a signal ended the run.
     """
     folder, count = Path(config.output), len(clips)
-    report = None if checkpoint.checkpoints(folder / "checkpoints") else config.init.load(model)
+    begun, _ = checkpoint.load_latest(folder / "checkpoints")
+    first_step = 0 if begun is None else begun["step"]
+    report = config.init.load(model) if begun is None else None
+    is_new, begun = begun is None, None  # a checkpoint is large
     model = model.to(group.device)
     share = Share(config.train.batch_size, group.count, group.rank, config.train.accumulate)
     steps_per_epoch = Batches(count, share, config.seed, 0, 0).steps_per_epoch
@@ -82,7 +86,7 @@ def carry_out(
         write_yaml(config, folder / "config.yaml")
         if report is not None:
             print(report)
-        elif isinstance(model, Probe) and not checkpoint.checkpoints(folder / "checkpoints"):
+        elif isinstance(model, Probe) and is_new:
             print("init.weights is none: a random encoder is probed")
         print(f"{count} records, decoder {config.data.decoder}, device {group.device} x {group.count}")
         print(
@@ -111,7 +115,8 @@ def carry_out(
         config.seed,
         validation,
     )
-    if group.is_main and steps == last_step:
+    news = steps > first_step or not (folder / "metrics.json").exists()
+    if group.is_main and steps == last_step and news:
         _write_metrics(folder, time.perf_counter() - started)
     return steps
 
@@ -130,7 +135,9 @@ def remember(
         folder.mkdir(parents=True, exist_ok=True)
         write_yaml(config, folder / "config.yaml")
         print(report or "init.weights is none: a random encoder is probed", flush=True)
-        begin(folder, plain(config))
+    identity = {"data": plain(data), "model": plain(config.model), "views": plain(config.validate), "seed": config.seed}
+    weights = hashlib.sha256(b"".join(t.numpy(force=True).tobytes() for t in model.state_dict().values())).hexdigest()
+    partial = partial_folder(folder, identity | {"weights": weights, "records": records.digest()})
     distributed.barrier()
     started = time.perf_counter()
     rows = score_list(
@@ -143,8 +150,11 @@ def remember(
         group,
         data.workers,
         data.start_method,
-        folder / "partial",
+        partial,
     )
+    if group.is_main:
+        (folder / "bad_records.jsonl").unlink(missing_ok=True)  # of an earlier attempt: all were tried again
+    distributed.barrier()
     BadRecords(folder / "bad_records.jsonl", len(records), data.max_bad_fraction).add(rows.faults, group.is_main)
     features = F.normalize(torch.from_numpy(rows.values[~rows.failed]), dim=1)  # a mean over views has lost its length
     model.head.remember(features.to(group.device), torch.from_numpy(records.labels[~rows.failed]).to(group.device))
@@ -162,7 +172,7 @@ def remember(
 
 
 def _write_metrics(folder: Path, seconds: float) -> None:
-    """metrics.json of a run that ended: the last logged values, and the best validation."""
+    """metrics.json of a run that ended: the last logged values, the best validation, this process's seconds."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     metrics = {name: value for line in lines if line["step"] == lines[-1]["step"] for name, value in line.items()}
     validated = [line for line in lines if line.get("val_top1") is not None]

@@ -149,7 +149,7 @@ def class_names(path: str | Path, root: str | Path = "", labels: str | Path | No
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _read_tree(folder: Path, format: ListFormat) -> Records:

@@ -101,6 +101,13 @@ def gradient_sync(model: nn.Module, sync: bool) -> AbstractContextManager:
     return model.no_sync()
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers (running statistics), so that all of them measure one model."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
     """The mean of a tensor over all processes."""
     if dist.is_initialized():

@@ -12,6 +12,7 @@ features there.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 import time
@@ -160,7 +161,7 @@ def score_list(
     """
     kept = Kept(folder, shape, group.rank)
     rows, faults = kept.read()
-    done = set(rows["record"].tolist())
+    done = set(rows["record"][~rows["failed"]].tolist())  # what failed is tried again: the disk may be back
     new_rows, new_faults = [rows[:0]], []
     show = folder is not None
     chunks = score_chunks(model, compute, views, pixels, config, group, workers, start_method, done, show)
@@ -223,8 +224,13 @@ def _score(
         clips = pixels.normalise(batch.clips)
         with autocast(clips.device, precision):
             values = compute(clips)
-        values = values.float().unflatten(0, (-1, views)).mean(dim=1)
-        yield Chunk(batch.records[::views].tolist(), values.cpu().numpy(), list(batch.faults))
+        values = values.float().unflatten(0, (-1, views)).mean(dim=1).cpu()
+        records = batch.records[::views].tolist()
+        if not values.isfinite().all():  # sorted like any others, they would count as predictions
+            raise FloatingPointError(
+                f"not finite for the records {records}: try precision bf16 or fp32 for {precision}"
+            )
+        yield Chunk(records, values.numpy(), list(batch.faults))
 
 
 def _arrange(rows: np.ndarray, faults: Sequence[Fault], count: int, shape: tuple[int, ...]) -> Rows:
@@ -232,7 +238,7 @@ def _arrange(rows: np.ndarray, faults: Sequence[Fault], count: int, shape: tuple
     values = np.zeros((count, *shape), np.float32)
     failed = np.zeros(count, bool)
     values[rows["record"]], failed[rows["record"]] = rows["values"], rows["failed"]
-    return Rows(values, failed, in_order(faults))
+    return Rows(values, failed, in_order([fault for fault in faults if failed[fault.index]]))
 
 
 def in_order(faults: Sequence[Fault]) -> tuple[Fault, ...]:
@@ -262,8 +268,9 @@ class Kept:
         return np.concatenate([rows for rows, _ in everyone]), [fault for _, faults in everyone for fault in faults]
 
     def records(self) -> set[int]:
-        """The records that any process has kept, the same on every rank; their values are not read."""
-        mine = np.unique(np.concatenate([np.zeros(0, np.int64), *(rows["record"] for rows in self.mapped())]))
+        """The records that any process has read, the same on every rank; their values are not looked at."""
+        read = (rows["record"][~rows["failed"]] for rows in self.mapped())
+        mine = np.unique(np.concatenate([np.zeros(0, np.int64), *read]))
         return set(np.concatenate(distributed.gather(mine)).tolist())
 
     def mapped(self) -> list[np.ndarray]:
@@ -302,22 +309,22 @@ class Kept:
             file.close()
 
 
-def begin(folder: Path, settings: dict[str, Any]) -> Path:
-    """The folder for scored chunks of an evaluation; those of an interrupted one with the same settings stay.
+def partial_folder(folder: Path, settings: dict[str, Any]) -> Path:
+    """Where scored chunks are kept until all are there: a place of its own for each kind of evaluation.
 
-    Raises:
-        ValueError: an evaluation with other settings was interrupted there.
+    So an evaluation goes on with the chunks of an interrupted one only where weights, list and settings are the same.
+    How clips are loaded (workers, start method, timeout) changes no score and is left out.
+
+    Args:
+        folder: of the results.
+        settings: all that a score follows from, as plain data; `data` holds a data configuration.
     """
-    partial, text = folder / "partial", json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    known = partial / "evaluation.json"
-    if known.exists() and known.read_text() != text:
-        raise ValueError(
-            f"{partial} holds chunks of an interrupted evaluation with other settings or weights (its evaluation.json "
-            "says which): give another --output, or delete that folder"
-        )
-    partial.mkdir(parents=True, exist_ok=True)
-    write_text(known, text)
-    return partial
+    data = {name: value for name, value in settings["data"].items() if name not in _NO_SCORE_DEPENDS_ON}
+    text = json.dumps(settings | {"data": data}, sort_keys=True)
+    return folder / "partial" / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_NO_SCORE_DEPENDS_ON = ("workers", "start_method", "decode_timeout", "max_bad_fraction")
 
 
 def write(evaluation: Evaluation, records: Records, folder: Path, more: dict[str, Any]) -> dict[str, Any]:

@@ -112,9 +112,7 @@ class BadRecords:
         self.max_fraction = max_fraction
         self.faults: dict[int, Fault] = {}
         if path.exists():
-            lines = whole_lines(path)
-            write_text(path, "".join(lines))
-            for line in lines:
+            for line in whole_lines(path):
                 self._known(Fault(**json.loads(line)))
 
     def __len__(self) -> int:
@@ -128,6 +126,8 @@ class BadRecords:
         """
         new = [fault for fault in faults if self._known(fault)]
         if new and write:
+            if self.path.exists():  # a last line that was cut off would swallow the next
+                write_text(self.path, "".join(whole_lines(self.path)))
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(fault._asdict()) + "\n" for fault in new)
         if len(self) > self.max_fraction * self.records:

@@ -53,7 +53,7 @@ class TrainConfig:
     log_every: int = 20
     """Steps between two logged ones; only then does the host wait for the device."""
     save_every: float = 1.0
-    """Epochs between two checkpoints; parts of an epoch are allowed. The last step is always saved."""
+    """Epochs between two checkpoints, or a part of one. Before a validation and at the end there always is one."""
     keep: int = 2
     """Newest checkpoints that stay."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -212,6 +212,7 @@ class _Validator:
         """The measured values, for the log. Its checkpoint is there already: a kill loses none of the steps."""
         state = self._state
         model = distributed.unwrap(state.task.model) if state.ema is None else state.ema.module
+        distributed.share_buffers(model)
         values = self._measure(model)
         top1 = values.get("top1")
         if top1 is not None and top1 > self._best:
@@ -266,7 +267,7 @@ def train(
         bad_records: what could not be read.
         settings: the run's configuration as plain data, kept in every checkpoint.
         seed: of the run.
-        validation: what is measured beside training; its values are logged with the step's as val_NAME.
+        validation: what is measured beside training; its values are logged as val_NAME, in a line of their own.
 
     Returns:
         Steps done: all of the schedule's, or fewer where a signal ended the run (its checkpoint is written).
@@ -324,10 +325,10 @@ def train(
             values |= {"bad_records": len(bad_records)}
             if group.is_main and (ends or saves or leaves):
                 state.save(folder / "checkpoints", config.keep)
-            if validates and not leaves:
-                distributed.barrier()
-                values |= validator()
             log.write(values)
+            if validates and (ends or not leaves):
+                distributed.barrier()
+                log.write({"step": state.step, "epoch": values["epoch"]} | validator())
             if leaves:
                 log.say(f"stopped by a signal after step {state.step}; the same command goes on from there")
                 break

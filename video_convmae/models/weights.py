@@ -272,14 +272,23 @@ def _plan_positions(plan: _Plan, config: EncoderConfig) -> None:
                 f"{weights.layout} weights were trained with the {weights.position_table} position table, the model "
                 f"has {config.position_table}: build it with position_table={weights.position_table!r}"
             )
+        if name in plan.targets and weights.grid not in (None, config.grid):
+            _plan_resized(
+                plan, positions.TABLES[config.position_table](weights.grid, config.widths[-1]), weights.grid, config
+            )
         return
     if name not in plan.targets:
         _compare(plan, name, config)
         return
     grid = weights.grid or _grid_of(table.shape[1], config.grid)
-    plan.values[name] = positions.resize(table[0], grid, config.grid)[None]
+    _plan_resized(plan, table[0], grid, config)
+
+
+def _plan_resized(plan: _Plan, table: Tensor, grid: tuple[int, int, int], config: EncoderConfig) -> None:
+    """Positions `(N, D)` over the file's grid, as learnable ones over the model's."""
+    plan.values["encoder.positions"] = positions.resize(table, grid, config.grid)[None]
     if grid != config.grid:
-        plan.reshaped.append(name)
+        plan.reshaped.append("encoder.positions")
         plan.notes.append(f"positions resized from the grid {grid} to {config.grid}")
 
 
