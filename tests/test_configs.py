@@ -122,6 +122,7 @@ def test_a_shrunken_classifier_takes_two_steps(path: Path, videos: Path, tmp_pat
         ),
         train=replace(config.train, batch_size=2, accumulate=1, epochs=1, log_every=1),
         validate=replace(config.validate, precision="fp32"),
+        test=replace(config.test, precision="fp32"),
     )
     steps = 0 if config.model.probe == "knn" else 2
     assert finetune(small) == steps
