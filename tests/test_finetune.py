@@ -20,6 +20,7 @@ from video_convmae import create_autoencoder, create_classifier
 from video_convmae.config import FinetuneConfig, parse
 from video_convmae.engine import checkpoint
 from video_convmae.engine.optim import OptimConfig, build_optimization, parameter_groups
+from video_convmae.models import positions
 from video_convmae.runs import load_classifier
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +107,19 @@ def test_pretrained_weights_start_a_classifier_of_other_frames_and_size(
     name = "encoder.attention_blocks.3.mlp.fc2.weight"
     assert torch.equal(ours[name], pretrained.state_dict()[name])
     assert ours["head.weight"].std() == pytest.approx(2e-5, rel=0.2)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_an_image_run_starts_a_video_classifier_with_positions_in_time(videos: Path, tmp_path: Path, size: int) -> None:
+    image = create_autoencoder("tiny", num_frames=1, image_size=size)
+    sizes = {"size": "tiny", "num_frames": 1, "image_size": size}
+    checkpoint.save(tmp_path, 1, {"model": image.state_dict(), "config": {"model": sizes}})
+    run(videos, tmp_path / "run", f"--init.weights={tmp_path / 'step_00000001.pt'}", "--optim.lr=0", "--train.epochs=1")
+    ours = weights_of(tmp_path / "run")["encoder.positions"].view(2, 2, 2, -1)
+    expected = positions.sincos((2, size // 16, size // 16), 192)
+    expected = positions.resize(expected, (2, size // 16, size // 16), (2, 2, 2)).view(2, 2, 2, -1)
+    torch.testing.assert_close(ours, expected)
+    assert (ours[0] - ours[1]).abs().max() > 0.1
 
 
 def test_a_finetuned_model_is_finetuned_for_other_classes_and_sizes(

@@ -391,6 +391,7 @@ def inflate(
         layout=f"{weights.layout}, inflated",
         tensors=tensors,
         geometry=replace(weights.geometry, tubelet=tubelet, frames=num_frames // tubelet),
+        grid=None if weights.grid is None else (num_frames // tubelet, *weights.grid[1:]),
         notes=(*weights.notes, *_inflation_notes(weights, tubelet, temporal_kernel, num_frames, inflation)),
     )
 
