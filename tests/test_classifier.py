@@ -200,7 +200,7 @@ def test_heads_start_with_the_deviation_that_was_asked_for() -> None:
     ("wrong", "message"),
     [
         ({"num_classes": 0}, "num_classes is 0; expected 1"),
-        ({"kind": "quadratic"}, "kind is 'quadratic'; expected 'linear' or 'attentive'"),
+        ({"kind": "quadratic"}, "kind is 'quadratic'; expected one of linear, attentive, knn"),
         ({"head_init": 0.0}, "head_init is 0.0; expected a deviation above 0"),
     ],
 )
