@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +20,13 @@ from video_convmae import create_autoencoder
 from video_convmae.data.datasets import Fault
 from video_convmae.data.loader import Batch
 from video_convmae.engine import checkpoint, distributed
+from video_convmae.engine.checkpoint import CheckpointError, Saver
 from video_convmae.engine.distributed import Processes
 from video_convmae.engine.log import BadRecords, RunLog, TooManyBadRecords
 from video_convmae.engine.loop import NonFiniteLoss, TrainConfig, train
 from video_convmae.engine.optim import OptimConfig, Schedule, build_optimization, parameter_groups
 from video_convmae.engine.tasks import Pixels
+from video_convmae.models import files
 from video_convmae.models.blocks import AttentionBlock, ConvBlock
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -61,38 +67,97 @@ def test_vectors_and_positions_are_not_decayed() -> None:
 # Checkpoints
 
 
+def state_of(step: int) -> dict:
+    return {"model": {"w": torch.full((3, 2), float(step)), "n": torch.tensor(step)}, "ema": None, "config": {"a": [1]}}
+
+
+def save(folder: Path, *steps: int, **changes: object) -> Saver:
+    saver = Saver(folder, **changes)
+    for step in steps:
+        saver.save(step, state_of(step))
+    saver.wait()
+    return saver
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_checkpoints_are_whole_pruned_and_found(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    for step in (1, 2, 30):
-        checkpoint.save(folder, step, {"step": step, "model": {"w": torch.full((3,), step)}}, keep=2)
-    assert [path.name for path in folder.iterdir() if path.suffix != ".pt"] == []
-    assert [path.name for path in checkpoint.checkpoints(folder)] == ["step_00000002.pt", "step_00000030.pt"]
-    assert checkpoint.find(tmp_path) == checkpoint.find(folder) == folder / "step_00000030.pt"
-    state, complaints = checkpoint.load_latest(folder)
-    assert (state["step"], complaints) == (30, [])
+    save(folder, 1, 2, 30, keep=2)
+    assert names(folder) == ["step_00000002", "step_00000030"]
+    assert checkpoint.find(tmp_path) == checkpoint.find(folder) == folder / "step_00000030"
+    assert checkpoint.find(folder / "step_00000002") == folder / "step_00000002"
+    assert checkpoint.latest(folder) == (folder / "step_00000030", [])
+    state = checkpoint.load(folder / "step_00000030")
+    assert torch.equal(state["model"]["w"], torch.full((3, 2), 30.0))
+    assert (state["step"], int(state["model"]["n"]), state["ema"], state["config"]) == (30, 30, None, {"a": [1]})
+    assert "model" not in checkpoint.load(folder / "step_00000030", "optimizer")
+
+
+def test_what_is_saved_is_what_it_was_when_it_was_saved(tmp_path: Path) -> None:
+    """Training goes on while a checkpoint is written."""
+    state, saver = state_of(5), Saver(tmp_path)
+    saver.save(5, state)
+    state["model"]["w"].fill_(-1)
+    saver.wait()
+    assert torch.equal(checkpoint.load(tmp_path / "step_00000005")["model"]["w"], torch.full((3, 2), 5.0))
+
+
+def test_the_best_and_every_so_manyth_checkpoint_stay(tmp_path: Path) -> None:
+    saver = save(tmp_path, 3, 4, keep=1, keep_every=10)
+    saver.mark_best(4)
+    for step in (10, 15, 20, 25, 26):
+        saver.save(step, state_of(step))
+    saver.wait()
+    assert names(tmp_path) == ["best", "step_00000004", "step_00000010", "step_00000020", "step_00000026"]
+    assert checkpoint.load(tmp_path / "best")["step"] == checkpoint.step_of(tmp_path / "best") == 4
+    saver.mark_best(26)
+    save(tmp_path, 30, 31, keep=1, keep_every=10)
+    assert names(tmp_path)[:2] == ["best", "step_00000010"]
+    assert checkpoint.find(tmp_path) == tmp_path / "step_00000031"
 
 
 def test_pruning_keeps_the_newest_good_checkpoint(tmp_path: Path) -> None:
-    """A run that passed over a damaged newer file writes behind it: what it wrote stays."""
-    for step in (20, 30):
-        checkpoint.save(tmp_path, step, {"step": step})
-    (tmp_path / "step_00000030.pt").write_bytes(b"damaged")
-    checkpoint.save(tmp_path, 25, {"step": 25}, keep=1)
-    assert checkpoint.load_latest(tmp_path)[0]["step"] == 25
-    assert checkpoint.find(tmp_path).name == "step_00000025.pt"
+    """A run that passed over a damaged newer one writes behind it: what it wrote stays."""
+    save(tmp_path, 20, 30)
+    (tmp_path / "step_00000030" / "checkpoint.json").write_text("damaged")
+    save(tmp_path, 25, keep=1)
+    assert checkpoint.find(tmp_path).name == "step_00000025"
+    save(tmp_path, 30, keep=1)
+    assert checkpoint.find(tmp_path).name == "step_00000030"
     with pytest.raises(ValueError, match=r"train\.keep is 0"):
-        checkpoint.save(tmp_path, 26, {}, keep=0)
+        Saver(tmp_path, keep=0)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, {"step": step})
-    newest = tmp_path / "step_00000003.pt"
-    newest.write_bytes(newest.read_bytes()[:100])
-    (tmp_path / "step_00000002.pt").write_bytes(b"")
-    state, complaints = checkpoint.load_latest(tmp_path)
-    assert state["step"] == 1
-    assert [line.split(" is not")[0] for line in complaints] == [str(newest), str(tmp_path / "step_00000002.pt")]
+    """One byte of a tensor, a file that was cut, a file that is not there, no files at all."""
+    save(tmp_path, *range(1, 6))
+    file = {step: next((tmp_path / f"step_0000000{step}").glob("*.safetensors")) for step in range(1, 6)}
+    data = bytearray(file[5].read_bytes())
+    data[-3] ^= 1
+    file[5].write_bytes(data)
+    file[4].write_bytes(file[4].read_bytes()[:-7])
+    file[3].unlink()
+    shutil.rmtree(tmp_path / "step_00000002")
+    (tmp_path / "step_00000002").mkdir()
+    path, complaints = checkpoint.latest(tmp_path)
+    assert path == tmp_path / "step_00000001"
+    reasons = ["has changed since it was written", r"has \d+ bytes, expected \d+", "has None bytes", "No such file"]
+    for step, complaint, reason in zip((5, 4, 3, 2), complaints, reasons, strict=True):
+        assert f"step_0000000{step}" in complaint
+        assert re.search(reason, complaint)
+    with pytest.raises(ValueError, match="has changed since it was written"):
+        checkpoint.load(tmp_path / "step_00000005")
+
+
+def test_no_room_is_an_error_that_says_how_much_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5))
+    with pytest.raises(CheckpointError, match=r"MB are needed .* go(es)? on from the newest"):
+        save(tmp_path, 2)
+    assert names(tmp_path) == ["step_00000001"]
 
 
 class Malice:
@@ -101,9 +166,15 @@ class Malice:
 
 
 def test_no_pickle_of_a_stranger_is_executed(tmp_path: Path) -> None:
-    torch.save({"model": Malice()}, tmp_path / "step_00000001.pt")
-    with pytest.raises(ValueError, match="is not a checkpoint that can be read"):
-        checkpoint.load(tmp_path / "step_00000001.pt")
+    """Nothing that a checkpoint consists of is a pickle, and one in its place is not read."""
+    path = checkpoint.save(tmp_path, 1, state_of(1))
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+    torch.save({"model": Malice()}, next(path.glob("*.safetensors")))
+    (path / ".metadata").write_bytes(pickle.dumps(Malice()))
+    with pytest.raises(ValueError, match="bytes, expected"):
+        checkpoint.load(path)
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        files.read(path)
     assert not Path("/tmp/executed_by_a_checkpoint").exists()
 
 
@@ -188,7 +259,8 @@ def run(folder: Path, steps: int = 12, broken: int | None = None, end: int | Non
         yield from batches(first * parts, steps * parts if end is None else end * parts, broken)
 
     bad = BadRecords(folder / "bad_records.jsonl", 40, 0.01)
-    train(task, optimization, load_from, config, ALONE, folder, bad, {"name": "toy"})
+    begun, _ = checkpoint.latest(folder / "checkpoints")
+    train(task, optimization, load_from, config, ALONE, folder, bad, {"name": "toy"}, begun=begun)
     return task
 
 
@@ -232,7 +304,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, changes: 
 def test_a_non_finite_loss_stops_the_run_and_names_step_and_records(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLoss, match=r"step 6: loss inf.*rank 0's records \[50, 51, 52, 53\]"):
         run(tmp_path, broken=5)
-    assert checkpoint.load_latest(tmp_path / "checkpoints")[0] is None  # the step of the checkpoint was the bad one
+    assert checkpoint.latest(tmp_path / "checkpoints")[0] is None  # the step of the checkpoint was the bad one
 
 
 def test_a_non_finite_step_can_be_skipped(tmp_path: Path) -> None:
@@ -256,7 +328,13 @@ def test_wrapping_changes_neither_values_nor_names(activation_checkpointing: boo
 
     bare, model = build(), build()
     names = list(model.state_dict())
-    wrapped = distributed.wrap(model, ALONE, (ConvBlock, AttentionBlock), activation_checkpointing, compile_blocks)
+    wrapped = distributed.wrap(
+        model,
+        ALONE,
+        (ConvBlock, AttentionBlock),
+        activation_checkpointing=activation_checkpointing,
+        compile_blocks=compile_blocks,
+    )
     clips, visible = torch.randn(2, 3, 4, 32, 32), torch.tensor([True, False, False, True] * 4).view(2, 2, 2, 2)
     losses = []
     for each in (bare, wrapped):

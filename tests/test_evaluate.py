@@ -20,6 +20,7 @@ from tools.finetune import finetune
 from video_convmae.config import EvaluateConfig, FinetuneConfig, parse
 from video_convmae.data.sampling import dense_views
 from video_convmae.data.transforms import view_crops
+from video_convmae.engine import checkpoint
 from video_convmae.engine.evaluate import partial_folder
 from video_convmae.predictor import load
 
@@ -196,11 +197,11 @@ def test_chunks_of_another_evaluation_are_not_mixed_in(trained: Path, videos: Pa
 
 
 def test_scores_that_are_not_finite_are_no_predictions(trained: Path, videos: Path, tmp_path: Path) -> None:
-    state = torch.load(trained / "checkpoints" / "step_00000005.pt", weights_only=True)
+    state = checkpoint.load(trained / "checkpoints" / "step_00000005", "model")
     state["model"]["head.weight"][0, 0] = float("nan")
-    torch.save(state, tmp_path / "broken.pt")
+    broken = checkpoint.save(tmp_path, state.pop("step"), state)
     with pytest.raises(FloatingPointError, match="not finite for the records"):
-        run(parse(EvaluateConfig, options(tmp_path / "broken.pt", videos, tmp_path / "test", "--workers=0")))
+        run(parse(EvaluateConfig, options(broken, videos, tmp_path / "test", "--workers=0")))
 
 
 def test_a_list_without_labels_is_scored(trained: Path, videos: Path, tmp_path: Path) -> None:

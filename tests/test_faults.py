@@ -322,7 +322,7 @@ def test_a_killed_worker_ends_the_run(
     assert f"LoaderError: loading process {victim} (worker" in said(tmp_path)
     assert "was ended by SIGKILL: the system does this when memory runs out; set fewer data.workers" in said(tmp_path)
     assert f"The state after step {steps[-1]} is saved; the same command goes on from there" in said(tmp_path)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == [f"step_{steps[-1]:08d}.pt"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == [f"step_{steps[-1]:08d}"]
     with started(good, tmp_path, *edits, ranks=ranks) as process:
         assert process.wait(120) == 0, said(tmp_path)
     assert f"goes on from step {steps[-1]}" in said(tmp_path)

@@ -85,7 +85,7 @@ def test_a_run_keeps_the_last_and_the_best_checkpoint(videos: Path, tmp_path: Pa
     assert list(validated) == [8, 16, 24, 32, 40]
     metrics, highest = json.loads((tmp_path / "metrics.json").read_text()), max(validated.values())
     assert metrics["best"]["top1"] == highest > 0.5  # eight clips are learnt by heart; chance is 0.25
-    best = checkpoint.load(tmp_path / "checkpoints" / "best.pt")
+    best = checkpoint.load(tmp_path / "checkpoints" / "best")
     assert best["step"] == metrics["best"]["step"] == next(step for step in validated if validated[step] == highest)
     assert checkpoint.load(checkpoint.find(tmp_path))["step"] == 40
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -98,7 +98,7 @@ def test_pretrained_weights_start_a_classifier_of_other_frames_and_size(
     pretrained = create_autoencoder("tiny", num_frames=8, image_size=64)
     sizes = {"size": "tiny", "num_frames": 8, "image_size": 64}
     checkpoint.save(tmp_path, 1, {"model": pretrained.state_dict(), "config": {"model": sizes}})
-    run(videos, tmp_path / "run", f"--init.weights={tmp_path / 'step_00000001.pt'}", "--optim.lr=0", "--train.epochs=1")
+    run(videos, tmp_path / "run", f"--init.weights={tmp_path / 'step_00000001'}", "--optim.lr=0", "--train.epochs=1")
     said = capsys.readouterr().out
     assert "missing: norm.weight, norm.bias, head.weight" in said
     assert "positions resized from the grid (4, 4, 4) to (2, 2, 2)" in said
@@ -114,7 +114,7 @@ def test_an_image_run_starts_a_video_classifier_with_positions_in_time(videos: P
     image = create_autoencoder("tiny", num_frames=1, image_size=size)
     sizes = {"size": "tiny", "num_frames": 1, "image_size": size}
     checkpoint.save(tmp_path, 1, {"model": image.state_dict(), "config": {"model": sizes}})
-    run(videos, tmp_path / "run", f"--init.weights={tmp_path / 'step_00000001.pt'}", "--optim.lr=0", "--train.epochs=1")
+    run(videos, tmp_path / "run", f"--init.weights={tmp_path / 'step_00000001'}", "--optim.lr=0", "--train.epochs=1")
     ours = weights_of(tmp_path / "run")["encoder.positions"].view(2, 2, 2, -1)
     expected = positions.sincos((2, size // 16, size // 16), 192)
     expected = positions.resize(expected, (2, size // 16, size // 16), (2, 2, 2)).view(2, 2, 2, -1)
@@ -252,7 +252,7 @@ def test_a_run_that_was_killed_while_it_validated_does_so_again(
     assert {line["step"]: line["val_top1"] for line in ours if "val_top1" in line} == {
         line["step"]: line["val_top1"] for line in theirs if "val_top1" in line
     }
-    assert (tmp_path / "killed" / "checkpoints" / "best.pt").exists()
+    assert (tmp_path / "killed" / "checkpoints" / "best").exists()
 
 
 @pytest.mark.faults
@@ -285,7 +285,7 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
         {line["step"]: [line.get(name) for name in values] for line in log(f)} for f in (stopped, tmp_path / "whole")
     ]
     assert lines[0] == lines[1]
-    best = [checkpoint.load(folder / "checkpoints" / "best.pt")["step"] for folder in (stopped, tmp_path / "whole")]
+    best = [checkpoint.load(folder / "checkpoints" / "best")["step"] for folder in (stopped, tmp_path / "whole")]
     assert best[0] == best[1]
 
 

@@ -27,7 +27,8 @@ from video_convmae.data.decoding import DecodeError
 from video_convmae.data.records import ListError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
-from video_convmae.models.released import release, save
+from video_convmae.models.files import save
+from video_convmae.models.released import release
 from video_convmae.models.weights import load_weights
 
 ROOT = Path(__file__).parent.parent

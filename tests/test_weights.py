@@ -20,7 +20,8 @@ from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier, Probe, create_probe
 from video_convmae.models.encoder import Encoder
-from video_convmae.models.released import read, release, save, sizes_of, weights_of
+from video_convmae.models.files import read, save
+from video_convmae.models.released import release, sizes_of, weights_of
 from video_convmae.models.weights import Inflation, inflate, load_weights, model_from
 
 GOLDEN = Path(__file__).parent / "golden"

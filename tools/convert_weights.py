@@ -1,7 +1,7 @@
 """Convert weights between layouts, and image weights into video weights.
 
     python tools/convert_weights.py convmae_base.pth base.safetensors
-    python tools/convert_weights.py runs/in1k/checkpoints/step_00000100.pt convmae.pth --to convmae
+    python tools/convert_weights.py runs/in1k convmae.pth --to convmae
     python tools/convert_weights.py inflate convmae_base.pth video.safetensors --tubelet 2 --temporal-kernel 3
 
 What the source is, is found out from it: ConvMAE, FastConvMAE, ConvViT, EasyCV, mmpretrain, VideoMAE, Hugging Face
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from video_convmae.engine import checkpoint
-from video_convmae.models.released import WRITTEN, Weights, release, save, sizes_of, weights_of
+from video_convmae.models.files import save
+from video_convmae.models.released import WRITTEN, Weights, release, sizes_of, weights_of
 from video_convmae.models.weights import inflate
 
 

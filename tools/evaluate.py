@@ -9,7 +9,6 @@ An image is a record with one view. An interrupted test goes on with the same co
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     with distributed.processes(config.device) as group:
         records = data.validation_records()
         check_labels(records, data.num_classes, least=-1)
-        identity = {"weights": hashlib.sha256(path.read_bytes()).hexdigest(), "records": records.digest()}
+        identity = {"weights": checkpoint.digest(path), "records": records.digest()}
         identity |= {"data": plain(data), "protocol": plain(protocol), "ema": config.ema}
         if group.is_main:
             print(f"{path}: {len(records)} records, {protocol.segments} x {protocol.crops} views", flush=True)

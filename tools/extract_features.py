@@ -17,7 +17,6 @@ is the same for any number of processes.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -111,7 +110,7 @@ def _about(config: FeaturesConfig, path: Path, loaded: Predictor, protocol: Prot
     """What the file says of itself."""
     return {
         "weights": str(path),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": checkpoint.digest(path),
         "list": config.list,
         "kind": config.kind,
         "source": features.source(loaded.model, config.kind),

@@ -3,7 +3,7 @@
     python tools/finetune.py --config configs/video/finetune_k400_base.yaml --init.weights runs/pretrain --output DIR
     torchrun --nproc_per_node 8 tools/finetune.py --config ...
 
-The newest checkpoints and, by the validation, the best (checkpoints/best.pt) are kept. The same command on the same
+The newest checkpoints and, by the validation, the best (checkpoints/best) are kept. The same command on the same
 folder goes on with the run. tools/evaluate.py tests the result.
 """
 
@@ -31,7 +31,7 @@ from video_convmae.runs import carry_out, remember, resolved
 def finetune(config: FinetuneConfig) -> int:
     """Run a configuration; returns the steps done."""
     config = resolved(config)
-    with distributed.processes(config.device) as group:
+    with distributed.processes(config.device, config.hang_timeout) as group:
         records = config.data.records()
         lists = [records] if config.data.validation is None else [records, config.data.validation_records()]
         num_classes = config.data.count_classes(*lists)
@@ -73,7 +73,10 @@ def _validation(config: FinetuneConfig, group: Processes, records: Records, enco
             write_faults(evaluation.faults, folder)
         return evaluation.metrics()
 
-    return Validation(measure, config.validate.every)
+    def build() -> nn.Module:
+        return config.model.build(config.data.num_classes).to(group.device)
+
+    return Validation(measure, build, config.validate.every)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,7 @@ from video_convmae.predictor import Prediction, load
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "weights", help="run folder, a checkpoint of one (checkpoints/best.pt), or a published classifier"
-    )
+    parser.add_argument("weights", help="run folder, a checkpoint of one (checkpoints/best), or a published classifier")
     parser.add_argument("files", nargs="+", help="videos, images, folders of frames")
     parser.add_argument("--labels", type=Path, help="file of class names, line n names class n; default: the run's own")
     parser.add_argument("--top", type=_at_least_one, default=5, help="how many classes (default 5)")

@@ -29,7 +29,9 @@ from video_convmae.data.records import ListError, ListFormat, Records, class_nam
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
 from video_convmae.engine import checkpoint
+from video_convmae.engine.distributed import PATIENCE
 from video_convmae.engine.evaluate import ProtocolConfig
+from video_convmae.engine.log import LogConfig
 from video_convmae.engine.loop import TrainConfig
 from video_convmae.engine.optim import OptimConfig
 from video_convmae.masking import MASKS
@@ -299,6 +301,10 @@ class PretrainConfig:
     """The optimizer and its learning rate."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What is logged besides the usual."""
+    hang_timeout: float = PATIENCE
+    """Seconds without progress, for data or for other processes, after which a process ends and says what each does."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda."""
     seed: int = 0
@@ -331,6 +337,10 @@ class FinetuneConfig:
     """The optimizer and its learning rate."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What is logged besides the usual."""
+    hang_timeout: float = PATIENCE
+    """Seconds without progress, for data or for other processes, after which a process ends and says what each does."""
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     """The validation during training."""
     test: ProtocolConfig = field(default_factory=ProtocolConfig)
@@ -359,7 +369,7 @@ class EvaluateConfig:
     """A test of a classifier on a list; what is none is as in the run that trained it."""
 
     weights: str
-    """Run folder, a checkpoint of one (checkpoints/best.pt), or a published classifier."""
+    """Run folder, a checkpoint of one (checkpoints/best), or a published classifier."""
     output: str
     """Folder for predictions.csv, scores.npz and metrics.json; after an interruption the same command goes on."""
     list: str | None = None

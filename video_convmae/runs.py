@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 
 from video_convmae.config import FinetuneConfig, PretrainConfig, from_plain, plain, write_yaml
@@ -34,6 +35,7 @@ from video_convmae.engine.tasks import Pixels, Task
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.blocks import AttentionBlock, ConvBlock
 from video_convmae.models.classifier import Classifier, Probe
+from video_convmae.models.files import read, run_config
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
@@ -72,21 +74,30 @@ def carry_out(
         Steps done: all of the schedule's, or fewer where a signal ended the run.
     """
     folder, count = Path(config.output), len(clips)
-    begun, _ = checkpoint.load_latest(folder / "checkpoints")
-    first_step = 0 if begun is None else begun["step"]
+    begun = _newest(folder / "checkpoints", group)
     report = config.init.load(model) if begun is None else None
-    is_new, begun = begun is None, None  # a checkpoint is large
-    model = model.to(group.device)
-    share = Share(config.train.batch_size, group.count, group.rank, config.train.accumulate)
+    share = share_of(config, group, None if begun is None else checkpoint.about(begun)["config"])
+    config = replace(config, train=replace(config.train, effective_batch=share.global_batch))
     steps_per_epoch = Batches(count, share, config.seed, 0, 0).steps_per_epoch
-    optimization = build_optimization(model, config.optim, share.global_batch, config.train.epochs, steps_per_epoch)
+    wrapped = distributed.wrap(
+        model.to(group.device),
+        group,
+        (ConvBlock, AttentionBlock),
+        activation_checkpointing=config.train.activation_checkpointing,
+        compile_blocks=config.train.compile,
+        parallel=config.train.parallel,
+        compress_gradients=config.train.compress_gradients,
+        time_communication=config.log.profile,
+    )
+    bare = distributed.unwrap(wrapped)
+    optimization = build_optimization(bare, config.optim, share.global_batch, config.train.epochs, steps_per_epoch)
     last_step = optimization.schedule.steps
     if group.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_yaml(config, folder / "config.yaml")
         if report is not None:
             print(report)
-        elif isinstance(model, Probe) and is_new:
+        elif isinstance(model, Probe) and begun is None:
             print("init.weights is none: a random encoder is probed")
         print(f"{count} records, decoder {config.data.decoder}, device {group.device} x {group.count}")
         print(
@@ -99,26 +110,70 @@ def carry_out(
         batches = Batches(count, share, config.seed, first_step, last_step)
         return load(clips, batches, config.data.workers, group.device.type == "cuda", config.data.start_method)
 
-    wrapped = distributed.wrap(
-        model, group, (ConvBlock, AttentionBlock), config.train.activation_checkpointing, config.train.compile
-    )
     started = time.perf_counter()
     steps = train(
         task(wrapped, Pixels(config.data.mean, config.data.std, group.device)),
         optimization,
         load_from,
-        config.train,
+        replace(config.train, batch_size=share.per_device, accumulate=share.accumulate),
         group,
         folder,
         BadRecords(folder / "bad_records.jsonl", count, config.data.max_bad_fraction),
         plain(config),
         config.seed,
         validation,
+        config.log.profile,
+        begun,
     )
+    first_step = 0 if begun is None else checkpoint.step_of(begun)
     news = steps > first_step or not (folder / "metrics.json").exists()
     if group.is_main and steps == last_step and news:
         _write_metrics(folder, time.perf_counter() - started)
     return steps
+
+
+def _newest(checkpoints: Path, group: Processes) -> Path | None:
+    """The checkpoint that a run goes on from, as its main process finds it; it says which it passes over."""
+    found, complaints = checkpoint.latest(checkpoints) if group.is_main else (None, [])
+    for complaint in complaints:
+        print(f"passed over: {complaint}", flush=True)
+    return distributed.gather(found)[0]
+
+
+def share_of(config: Config, group: Processes, begun: dict[str, Any] | None) -> Share:
+    """How a step's records are dealt out so that the effective batch, and with it the learning rate, stays.
+
+    A device takes as many records at a time as train.batch_size allows and as divide its part evenly.
+
+    Args:
+        config: the run's.
+        group: the processes.
+        begun: the configuration that the run began with, as plain data; None: it begins now.
+
+    Raises:
+        ValueError: the effective batch is another than the run began with, or cannot be dealt to so many devices.
+    """
+    train = config.train
+    before = None if begun is None else begun["train"]["effective_batch"]
+    batch = train.effective_batch or before or train.batch_size * group.count * train.accumulate
+    if before not in (None, batch):
+        raise ValueError(
+            f"train.effective_batch is {batch} and the run in {config.output} began with {before}; expected the same: "
+            "steps, epochs and learning rate follow from it"
+        )
+    if batch % group.count:
+        raise ValueError(
+            f"the effective batch is {batch}, which cannot be dealt evenly to {group.count} devices: take a number of "
+            "devices that divides it, or begin a run with another train.effective_batch"
+        )
+    each = batch // group.count
+    pairs = isinstance(config, FinetuneConfig) and config.mixing.mixes and config.data.repeats % 2  # of mixed clips
+    fitting = [n for n in range(1, min(each, train.batch_size) + 1) if each % n == 0 and not (pairs and n % 2)]
+    if not fitting:
+        raise ValueError(
+            f"each device has {each} records of the effective batch {batch}; mixup and cutmix take pairs: make it even"
+        )
+    return Share(fitting[-1], group.count, group.rank, each // fitting[-1])
 
 
 def remember(
@@ -159,9 +214,9 @@ def remember(
     features = F.normalize(torch.from_numpy(rows.values[~rows.failed]), dim=1)  # a mean over views has lost its length
     model.head.remember(features.to(group.device), torch.from_numpy(records.labels[~rows.failed]).to(group.device))
     values = {} if validation is None else validation.measure(model)
+    state = {"model": model.state_dict(), "ema": None, "config": plain(config)}
+    checkpoint.save(folder / "checkpoints", 0, state, writes=group.is_main)
     if group.is_main:
-        state = {"step": 0, "model": model.state_dict(), "ema": None, "config": plain(config)}
-        checkpoint.save(folder / "checkpoints", 0, state)
         metrics = {f"val_{name}": value for name, value in values.items()}
         metrics |= {"step": 0, "remembered": len(features), "seconds": time.perf_counter() - started}
         write_text(folder / "metrics.json", json.dumps(metrics) + "\n")
@@ -177,16 +232,16 @@ def _write_metrics(folder: Path, seconds: float) -> None:
     metrics = {name: value for line in lines if line["step"] == lines[-1]["step"] for name, value in line.items()}
     validated = [line for line in lines if line.get("val_top1") is not None]
     if validated:
-        best = max(validated, key=lambda line: line["val_top1"])  # the first of equals, as best.pt
+        best = max(validated, key=lambda line: line["val_top1"])  # the first of equals, as checkpoints/best
         metrics["best"] = {"step": best["step"], "top1": best["val_top1"]}
     write_text(folder / "metrics.json", json.dumps(metrics | {"seconds": seconds}) + "\n")
 
 
 def run_kind(path: Path) -> Literal["pretrain", "finetune"] | None:
-    """Whose checkpoint a file is; None: no run's of ours."""
+    """Whose checkpoint, or file of weights, a path is; None: no run's of ours."""
     try:
-        config = checkpoint.load(path, lazily=True)["config"]
-    except (ValueError, KeyError, TypeError):
+        config = run_config(path)
+    except (OSError, ValueError, SafetensorError):
         return None
     if not isinstance(config, dict) or not {"data", "model", "init"} <= config.keys():
         return None
@@ -197,7 +252,7 @@ def load_autoencoder(path: str | Path, ema: bool = False) -> tuple[Autoencoder, 
     """A pretrained model in evaluation mode, and the configuration of its run.
 
     Args:
-        path: a checkpoint, or a run folder (its newest checkpoint).
+        path: a checkpoint, a run folder (its newest checkpoint), or the model.safetensors that a run leaves.
         ema: take the moving average of the weights, where the run kept one (`train.ema`).
 
     Raises:
@@ -205,10 +260,10 @@ def load_autoencoder(path: str | Path, ema: bool = False) -> tuple[Autoencoder, 
         ValueError: the file is no checkpoint of a pretraining run, or holds no average.
     """
     path = checkpoint.find(path)
-    state = checkpoint.load(path)
-    config = from_plain(PretrainConfig, state["config"])
+    weights, plain_config = _read(path, ema)
+    config = from_plain(PretrainConfig, plain_config)
     model = config.model.autoencoder()
-    model.load_state_dict(_weights(state, path, ema))
+    model.load_state_dict(weights)
     return model.eval(), config
 
 
@@ -216,7 +271,8 @@ def load_classifier(path: str | Path, ema: bool | None = None) -> tuple[Classifi
     """A finetuned or probed model in evaluation mode, and the configuration of its run.
 
     Args:
-        path: a checkpoint (`checkpoints/best.pt` is the best), or a run folder (its newest checkpoint).
+        path: a checkpoint (`checkpoints/best` is the best), a run folder (its newest checkpoint), or the
+            model.safetensors that a run leaves.
         ema: take the moving average of the weights; None: where the run kept one, which is what it validated.
 
     Raises:
@@ -226,16 +282,20 @@ def load_classifier(path: str | Path, ema: bool | None = None) -> tuple[Classifi
     path = checkpoint.find(path)
     if run_kind(path) != "finetune":
         raise ValueError(f"{path} is not a checkpoint of tools/finetune.py")
-    state = checkpoint.load(path)
-    config = from_plain(FinetuneConfig, state["config"])
-    weights = _weights(state, path, state["ema"] is not None if ema is None else ema)
+    weights, plain_config = _read(path, ema)
+    config = from_plain(FinetuneConfig, plain_config)
     model = config.model.build(config.data.num_classes)
     model.load_state_dict(weights)
     return model.eval(), config
 
 
-def _weights(state: dict[str, Any], path: Path, ema: bool) -> dict[str, torch.Tensor]:
-    weights = state["ema"] if ema else state["model"]
-    if weights is None:
+def _read(path: Path, ema: bool | None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and configuration; `ema` None takes the average where there is one."""
+    if path.is_file():  # model.safetensors: the average where the run kept one
+        state = read(path)
+        return state["model"], state["config"]
+    state = checkpoint.load(path, "model", "ema")
+    average = state.get("ema")
+    if ema and average is None:
         raise ValueError(f"{path} holds no average of the weights: the run had no train.ema")
-    return weights
+    return (state["model"] if average is None or ema is False else average), state["config"]

@@ -1,23 +1,49 @@
-"""Processes: the group that torchrun starts, what it agrees on, and what wraps a model.
+"""Processes: the group that torchrun starts, what it agrees on, what wraps a model, how many write one checkpoint.
 
 This is the only file that knows torch.distributed. Models are written for one device and wrapped here in one order:
-activation checkpointing of each block, compilation of each block, DDP.
+activation checkpointing of each block, compilation of each block, then DDP or FSDP2 (`fully_shard` of each block).
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import json
 import os
-from collections.abc import Iterator
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.nn.functional import all_reduce
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+# One process writes checkpoints as many do; and nobody writes into the views that a sharded model returns.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+PATIENCE = 1800.0  # seconds without progress after which a process ends
+
+Parallel = Literal["ddp", "fsdp"]
+
+
+# The group
 
 
 @dataclass(frozen=True)
@@ -35,85 +61,111 @@ class Processes:
 
 
 @contextlib.contextmanager
-def processes(device: str = "auto") -> Iterator[Processes]:
+def processes(device: str = "auto", patience: float = PATIENCE) -> Iterator[Processes]:
     """Join the group that torchrun started, if it did, and leave it at the end.
+
+    Objects and checkpoints travel by gloo, so that they need no accelerator; gradients by NCCL where there is CUDA.
 
     Args:
         device: auto (CUDA where there is one), cpu, cuda, or one device as cuda:1.
+        patience: seconds without progress (see `doing`) after which this process ends and says what each rank does. A
+            collective gives up after twice as many, for then nobody can be asked.
     """
     local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if chosen == "cuda":
         chosen = f"cuda:{local_rank}"
-    if chosen.startswith("cuda"):
+    on_cuda = chosen.startswith("cuda")
+    if on_cuda:
         torch.cuda.set_device(chosen)
-    if "RANK" not in os.environ:
-        yield Processes(0, 1, torch.device(chosen))
-        return
-    dist.init_process_group("nccl" if chosen.startswith("cuda") else "gloo")
-    try:
-        yield Processes(int(os.environ["RANK"]), count, torch.device(chosen))
-    finally:
-        dist.destroy_process_group()
+    group = Processes(int(os.environ.get("RANK", 0)), count, torch.device(chosen))
+    with contextlib.ExitStack() as stack:
+        if "RANK" in os.environ:
+            backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=2 * patience))
+            stack.callback(dist.destroy_process_group)
+        stack.enter_context(Watchdog(group, patience))
+        yield group
 
 
-def wrap(
-    model: nn.Module,
-    group: Processes,
-    blocks: tuple[type[nn.Module], ...],
-    activation_checkpointing: bool = False,
-    compile_blocks: bool = False,
-) -> nn.Module:
-    """Checkpoint, compile and replicate a model, in that order.
+class Watchdog:
+    """Ends a process that makes no progress, and says what it and all others wait for.
 
-    Args:
-        model: on its device; its parameters stay the same objects.
-        group: the processes that share the work.
-        blocks: the classes whose instances are checkpointed and compiled one by one.
-        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        compile_blocks: torch.compile each block.
+    The working thread says what it is about to do (`doing`), which costs nothing. A thread beside it passes this on to
+    the group's key-value store. Where nothing new was said for `patience` seconds, be it for a collective that a lost
+    peer never joins or for data that never come, it prints what every rank does and since when, and where this process
+    stands, and ends it with `EXIT_CODE`. torchrun then ends the others, and starts all anew where it may.
     """
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, blocks):
-                wrapped = checkpoint_wrapper(child) if activation_checkpointing else child
-                if compile_blocks:
-                    wrapped.compile()
-                setattr(parent, name, wrapped)
-    if group.count > 1:
-        devices = None
-        if group.device.type == "cuda":
-            devices = [group.device]
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a probe's; PyTorch has it for CUDA alone
-        model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    return model
+
+    EXIT_CODE = 70
+    _BEAT = 5.0  # seconds between two messages to the store; at 256 ranks about 50 small messages a second
+
+    def __init__(self, group: Processes, patience: float) -> None:
+        self.patience = patience
+        self._group = group
+        self._beat = min(self._BEAT, patience / 4)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        doing("starts")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        store = self._store()
+        while not self._ended.wait(self._beat):
+            what, since = _doing
+            now = time.time()
+            with contextlib.suppress(RuntimeError):  # the store's process is gone: there is nobody left to tell
+                if store is not None:
+                    store.set(f"rank {self._group.rank}", json.dumps([what, since, now]))
+            if now - since > self.patience:
+                self._end(store, what, now - since)
+
+    def _store(self) -> dist.Store | None:
+        """The store that torchrun or rank 0 keeps for the group, by a connection of this thread's own."""
+        if self._group.count == 1:
+            return None
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self._beat))
+        return dist.PrefixStore(f"watchdog {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+    def _end(self, store: dist.Store | None, what: str, seconds: float) -> None:
+        lines = [
+            f"rank {self._group.rank} of {self._group.count} has made no progress for {seconds:.0f} s "
+            f"(hang_timeout {self.patience:g}): {what}"
+        ]
+        if store is not None:
+            lines += [self._line(store, rank) for rank in range(self._group.count)]
+        print("\n  ".join(lines), file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.stderr)
+        os._exit(self.EXIT_CODE)
+
+    @staticmethod
+    def _line(store: dist.Store, rank: int) -> str:
+        try:
+            what, since, heard = json.loads(store.get(f"rank {rank}"))
+        except RuntimeError as error:
+            return f"rank {rank}: nothing is known of it ({str(error).splitlines()[0]})"
+        now = time.time()
+        return f"rank {rank}: {what}, for {now - since:.0f} s; last heard of {now - heard:.0f} s ago"
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model under DDP."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+_doing = ("starts", time.time())  # one tuple, replaced whole: threads see the old or the new one
 
 
-def gradient_sync(model: nn.Module, sync: bool) -> AbstractContextManager:
-    """A context in which gradients are averaged over the processes, or, for all but the last accumulated part, not."""
-    if sync or not isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return model.no_sync()
+def doing(what: str) -> None:
+    """Say what this process is about to do; to the watchdog that is progress."""
+    global _doing
+    _doing = (what, time.time())
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Give every process the first one's buffers (running statistics), so that all of them measure one model."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of a tensor over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values = values / dist.get_world_size()
-    return values
+# Agreement
 
 
 def gather(value: Any) -> list[Any]:
@@ -125,7 +177,216 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def highest(value: int) -> int:
+    """The largest of all processes' numbers. It travels by gloo, so no process waits for its accelerator."""
+    if not dist.is_initialized():
+        return value
+    number = torch.tensor(value)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    return values
+
+
 def barrier() -> None:
     """Wait for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
+    highest(0)
+
+
+# Wrapping
+
+
+def wrap(
+    model: nn.Module,
+    group: Processes,
+    blocks: tuple[type[nn.Module], ...],
+    *,
+    activation_checkpointing: bool = False,
+    compile_blocks: bool = False,
+    parallel: Parallel = "ddp",
+    compress_gradients: bool = False,
+    time_communication: bool = False,
+) -> nn.Module:
+    """Checkpoint, compile, and replicate or shard a model, in that order.
+
+    Under DDP its parameters stay the same objects; under FSDP2 they become sharded ones of the same names, so that an
+    optimizer must be made after this.
+
+    Args:
+        model: on its device.
+        group: the processes that share the work.
+        blocks: the classes whose instances are checkpointed, compiled and sharded one by one.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        compile_blocks: torch.compile each block.
+        parallel: ddp keeps all weights on each device; fsdp shards weights, gradients and optimizer over the devices.
+        compress_gradients: send gradients as bfloat16.
+        time_communication: measure how long gradients are on their way (`take_communication_seconds`); DDP only.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, blocks):
+                wrapped = checkpoint_wrapper(child) if activation_checkpointing else child
+                if compile_blocks:
+                    wrapped.compile()
+                setattr(parent, name, wrapped)
+    if group.count == 1:
+        return model
+    _synchronise_batch_norms(model)
+    if parallel == "fsdp":
+        return _shard(model, blocks, compress_gradients)
+    return _replicate(model, group, compress_gradients, time_communication)
+
+
+def _replicate(model: nn.Module, group: Processes, compress: bool, timed: bool) -> DistributedDataParallel:
+    devices = [group.device] if group.device.type == "cuda" else None
+    # No buffer differs between the ranks: tables are constant, running statistics come from the same numbers.
+    replica = DistributedDataParallel(
+        model, device_ids=devices, gradient_as_bucket_view=True, static_graph=True, broadcast_buffers=False
+    )
+    hook = bf16_compress_hook if compress else allreduce_hook
+    if timed:
+        replica.communication = hook = TimedHook(hook, group.device)
+    if compress or timed:
+        replica.register_comm_hook(None, hook)
+    return replica
+
+
+def _shard(model: nn.Module, blocks: tuple[type[nn.Module], ...], compress: bool) -> nn.Module:
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if compress else None)
+    for block in [module for module in model.modules() if isinstance(module, blocks)]:
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+class TimedHook:
+    """DDP's communication hook that notes when each bucket of gradients leaves and when it is back, averaged.
+
+    Most of that time passes beside the backward pass. Where buckets are on their way at the same time it counts once.
+    """
+
+    def __init__(self, hook: Callable, device: torch.device) -> None:
+        self._hook = hook
+        self._on_cuda = device.type == "cuda"
+        self._spans: list[tuple[Any, Any]] = []
+        self.__qualname__ = type(self).__name__  # DDP logs the name of its hook
+
+    def __call__(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Start averaging a bucket."""
+        start = self._now()
+
+        def note(future: torch.futures.Future[Tensor]) -> Tensor:
+            self._spans.append((start, self._now()))
+            return future.value()
+
+        return self._hook(state, bucket).then(note)
+
+    def take_seconds(self) -> float:
+        """Seconds since the last call in which a bucket was on its way. On CUDA, after a synchronisation."""
+        spans, self._spans = self._spans, []
+        if self._on_cuda and spans:
+            first = spans[0][0]
+            spans = [(first.elapsed_time(start) / 1e3, first.elapsed_time(end) / 1e3) for start, end in spans]
+        total, until = 0.0, float("-inf")
+        for start, end in sorted(spans):
+            total += max(0.0, end - max(start, until))
+            until = max(until, end)
+        return total
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def take_communication_seconds(model: nn.Module) -> float | None:
+    """Seconds since the last call in which gradients were on their way; None where they are not timed."""
+    hook = getattr(model, "communication", None)
+    return None if hook is None else hook.take_seconds()
+
+
+class SyncedBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the clips of all processes, on any device (PyTorch's own is for CUDA alone)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C)` -> the same shape."""
+        if not self.training:
+            return super().forward(x)
+        # The variance about the common mean, in two passes: no difference of large numbers.
+        count = len(x) * dist.get_world_size()
+        mean = all_reduce(x.sum(dim=0)) / count
+        variance = all_reduce((x - mean).square().sum(dim=0)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
+            unbiased = variance.detach() * (count / (count - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        x = (x - mean) * (variance + self.eps).rsqrt()
+        return x if self.weight is None else x * self.weight + self.bias
+
+
+def _synchronise_batch_norms(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is nn.BatchNorm1d:
+            module.__class__ = SyncedBatchNorm  # its parameters and buffers stay where they are
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model under DDP; a sharded model is itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether no process holds the whole model."""
+    return isinstance(model, FSDPModule)
+
+
+@contextlib.contextmanager
+def gradient_sync(model: nn.Module, sync: bool) -> Iterator[None]:
+    """A context in which gradients are averaged over the processes, or, for all but the last accumulated part, not."""
+    context: AbstractContextManager = contextlib.nullcontext()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(sync)
+    elif isinstance(model, DistributedDataParallel) and not sync:
+        context = model.no_sync()
+    with context:
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, on every process; any other as it is. All processes call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# Tensors on disk, written by all processes
+
+
+class ShardWriter:
+    """Writes tensors as safetensors files, each process its shards and its part of what all of them hold.
+
+    No pickle is written, so none need be trusted (models/released.py reads the files).
+    """
+
+    @cached_property
+    def _group(self) -> dist.ProcessGroup | None:
+        """A group of its own: its thread must not speak in between the training's messages."""
+        return dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def start(self, tensors: Mapping[str, Tensor], folder: Path) -> Future:
+        """Copy the tensors to host memory and begin to write; the future is done when all processes have written."""
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        group = self._group
+        return dcp.async_save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+
+
+def read_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill tensors, sharded or not, from what any number of processes has written."""
+    alone = not dist.is_initialized()
+    dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)

@@ -208,6 +208,7 @@ def score_chunks(
     try:
         batches = load(views, mine, workers, group.device.type == "cuda", start_method)
         for chunk in _score(compute, batches, views.views.count, pixels, config.precision):
+            distributed.doing(f"scores the records after {chunk.records[-1]}")
             yield chunk
             bar.update(min(len(chunk.records) * group.count, bar.total - bar.n))
     finally:

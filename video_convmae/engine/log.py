@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from video_convmae.data.datasets import Fault
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is logged besides the usual; how often, says train.log_every."""
+
+    profile: bool = False
+    """Split the time of a step into data wait, forward, backward, optimizer and, under ddp, communication, most of
+    which passes beside the backward pass."""
 
 
 class TooManyBadRecords(RuntimeError):
@@ -95,6 +111,69 @@ class RunLog(NoLog):
     def _keep_until(path: Path, step: int) -> None:
         if path.exists():
             write_text(path, "".join(line for line in whole_lines(path) if json.loads(line)["step"] <= step))
+
+
+class RankLog:
+    """What one rank did: a line a logged step in `logs/rank_NNNN.jsonl`, and the error that ended it, if one did."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        path = folder / "logs" / f"rank_{rank:04d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed in __exit__
+
+    def __enter__(self) -> RankLog:
+        self.write({"host": platform.node(), "pid": os.getpid()})
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if error is not None:
+            self.write({"error": f"{kind.__name__}: {error}"})
+        self._file.close()
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Add a line, with the time."""
+        line = {"time": datetime.now().astimezone().isoformat(timespec="milliseconds")} | values
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+class Stopwatch:
+    """Seconds of each phase of a step; on CUDA they are read when they are taken, so that the host need not wait.
+
+    Args:
+        device: what the work is done on.
+        on: else nothing is timed.
+    """
+
+    def __init__(self, device: torch.device, on: bool) -> None:
+        self._on_cuda, self._on = device.type == "cuda", on
+        self._spans: dict[str, list[tuple[Any, Any]]] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """A context whose time counts for a phase."""
+        if not self._on:
+            yield
+            return
+        start = self._now()
+        yield
+        self._spans.setdefault(phase, []).append((start, self._now()))
+
+    def take(self, steps: int) -> dict[str, float]:
+        """`seconds_PHASE` a step, since the last call; on CUDA after a synchronisation."""
+        spans, self._spans = self._spans, {}
+        return {f"seconds_{phase}": sum(map(self._seconds, each)) / steps for phase, each in spans.items()}
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, span: tuple[Any, Any]) -> float:
+        start, end = span
+        return start.elapsed_time(end) / 1e3 if self._on_cuda else end - start
 
 
 class BadRecords:

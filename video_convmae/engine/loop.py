@@ -15,20 +15,21 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from video_convmae.data.datasets import STEP, Fault, sample_generator
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.loader import Batch, LoaderError
+from video_convmae.models import files
 
 from . import checkpoint, distributed
-from .distributed import Processes
-from .log import BadRecords, NoLog, RunLog, TooManyBadRecords
-from .optim import Optimization, clip_gradients
+from .checkpoint import CheckpointError, Saver
+from .distributed import Parallel, Processes
+from .log import BadRecords, NoLog, RankLog, RunLog, Stopwatch, TooManyBadRecords
+from .optim import Average, Optimization, clip_gradients
 from .tasks import Task, autocast
 
 
@@ -41,9 +42,16 @@ class TrainConfig:
     batch_size: int = 32
     """Records of one device in one forward pass, repeats not counted."""
     accumulate: int = 1
-    """Forward passes whose gradients make one step."""
+    """Forward passes whose gradients make one step, where effective_batch does not say it."""
+    effective_batch: int | None = None
+    """Records of one step on all devices, repeats not counted: accumulation and, if need be, batch_size adapt to the
+    number of devices. none: batch_size x devices x accumulate as the run begins; kept when it goes on with others."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Autocast type; fp16 comes with loss scaling, for GPUs older than Ampere."""
+    parallel: Parallel = "ddp"
+    """Several devices: ddp keeps all weights on each; fsdp shards weights, gradients and optimizer (large, huge)."""
+    compress_gradients: bool = False
+    """Send gradients between devices as bfloat16: half the bytes."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more arithmetic."""
     compile: bool = False
@@ -55,9 +63,15 @@ class TrainConfig:
     save_every: float = 1.0
     """Epochs between two checkpoints, or a part of one. Before a validation and at the end there always is one."""
     keep: int = 2
-    """Newest checkpoints that stay."""
+    """Newest checkpoints that stay; the best by the validation stays too."""
+    keep_every: float | None = None
+    """Epochs between checkpoints that stay for good; none: none does."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A non-finite loss or gradient never reaches the weights; after it, stop the run or go on without that step."""
+
+    def __post_init__(self) -> None:
+        if self.parallel == "fsdp" and self.precision == "fp16":
+            raise ValueError("train.precision is fp16 and train.parallel is fsdp; expected bf16 or fp32 with fsdp")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -68,40 +82,68 @@ class NonFiniteLoss(RuntimeError):
 class State:
     """All that a checkpoint holds."""
 
-    task: Task
+    model: nn.Module  # not under DDP
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: AveragedModel | None
+    ema: Average | None
     settings: dict[str, Any]
     step: int = 0
 
-    def save(self, folder: Path, keep: int) -> None:
-        """Write a checkpoint of the step that was just done."""
-        state = {
-            "step": self.step,
-            "model": distributed.unwrap(self.task.model).state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds, by part; tensors as they lie on this process's device."""
+        slots = self.optimizer.state
+        return {
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.tensors,
+            "optimizer": {
+                f"{name}/{slot}": value
+                for name, parameter in self.model.named_parameters()
+                for slot, value in slots.get(parameter, {}).items()
+            },
             "scaler": self.scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
             "config": self.settings,
         }
-        checkpoint.save(folder, self.step, state, keep)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint."""
-        distributed.unwrap(self.task.model).load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None and state["ema"] is not None:
-            self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.fill_(state["step"])
-        self.step = state["step"]
+    def restore(self, path: Path) -> None:
+        """Take up a checkpoint, whatever number of processes wrote it, replicated or sharded."""
+        about, shapes = checkpoint.about(path), files.shard_shapes(path)
+        self._make_slots([name.split("/", 1)[1] for name in shapes if name.startswith("optimizer/")], shapes)
+        parts = {part: values for part, values in self.parts().items() if part in ("model", "ema", "optimizer")}
+        if "ema" in about:  # as none: the run began without
+            parts["ema"] = None
+        tensors = {f"{part}/{name}": t for part, values in parts.items() for name, t in (values or {}).items()}
+        distributed.read_shards(tensors, path)
+        self.model.load_state_dict(parts["model"])
+        self.scaler.load_state_dict(about["scaler"])
+        if self.ema is not None:
+            self.ema.begin(self.model if parts["ema"] is None else None)
+        self.step = about["step"]
+
+    def _make_slots(self, names: list[str], shapes: dict[str, tuple[int, ...]]) -> None:
+        """Room for what the optimizer remembers of each parameter: a number, or something of the parameter's shape."""
+        parameters = dict(self.model.named_parameters())
+        for name in names:
+            owner, _, slot = name.rpartition("/")
+            parameter = parameters[owner]
+            is_number = shapes[f"optimizer/{name}"] == ()
+            value = torch.zeros((), device=parameter.device) if is_number else torch.zeros_like(parameter)
+            self.optimizer.state[parameter][slot] = value
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is measured and published: the average where there is one, whole, on the CPU. All processes call it."""
+        tensors = self.model.state_dict() if self.ema is None else self.ema.tensors
+        return {name: distributed.whole(tensor).detach().cpu() for name, tensor in tensors.items()}
 
 
 class Window:
-    """What happened since the last logged step; losses and norms stay on the device until then."""
+    """What happened since the last logged step; losses and norms stay on the device until then.
 
-    def __init__(self) -> None:
+    Args:
+        stopwatch: times the phases of a step.
+    """
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self.stopwatch = stopwatch
         self.records: list[list[int]] = []
         self.faults: list[Fault] = []
         self._losses: list[Tensor] = []
@@ -112,6 +154,10 @@ class Window:
         self._named: dict[str, list[Tensor]] = {}
         self._values: list[list[float]] = []
         self._own_losses: list[float] = []
+        self.own: dict[str, float | int | None] = {}
+
+    def __len__(self) -> int:
+        return len(self.records)
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """The next batch; the time until it is there counts as waiting for data."""
@@ -141,6 +187,18 @@ class Window:
         named = {name: float(distributed.mean_over_ranks(torch.stack(v).mean())) for name, v in self._named.items()}
         seconds = time.perf_counter() - self._started
         schedule = optimization.schedule
+        self.own = {
+            "step": step,
+            "loss": _finite_mean(self._own_losses),
+            "data_wait": self._waited / seconds,
+            "bad_records": len(self.faults),
+        }
+        phases = self.stopwatch.take(len(self))
+        if phases:
+            phases = {"seconds_data": self._waited / len(self)} | phases
+            self.own |= phases
+            every = distributed.gather(phases)
+            phases = {name: sum(of[name] for of in every) / group.count for name in phases}
         return {
             "step": step,
             "epoch": step / optimization.steps_per_epoch,
@@ -151,6 +209,7 @@ class Window:
             "data_wait": self._waited / seconds,
             "seconds_per_step": seconds / len(self.records),
             "eta_seconds": (schedule.steps - step) * seconds / len(self.records),
+            **phases,
             **named,
         }
 
@@ -180,10 +239,12 @@ class Validation:
     """What is measured while a model is trained.
 
     measure: model, not wrapped -> named values; called on every rank. "top1" says which checkpoint is the best.
+    build: a model of the same kind on this process's device, for weights that are not those of the trained one.
     every: epochs between two measurements; the last step is always followed by one.
     """
 
     measure: Callable[[nn.Module], dict[str, float | int | None]]
+    build: Callable[[], nn.Module]
     every: float = 1.0
 
 
@@ -194,11 +255,11 @@ class _Validator:
     measured does so again.
     """
 
-    def __init__(self, validation: Validation, state: State, optimization: Optimization, log: NoLog, folder: Path):
-        self._measure = validation.measure
+    def __init__(self, validation: Validation, state: State, optimization: Optimization, log: NoLog, saver: Saver):
+        self._validation = validation
         self._every = max(1, round(validation.every * optimization.steps_per_epoch))
         self._steps = optimization.schedule.steps
-        self._state, self._log, self._folder = state, log, folder
+        self._state, self._log, self._saver = state, log, saver
         known = distributed.gather(log.values("val_top1"))[0]
         self._best = max((value for value in known.values() if value is not None), default=-math.inf)
         self.is_missing = self.is_due() and state.step not in known
@@ -209,18 +270,24 @@ class _Validator:
         return step > 0 and (step % self._every == 0 or step == self._steps)
 
     def __call__(self) -> dict[str, float | int | None]:
-        """The measured values, for the log. Its checkpoint is there already: a kill loses none of the steps."""
+        """The measured values, for the log. Its checkpoint is on its way already: a kill loses none of the steps."""
         state = self._state
-        model = distributed.unwrap(state.task.model) if state.ema is None else state.ema.module
-        distributed.share_buffers(model)
-        values = self._measure(model)
+        values = self._validation.measure(self._model())
         top1 = values.get("top1")
         if top1 is not None and top1 > self._best:
             self._best = top1
-            if self._log.writes:
-                checkpoint.mark_best(self._folder / "checkpoints", state.step)
+            self._saver.mark_best(state.step)
             self._log.say(f"step {state.step}: best top-1 so far, {top1:.4f}")
         return {f"val_{name}": value for name, value in values.items()}
+
+    def _model(self) -> nn.Module:
+        """The model to measure: where it is not the one that is trained, or that is sharded, a copy."""
+        state = self._state
+        if state.ema is None and not distributed.is_sharded(state.model):
+            return state.model
+        model = self._validation.build()
+        model.load_state_dict(state.weights())
+        return model
 
 
 class StopSignal:
@@ -243,6 +310,10 @@ class StopSignal:
         self.received = number
 
 
+class _StopRequested(Exception):
+    """A signal asked some process to stop; all have heard of it before the same step."""
+
+
 def train(
     task: Task,
     optimization: Optimization,
@@ -254,8 +325,10 @@ def train(
     settings: dict[str, Any],
     seed: int = 0,
     validation: Validation | None = None,
+    profile: bool = False,
+    begun: Path | None = None,
 ) -> int:
-    """Train until the schedule ends, or a signal asks to stop; the run goes on from its newest checkpoint.
+    """Train until the schedule ends, or a signal asks to stop.
 
     Args:
         task: the wrapped model and its loss.
@@ -268,6 +341,8 @@ def train(
         settings: the run's configuration as plain data, kept in every checkpoint.
         seed: of the run.
         validation: what is measured beside training; its values are logged as val_NAME, in a line of their own.
+        profile: log the time of each phase of a step (see `LogConfig`).
+        begun: the checkpoint that the run goes on from, the same on every rank.
 
     Returns:
         Steps done: all of the schedule's, or fewer where a signal ended the run (its checkpoint is written).
@@ -275,135 +350,236 @@ def train(
     Raises:
         NonFiniteLoss: with `on_nonfinite: stop`.
         TooManyBadRecords: see `BadRecords`.
-        LoaderError: a loading process ended.
+        LoaderError: a loading process ended, of this rank or of another.
         DecodeError: many records in a row could not be read (a disk that is gone, a wrong data.root).
             After these and after TooManyBadRecords the state of the last step that was done is saved.
+        CheckpointError: a checkpoint could not be written; those before it are whole.
     """
-    schedule = optimization.schedule
-    state = _resume(task, optimization, config, group, folder / "checkpoints", settings)
-    first = state.step
-    log = RunLog(folder, first, schedule.steps) if group.is_main else NoLog()
-    save_every = max(1, round(config.save_every * optimization.steps_per_epoch))
-    with StopSignal() as stop, contextlib.closing(log), contextlib.closing(load_from(first)) as batches:
-        validator = None if validation is None else _Validator(validation, state, optimization, log, folder)
-        if validator is not None and validator.is_missing:
-            log.write({"step": first, "epoch": first / optimization.steps_per_epoch} | validator())
-        window = Window()
-        for step in range(first, schedule.steps):
-            torch.manual_seed(sample_generator(seed, step, group.rank, STEP).initial_seed())
-            try:
-                loss, records = _accumulate_gradients(state, batches, window, config, group)
-            except (LoaderError, DecodeError) as error:  # of any rank: the others hold the same state, but do not hear
-                state.save(folder / "checkpoints", config.keep)
-                bad_records.add(window.faults, write=True)
-                raise type(error)(f"{error}. {_saved(state)}") from None
-            norm = _update(state, optimization, schedule.lr(step))
-            window.add(records, loss, norm)
-            log.step()
-
-            validates = validator is not None and validator.is_due()
-            ends, saves = state.step == schedule.steps, state.step % save_every == 0 or validates
-            # One process leaves after any step; several decide it where they speak to each other anyway.
-            leaves = stop.received is not None and group.count == 1
-            if not (ends or saves or leaves or state.step % config.log_every == 0):
-                continue
-            reports = distributed.gather((window.faults, stop.received is not None))
-            leaves = any(asked for _, asked in reports)
-            values = window.summary(state.step, optimization, group)
-            if complaint := window.complaint(state.step, config, group):
-                if config.on_nonfinite == "stop":
-                    raise NonFiniteLoss(f"{complaint}; the newest checkpoint is from before")
-                log.say(f"{complaint}; skipped")
-            try:
-                new = bad_records.add((fault for faults, _ in reports for fault in faults), write=group.is_main)
-            except TooManyBadRecords as error:
-                if group.is_main:
-                    state.save(folder / "checkpoints", config.keep)
-                raise TooManyBadRecords(f"{error}\n{_saved(state)}") from None
-            for fault in new:
-                log.say(f"bad record, another was shown in its place: {fault.error}")
-            values |= {"bad_records": len(bad_records)}
-            if group.is_main and (ends or saves or leaves):
-                state.save(folder / "checkpoints", config.keep)
-            log.write(values)
-            if validates and (ends or not leaves):
-                distributed.barrier()
-                log.write({"step": state.step, "epoch": values["epoch"]} | validator())
-            if leaves:
-                log.say(f"stopped by a signal after step {state.step}; the same command goes on from there")
-                break
-            window = Window()
+    state = _begin(task, optimization, config, group, settings, begun)
+    per_epoch = optimization.steps_per_epoch
+    keep_every = None if config.keep_every is None else max(1, round(config.keep_every * per_epoch))
+    saver = Saver(folder / "checkpoints", group.is_main, config.keep, keep_every, None if begun is None else state.step)
+    log = RunLog(folder, state.step, optimization.schedule.steps) if group.is_main else NoLog()
+    with (
+        StopSignal() as stop,
+        contextlib.closing(log),
+        RankLog(folder, group.rank) as rank_log,
+        contextlib.closing(saver),
+        contextlib.closing(load_from(state.step)) as batches,
+    ):
+        run = _Run(task, state, optimization, config, group, saver, log, rank_log, bad_records, stop, profile)
+        if validation is not None:
+            run.validator = _Validator(validation, state, optimization, log, saver)
+        run.train(batches, seed)
+        saver.wait()
+        if state.step == optimization.schedule.steps:
+            _publish(state, folder / checkpoint.PUBLISHED, group)
     distributed.barrier()
     return state.step
 
 
-def _saved(state: State) -> str:
-    return f"The state after step {state.step} is saved; the same command goes on from there"
-
-
-def _resume(
+def _begin(
     task: Task,
     optimization: Optimization,
     config: TrainConfig,
     group: Processes,
-    checkpoints: Path,
     settings: dict[str, Any],
+    begun: Path | None,
 ) -> State:
-    """The state at the newest checkpoint that can be read; a new run's where there is none."""
+    """A new run's state, or that of the checkpoint that it goes on from."""
     model = distributed.unwrap(task.model)
     scaler = torch.amp.GradScaler(group.device.type, enabled=config.precision == "fp16")
-    ema = None if config.ema is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    state = State(task, optimization.optimizer, scaler, ema, settings)
-    saved, complaints = checkpoint.load_latest(checkpoints)
-    if saved is not None:
-        state.restore(saved)
-    if group.is_main:
-        for complaint in complaints:
-            print(f"passed over: {complaint}", flush=True)
-        if saved is not None:
-            print(f"goes on from step {state.step}, read from {checkpoints}", flush=True)
+    ema = None if config.ema is None else Average(model, config.ema)
+    state = State(model, optimization.optimizer, scaler, ema, settings)
+    if begun is not None:
+        distributed.doing(f"reads {begun}")
+        state.restore(begun)
+        if group.is_main:
+            print(f"goes on from step {state.step}, read from {begun.parent}", flush=True)
     return state
 
 
-def _accumulate_gradients(
-    state: State, batches: Iterator[Batch], window: Window, config: TrainConfig, group: Processes
-) -> tuple[Tensor, list[int]]:
-    """Forward and backward over the parts of one step: the step's loss, on its device, and its records."""
-    total, records = torch.zeros((), device=group.device), []
-    for part in range(config.accumulate):
-        batch = window.next_batch(batches)
-        records += batch.records.tolist()
-        with distributed.gradient_sync(state.task.model, sync=part == config.accumulate - 1):
-            with autocast(group.device, config.precision):
-                loss, values = state.task(batch)
-            state.scaler.scale(loss / config.accumulate).backward()
-        total += loss.detach() / config.accumulate
-        window.note(values)
-    return total, records
+def _publish(state: State, path: Path, group: Processes) -> None:
+    """The weights in one file for use elsewhere; `video_convmae.load` reads it."""
+    weights = state.weights()
+    if group.is_main:
+        partial = path.with_name("partial.safetensors")
+        files.save(weights, partial, state.settings)
+        partial.replace(path)
 
 
-def _update(state: State, optimization: Optimization, lr: float) -> Tensor:
-    """One optimizer step; the gradient norm before clipping. Non-finite gradients leave the weights untouched.
+@dataclass
+class _Run:
+    """The steps of a run, and what is done between them."""
 
-    A fused optimizer passes over a step whose `found_inf` is 1. That is how GradScaler speaks to it; here it is used at
-    every precision, so that the host does not wait for the device to know. For one that is not fused (LARS) it waits.
-    """
-    optimizer = state.optimizer
-    for options in optimizer.param_groups:
-        options["lr"] = lr * options["lr_scale"]
-    state.scaler.unscale_(optimizer)
-    norm = clip_gradients([p for options in optimizer.param_groups for p in options["params"]], optimization.clip_grad)
-    fused = optimizer.defaults.get("fused", False)
-    if fused and not state.scaler.is_enabled():
-        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
-    if fused or state.scaler.is_enabled() or norm.isfinite():
-        state.scaler.step(optimizer)
-    state.scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    if state.ema:
-        state.ema.update_parameters(distributed.unwrap(state.task.model))
-    state.step += 1
-    return norm
+    task: Task
+    state: State
+    optimization: Optimization
+    config: TrainConfig
+    group: Processes
+    saver: Saver
+    log: NoLog
+    rank_log: RankLog
+    bad_records: BadRecords
+    stop: StopSignal
+    profile: bool
+    validator: _Validator | None = None
+
+    def train(self, batches: Iterator[Batch], seed: int) -> None:
+        """From the state's step to the last, or until all have heard of a signal."""
+        state, steps = self.state, self.optimization.schedule.steps
+        save_every = max(1, round(self.config.save_every * self.optimization.steps_per_epoch))
+        if self.validator is not None and self.validator.is_missing:
+            self._validate()
+        self._open_window()
+        while state.step < steps:
+            torch.manual_seed(sample_generator(seed, state.step, self.group.rank, STEP).initial_seed())
+            try:
+                loss, records = self._accumulate_gradients(batches)
+            except _StopRequested:
+                self._leave()
+                return
+            self.window.add(records, loss, self._update())
+            self.log.step()
+            validates = self.validator is not None and self.validator.is_due()
+            saves = state.step % save_every == 0 or validates or state.step == steps or self.saver.is_kept(state.step)
+            if saves or state.step % self.config.log_every == 0:
+                self._close_window(saves)
+                if validates:
+                    self._validate()
+                self._open_window()
+
+    def _open_window(self) -> None:
+        self.window = Window(Stopwatch(self.group.device, self.profile))
+
+    def _accumulate_gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, list[int]]:
+        """Forward and backward over the parts of one step: the step's loss, on its device, and its records."""
+        total, records = torch.zeros((), device=self.group.device), []
+        parts, number = self.config.accumulate, self.state.step + 1
+        for part in range(parts):
+            distributed.doing(f"waits for the data of step {number}")
+            batch = self._next_batch(batches, may_stop=part == 0)
+            records += batch.records.tolist()
+            distributed.doing(f"step {number}: forward and backward pass, with the other ranks' gradients")
+            with distributed.gradient_sync(self.task.model, sync=part == parts - 1):
+                with self.window.stopwatch("forward"), autocast(self.group.device, self.config.precision):
+                    loss, values = self.task(batch)
+                with self.window.stopwatch("backward"):
+                    self.state.scaler.scale(loss / parts).backward()
+            total += loss.detach() / parts
+            self.window.note(values)
+        return total, records
+
+    def _next_batch(self, batches: Iterator[Batch], may_stop: bool) -> Batch:
+        """The next batch, once all processes have theirs and none was asked to stop.
+
+        So none is left alone in a collective: what one meets, all leave with, after the same step.
+
+        Raises:
+            _StopRequested: some process was asked to stop.
+            LoaderError, DecodeError, CheckpointError: some process has met this.
+        """
+        batch, error = None, self.saver.error
+        stops = may_stop and self.stop.received is not None
+        if error is None and not stops:
+            try:
+                batch = self.window.next_batch(batches)
+            except (LoaderError, DecodeError) as trouble:
+                error = trouble
+        worst = distributed.highest(2 if error else int(stops))
+        if worst == 2:
+            self._give_up(error)
+        if worst == 1:
+            raise _StopRequested
+        return batch
+
+    def _give_up(self, error: Exception | None) -> NoReturn:
+        """Save the state of the last whole step and raise what the first process that has met something has met."""
+        met = distributed.gather(None if error is None else (type(error), str(error)))
+        rank, (kind, text) = next((rank, each) for rank, each in enumerate(met) if each)
+        where = f" (rank {rank})" if self.group.count > 1 else ""
+        if kind is CheckpointError:
+            raise CheckpointError(text + where)
+        self._save_now()
+        faults = [fault for faults in distributed.gather(self.window.faults) for fault in faults]
+        self.bad_records.add(faults, write=self.group.is_main)
+        raise kind(f"{text}{where}. {self._saved()}") from None
+
+    def _update(self) -> Tensor:
+        """One optimizer step; the gradient norm before clipping. Non-finite gradients leave the weights untouched.
+
+        A fused optimizer passes over a step whose `found_inf` is 1. That is how GradScaler speaks to it; here it is
+        used at every precision, so that the host does not wait for the device to know. For one that is not fused
+        (LARS) it waits.
+        """
+        state, optimizer, scaler = self.state, self.state.optimizer, self.state.scaler
+        distributed.doing(f"step {state.step + 1}: optimizer")
+        with self.window.stopwatch("optimizer"):
+            lr = self.optimization.schedule.lr(state.step)
+            for options in optimizer.param_groups:
+                options["lr"] = lr * options["lr_scale"]
+            scaler.unscale_(optimizer)
+            parameters = [p for options in optimizer.param_groups for p in options["params"]]
+            norm = clip_gradients(parameters, self.optimization.clip_grad)
+            fused = optimizer.defaults.get("fused", False)
+            if fused and not scaler.is_enabled():
+                optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+            if fused or scaler.is_enabled() or norm.isfinite():
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if state.ema is not None:
+                state.ema.update(state.model)
+            state.step += 1
+        return norm
+
+    def _close_window(self, saves: bool) -> None:
+        """Log what happened, and save; here the host waits for the device.
+
+        Raises:
+            NonFiniteLoss, TooManyBadRecords, CheckpointError
+        """
+        state, window, group = self.state, self.window, self.group
+        distributed.doing(f"logs step {state.step}")
+        values = window.summary(state.step, self.optimization, group)
+        seconds = distributed.take_communication_seconds(self.task.model)
+        if seconds is not None:
+            values["seconds_communication"] = window.own["seconds_communication"] = seconds / len(window)
+        if complaint := window.complaint(state.step, self.config, group):
+            if self.config.on_nonfinite == "stop":
+                raise NonFiniteLoss(f"{complaint}; the newest checkpoint is from before")
+            self.log.say(f"{complaint}; skipped")
+        faults = [fault for faults in distributed.gather(window.faults) for fault in faults]
+        try:
+            new = self.bad_records.add(faults, write=group.is_main)
+        except TooManyBadRecords as error:
+            self._save_now()
+            raise TooManyBadRecords(f"{error}\n{self._saved()}") from None
+        for fault in new:
+            self.log.say(f"bad record, another was shown in its place: {fault.error}")
+        values |= {"bad_records": len(self.bad_records)}
+        if saves:
+            self.saver.save(state.step, state.parts())
+        self.log.write(values)
+        self.rank_log.write(window.own)
+
+    def _validate(self) -> None:
+        """Measure, and log it in a line of its own."""
+        epoch = self.state.step / self.optimization.steps_per_epoch
+        self.log.write({"step": self.state.step, "epoch": epoch} | self.validator())
+
+    def _leave(self) -> None:
+        """A signal asked to stop: log what was not logged yet, and save."""
+        if len(self.window):
+            self._close_window(saves=True)
+        self.log.say(f"stopped by a signal after step {self.state.step}; the same command goes on from there")
+
+    def _save_now(self) -> None:
+        self.saver.save(self.state.step, self.state.parts())
+        self.saver.wait()
+
+    def _saved(self) -> str:
+        return f"The state after step {self.state.step} is saved; the same command goes on from there"
 
 
 def _finite_mean(values: list[float]) -> float | None:

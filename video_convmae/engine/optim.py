@@ -10,6 +10,9 @@ from typing import Literal
 import torch
 from timm.optim import Lars
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from . import distributed
 
 
 @dataclass(frozen=True)
@@ -130,5 +133,39 @@ def build_optimization(
 def clip_gradients(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
     """The total gradient norm, left on its device; gradients are scaled down to `limit` where it is given."""
     if limit is None:
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return nn.utils.clip_grad_norm_(parameters, limit)
+        return distributed.whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    return distributed.whole(nn.utils.clip_grad_norm_(parameters, limit))
+
+
+class Average:
+    """An exponential moving average of a model's weights; running statistics are taken as they are.
+
+    Args:
+        model: whose tensors it begins with; where they are sharded, so is this.
+        decay: what remains of the average at each step.
+
+    tensors: by name, as in the model's state_dict.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self._mix = get_ema_multi_avg_fn(decay)
+        self._is_begun = False
+
+    def begin(self, model: nn.Module | None) -> None:
+        """Go on from the tensors as they were filled, or from a model's."""
+        if model is not None:
+            torch._foreach_copy_(list(self.tensors.values()), list(model.state_dict().values()))
+        self._is_begun = True
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights after a step; the first ones replace what a new model was made with."""
+        now = model.state_dict()
+        averaged = {name for name, _ in model.named_parameters()} if self._is_begun else set()
+        if averaged:
+            self._mix([self.tensors[name] for name in averaged], [now[name] for name in averaged], None)
+        copied = [name for name in now if name not in averaged]
+        if copied:
+            torch._foreach_copy_([self.tensors[name] for name in copied], [now[name] for name in copied])
+        self._is_begun = True

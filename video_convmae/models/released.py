@@ -5,7 +5,6 @@ Letters: N tokens, D width of a token.
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections import Counter
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import positions
 from .autoencoder import Autoencoder
 from .classifier import Classifier
 from .encoder import encoder_config
+from .files import read
 from .layouts import (
     CONVMAE,
     HUGGING_FACE,
@@ -113,24 +112,6 @@ class Weights:
 
 
 # Reading
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """What a file holds: `.safetensors` as that, anything else as `torch.save` wrote it. No pickled code is executed.
-
-    Of all classes only `argparse.Namespace` is allowed, which the released checkpoints keep their arguments in.
-
-    Raises:
-        ValueError: the file cannot be read, or holds more than tensors, plain data and that.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
 
 
 def weights_of(source: str | Path | Mapping[str, Any] | Weights | nn.Module) -> Weights:
@@ -369,16 +350,6 @@ def release(
             raise ValueError("the VideoMAE layouts have no bias between encoder and decoder; here it is not zero")
         tensors = {name: t for name, t in tensors.items() if weights.has("head") or not name.endswith(".positions")}
     return to_layout(tensors, weights.geometry, WRITTEN[layout])
-
-
-def save(tensors: Tensors, path: str | Path) -> None:
-    """Write tensors: `.safetensors` as that, anything else as `{"model": tensors}` by `torch.save`."""
-    path = Path(path)
-    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    if path.suffix == ".safetensors":
-        save_file(tensors, path, metadata={"format": "pt"})
-    else:
-        torch.save({"model": tensors}, path)
 
 
 def _with_tables(weights: Weights, image_size: int | tuple[int, int]) -> Tensors:
