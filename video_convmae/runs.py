@@ -87,6 +87,7 @@ def carry_out(
         compile_blocks=config.train.compile,
         parallel=config.train.parallel,
         compress_gradients=config.train.compress_gradients,
+        accumulates=share.accumulate > 1,
         time_communication=config.log.profile,
     )
     bare = distributed.unwrap(wrapped)

@@ -211,6 +211,7 @@ def wrap(
     compile_blocks: bool = False,
     parallel: Parallel = "ddp",
     compress_gradients: bool = False,
+    accumulates: bool = False,
     time_communication: bool = False,
 ) -> nn.Module:
     """Checkpoint, compile, and replicate or shard a model, in that order.
@@ -226,6 +227,8 @@ def wrap(
         compile_blocks: torch.compile each block.
         parallel: ddp keeps all weights on each device; fsdp shards weights, gradients and optimizer over the devices.
         compress_gradients: send gradients as bfloat16.
+        accumulates: whether a step has several backward passes. DDP's static graph, which spares each pass a search,
+            is for one: with `no_sync` in its first pass PyTorch 2.14 fails an internal assertion.
         time_communication: measure how long gradients are on their way (`take_communication_seconds`); DDP only.
     """
     for parent in list(model.modules()):
@@ -240,19 +243,17 @@ def wrap(
     _synchronise_batch_norms(model)
     if parallel == "fsdp":
         return _shard(model, blocks, compress_gradients)
-    return _replicate(model, group, compress_gradients, time_communication)
-
-
-def _replicate(model: nn.Module, group: Processes, compress: bool, timed: bool) -> DistributedDataParallel:
-    devices = [group.device] if group.device.type == "cuda" else None
-    # No buffer differs between the ranks: tables are constant, running statistics come from the same numbers.
     replica = DistributedDataParallel(
-        model, device_ids=devices, gradient_as_bucket_view=True, static_graph=True, broadcast_buffers=False
+        model,
+        device_ids=[group.device] if group.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        static_graph=not accumulates,
+        broadcast_buffers=False,  # tables are constant, running statistics come from the same numbers on all ranks
     )
-    hook = bf16_compress_hook if compress else allreduce_hook
-    if timed:
+    hook = bf16_compress_hook if compress_gradients else allreduce_hook
+    if time_communication:
         replica.communication = hook = TimedHook(hook, group.device)
-    if compress or timed:
+    if compress_gradients or time_communication:
         replica.register_comm_hook(None, hook)
     return replica
 
