@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +27,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 # One process writes checkpoints as many do; and nobody writes into the views that a sharded model returns.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -231,13 +231,11 @@ def wrap(
             is for one: with `no_sync` in its first pass PyTorch 2.14 fails an internal assertion.
         time_communication: measure how long gradients are on their way (`take_communication_seconds`); DDP only.
     """
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, blocks):
-                wrapped = checkpoint_wrapper(child) if activation_checkpointing else child
-                if compile_blocks:
-                    wrapped.compile()
-                setattr(parent, name, wrapped)
+    for block in [module for module in model.modules() if isinstance(module, blocks)]:
+        if activation_checkpointing:  # of the method, not in a module around the block: parameters keep their names
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if compile_blocks:
+            block.compile()
     if group.count == 1:
         return model
     _synchronise_batch_norms(model)
@@ -252,8 +250,9 @@ def wrap(
     )
     hook = bf16_compress_hook if compress_gradients else allreduce_hook
     if time_communication:
-        replica.communication = hook = TimedHook(hook, group.device)
-    if compress_gradients or time_communication:
+        replica.communication = CommunicationTimer(hook, group.device)
+        replica.register_comm_hook(replica.communication, _timed)
+    elif compress_gradients:
         replica.register_comm_hook(None, hook)
     return replica
 
@@ -265,19 +264,22 @@ def _shard(model: nn.Module, blocks: tuple[type[nn.Module], ...], compress: bool
     return fully_shard(model, mp_policy=policy)
 
 
-class TimedHook:
-    """DDP's communication hook that notes when each bucket of gradients leaves and when it is back, averaged.
+class CommunicationTimer:
+    """Notes when each bucket of DDP's gradients leaves and when it is back, averaged.
 
     Most of that time passes beside the backward pass. Where buckets are on their way at the same time it counts once.
+
+    Args:
+        hook: DDP's communication hook that is timed.
+        device: where the gradients are.
     """
 
     def __init__(self, hook: Callable, device: torch.device) -> None:
         self._hook = hook
         self._on_cuda = device.type == "cuda"
         self._spans: list[tuple[Any, Any]] = []
-        self.__qualname__ = type(self).__name__  # DDP logs the name of its hook
 
-    def __call__(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def start(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Start averaging a bucket."""
         start = self._now()
 
@@ -285,7 +287,7 @@ class TimedHook:
             self._spans.append((start, self._now()))
             return future.value()
 
-        return self._hook(state, bucket).then(note)
+        return self._hook(None, bucket).then(note)
 
     def take_seconds(self) -> float:
         """Seconds since the last call in which a bucket was on its way. On CUDA, after a synchronisation."""
@@ -307,10 +309,14 @@ class TimedHook:
         return event
 
 
+def _timed(timer, bucket):  # no annotations: DDP refuses those that are strings, as all are here
+    return timer.start(bucket)
+
+
 def take_communication_seconds(model: nn.Module) -> float | None:
     """Seconds since the last call in which gradients were on their way; None where they are not timed."""
-    hook = getattr(model, "communication", None)
-    return None if hook is None else hook.take_seconds()
+    timer = getattr(model, "communication", None)
+    return None if timer is None else timer.take_seconds()
 
 
 class SyncedBatchNorm(nn.BatchNorm1d):

@@ -155,17 +155,19 @@ class Average:
     def begin(self, model: nn.Module | None) -> None:
         """Go on from the tensors as they were filled, or from a model's."""
         if model is not None:
-            torch._foreach_copy_(list(self.tensors.values()), list(model.state_dict().values()))
+            self._copy(model.state_dict(), self.tensors)
         self._is_begun = True
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the weights after a step; the first ones replace what a new model was made with."""
         now = model.state_dict()
-        averaged = {name for name, _ in model.named_parameters()} if self._is_begun else set()
+        averaged = [name for name, _ in model.named_parameters()] if self._is_begun else []
         if averaged:
             self._mix([self.tensors[name] for name in averaged], [now[name] for name in averaged], None)
-        copied = [name for name in now if name not in averaged]
-        if copied:
-            torch._foreach_copy_([self.tensors[name] for name in copied], [now[name] for name in copied])
+        self._copy(now, now.keys() - set(averaged))
         self._is_begun = True
+
+    def _copy(self, now: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        for name in names:
+            self.tensors[name].copy_(now[name])
