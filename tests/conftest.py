@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clips import encode
 from hypothesis import settings
 
 # Timings differ between machines; a property holds or not, however long it takes to see.
@@ -27,4 +28,16 @@ def shared() -> Path:
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("the folder ../shared with reference outputs and real clips is not here")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fifteen short videos, a bad one, and their list."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i in range(15):
+        encode(folder / f"{i}.mp4", 20 + i)
+    (folder / "bad.mp4").write_text("no video")
+    names = [*(f"{i}.mp4 {i}" for i in range(15)), "bad.mp4 15"]
+    (folder / "list.txt").write_text("\n".join(names))
     return folder

@@ -13,23 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from clips import encode
 
 from video_convmae.engine import checkpoint
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("videos")
-    for i in range(15):
-        encode(folder / f"{i}.mp4", 20 + i)
-    (folder / "bad.mp4").write_text("no video")
-    names = [*(f"{i}.mp4 {i}" for i in range(15)), "bad.mp4 15"]
-    (folder / "list.txt").write_text("\n".join(names))
-    return folder
 
 
 def command(videos: Path, output: Path, *edits: str, processes: int = 1) -> list[str]:

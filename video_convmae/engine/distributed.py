@@ -29,7 +29,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -37,6 +36,8 @@ from torch.utils.checkpoint import checkpoint
 # One process writes checkpoints as many do; and nobody writes into the views that a sharded model returns.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+# Its new name is not known to PyTorch 2.11.
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
 
 PATIENCE = 1800.0  # seconds without progress after which a process ends
 
@@ -320,23 +321,26 @@ def take_communication_seconds(model: nn.Module) -> float | None:
 
 
 class SyncedBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the clips of all processes, on any device (PyTorch's own is for CUDA alone)."""
+    """A probe's BatchNorm over the clips of all processes, on any device (PyTorch's own is for CUDA alone).
 
+    It reads the features of a frozen encoder and has no parameters, so no gradient passes through it.
+    """
+
+    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C)` -> the same shape."""
         if not self.training:
             return super().forward(x)
-        # The variance about the common mean, in two passes: no difference of large numbers.
+        if x.requires_grad or self.affine:
+            raise RuntimeError("a BatchNorm that gradients pass through is not synchronised; expected a probe's")
+        x = x.float()
         count = len(x) * dist.get_world_size()
-        mean = all_reduce(x.sum(dim=0)) / count
-        variance = all_reduce((x - mean).square().sum(dim=0)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
-            unbiased = variance.detach() * (count / (count - 1))
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        x = (x - mean) * (variance + self.eps).rsqrt()
-        return x if self.weight is None else x * self.weight + self.bias
+        mean = mean_over_ranks(x.mean(dim=0))
+        variance = mean_over_ranks((x - mean).square().mean(dim=0))  # about the common mean: nothing large cancels
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return (x - mean) * (variance + self.eps).rsqrt()
 
 
 def _synchronise_batch_norms(model: nn.Module) -> None:

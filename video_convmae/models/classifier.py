@@ -164,7 +164,7 @@ class LinearHead(nn.Module):
     """The mean over tokens, standardised over the batch, then Linear (the probe of MAE and ConvMAE).
 
     BatchNorm without affine parameters puts features of any scale under one learning rate. Training needs two clips a
-    batch. On CUDA several processes share its statistics; on a CPU, where PyTorch cannot, each has its own.
+    batch. Several processes share its statistics (engine/distributed.py).
     """
 
     def __init__(self, width: int, num_classes: int, head_init: float) -> None:
