@@ -123,7 +123,7 @@ def carry_out(
         plain(config),
         config.seed,
         validation,
-        config.log.profile,
+        config.log,
         begun,
     )
     first_step = 0 if begun is None else checkpoint.step_of(begun)

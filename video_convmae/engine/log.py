@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class LogConfig:
     profile: bool = False
     """Split the time of a step into data wait, forward, backward, optimizer and, under ddp, communication, most of
     which passes beside the backward pass."""
+    trace: int = 0
+    """Steps, after the first few, that each rank records in logs/trace_rank_NNNN.json.gz for ui.perfetto.dev."""
 
 
 class TooManyBadRecords(RuntimeError):
@@ -153,10 +156,12 @@ class Stopwatch:
     def __call__(self, phase: str) -> Iterator[None]:
         """A context whose time counts for a phase."""
         if not self._on:
-            yield
+            with torch.profiler.record_function(phase):
+                yield
             return
         start = self._now()
-        yield
+        with torch.profiler.record_function(phase):
+            yield
         self._spans.setdefault(phase, []).append((start, self._now()))
 
     def take(self, steps: int) -> dict[str, float]:
@@ -174,6 +179,48 @@ class Stopwatch:
     def _seconds(self, span: tuple[Any, Any]) -> float:
         start, end = span
         return start.elapsed_time(end) / 1e3 if self._on_cuda else end - start
+
+
+class Trace:
+    """A recording of some steps: operators, kernels and phases, for Perfetto; and a table of what takes longest.
+
+    Args:
+        folder: the run folder.
+        rank: of this process.
+        steps: how many are recorded; 0: none.
+    """
+
+    WARM_UP = 3  # steps that are not recorded: kernels are chosen and compiled, memory is taken
+    ends_the_run = False  # tools/profile.py: a run that is made for its trace alone
+
+    def __init__(self, folder: Path, rank: int, steps: int) -> None:
+        self._path = folder / "logs" / f"trace_rank_{rank:04d}.json.gz"
+        self._profiler = None
+        if steps:
+            plan = torch.profiler.schedule(wait=self.WARM_UP - 1, warmup=1, active=steps, repeat=1)
+            self._profiler = torch.profiler.profile(schedule=plan, on_trace_ready=self._write, record_shapes=True)
+
+    def __enter__(self) -> Trace:
+        if self._profiler is not None:
+            self._profiler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
+
+    def step(self) -> None:
+        """One optimizer step is done."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        profiler.export_chrome_trace(str(self._path))
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=70)
+        write_text(self._path.with_name(self._path.name.replace(".json.gz", ".txt")), table + "\n")
+        if self.ends_the_run:
+            signal.raise_signal(signal.SIGTERM)  # as a scheduler would: after this step the run saves and leaves
 
 
 class BadRecords:

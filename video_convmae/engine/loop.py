@@ -28,7 +28,7 @@ from video_convmae.models import files
 from . import checkpoint, distributed
 from .checkpoint import CheckpointError, Saver
 from .distributed import Parallel, Processes
-from .log import BadRecords, NoLog, RankLog, RunLog, Stopwatch, TooManyBadRecords
+from .log import BadRecords, LogConfig, NoLog, RankLog, RunLog, Stopwatch, TooManyBadRecords, Trace
 from .optim import Average, Optimization, clip_gradients
 from .tasks import Task, autocast
 
@@ -325,7 +325,7 @@ def train(
     settings: dict[str, Any],
     seed: int = 0,
     validation: Validation | None = None,
-    profile: bool = False,
+    log_config: LogConfig | None = None,
     begun: Path | None = None,
 ) -> int:
     """Train until the schedule ends, or a signal asks to stop.
@@ -341,7 +341,7 @@ def train(
         settings: the run's configuration as plain data, kept in every checkpoint.
         seed: of the run.
         validation: what is measured beside training; its values are logged as val_NAME, in a line of their own.
-        profile: log the time of each phase of a step (see `LogConfig`).
+        log_config: what is logged besides the usual; None: nothing.
         begun: the checkpoint that the run goes on from, the same on every rank.
 
     Returns:
@@ -355,6 +355,7 @@ def train(
             After these and after TooManyBadRecords the state of the last step that was done is saved.
         CheckpointError: a checkpoint could not be written; those before it are whole.
     """
+    log_config = log_config or LogConfig()
     state = _begin(task, optimization, config, group, settings, begun)
     per_epoch = optimization.steps_per_epoch
     keep_every = None if config.keep_every is None else max(1, round(config.keep_every * per_epoch))
@@ -365,9 +366,11 @@ def train(
         contextlib.closing(log),
         RankLog(folder, group.rank) as rank_log,
         contextlib.closing(saver),
+        Trace(folder, group.rank, log_config.trace) as trace,
         contextlib.closing(load_from(state.step)) as batches,
     ):
-        run = _Run(task, state, optimization, config, group, saver, log, rank_log, bad_records, stop, profile)
+        run = _Run(task, state, optimization, config, group, saver, log, rank_log, bad_records, stop, trace)
+        run.profile = log_config.profile
         if validation is not None:
             run.validator = _Validator(validation, state, optimization, log, saver)
         run.train(batches, seed)
@@ -422,7 +425,8 @@ class _Run:
     rank_log: RankLog
     bad_records: BadRecords
     stop: StopSignal
-    profile: bool
+    trace: Trace
+    profile: bool = False
     validator: _Validator | None = None
 
     def train(self, batches: Iterator[Batch], seed: int) -> None:
@@ -441,6 +445,7 @@ class _Run:
                 return
             self.window.add(records, loss, self._update())
             self.log.step()
+            self.trace.step()
             validates = self.validator is not None and self.validator.is_due()
             saves = state.step % save_every == 0 or validates or state.step == steps or self.saver.is_kept(state.step)
             if saves or state.step % self.config.log_every == 0:
