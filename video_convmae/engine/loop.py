@@ -576,7 +576,8 @@ class _Run:
     def _leave(self) -> None:
         """A signal asked to stop: log what was not logged yet, and save."""
         if len(self.window):
-            self._close_window(saves=True)
+            self._close_window(saves=False)
+        self._save_now()
         self.log.say(f"stopped by a signal after step {self.state.step}; the same command goes on from there")
 
     def _save_now(self) -> None:
