@@ -169,7 +169,7 @@ def test_all_processes_are_killed(
 
 
 def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """At ten moments from its beginning to its end: the newest checkpoint is whole, and no step but the last is lost."""
+    """At ten moments from its beginning to its end: the newest checkpoint is whole, only the last step is lost."""
     program = (
         "import sys, itertools, pathlib, torch\n"
         "from video_convmae.engine.checkpoint import Saver\n"
