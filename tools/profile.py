@@ -1,11 +1,11 @@
 """A trace of some training steps, for Perfetto (ui.perfetto.dev) or chrome://tracing.
 
-    python tools/profile.py --config configs/video/pretrain_k400_base_msd.yaml --data.train list.txt --output runs/trace
-    torchrun --nproc_per_node 8 tools/profile.py --config ... --train.compile true
+    python tools/profile.py pretrain --config configs/video/pretrain_k400_base_msd.yaml --data.train LIST --output DIR
+    torchrun --nproc_per_node 8 tools/profile.py finetune --config ... --train.compile true --log.trace 5
 
-Any configuration of pretraining or finetuning. A run is begun in a new folder and ended after a few steps: the first
-ones warm up, `--log.trace` of them (3) are recorded. Each rank writes trace_rank_NNNN.json.gz into the folder's logs/,
-and beside it the operators that take longest.
+The arguments are those of tools/pretrain.py and tools/finetune.py. A run is begun in a new folder and ended after a few
+steps: the first ones warm up, `--log.trace` of them (3) are recorded. Each rank writes trace_rank_NNNN.json.gz into the
+folder's logs/, and beside it the operators that take longest.
 """
 
 from __future__ import annotations
@@ -24,22 +24,15 @@ def main() -> None:
     from video_convmae.config import FinetuneConfig, PretrainConfig, parse
     from video_convmae.engine.log import Trace
 
-    arguments = sys.argv[1:]
-    finetunes = "--mixing" in " ".join(arguments) or "mixing:" in _configuration(arguments)
-    config = parse(FinetuneConfig if finetunes else PretrainConfig, [*arguments, "--log.trace=3"])
+    recipes = {"pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune)}
+    if sys.argv[1:2] in ([], ["-h"], ["--help"]) or sys.argv[1] not in recipes:
+        sys.exit(f"{__doc__}\nfirst argument: {' or '.join(recipes)}; then that recipe's own (--help lists them)")
+    kind, carry_out = recipes[sys.argv[1]]
+    config = parse(kind, ["--log.trace=3", *sys.argv[2:]])
     if (Path(config.output) / "checkpoints").exists():
         sys.exit(f"{config.output} holds a run; expected a new folder for --output")
     Trace.ends_the_run = True
-    (finetune if finetunes else pretrain)(config)
-
-
-def _configuration(arguments: list[str]) -> str:
-    """The text of the file that `--config` names."""
-    for place, argument in enumerate(arguments):
-        if argument.startswith("--config"):
-            name = argument.partition("=")[2] or "".join(arguments[place + 1 : place + 2])
-            return Path(name).read_text(encoding="utf-8")
-    return ""
+    carry_out(config)
 
 
 if __name__ == "__main__":
