@@ -42,5 +42,5 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP_INSTALL) -e ".[dev,demo,torchcodec]"
+	$(PIP_INSTALL) -e ".[dev,demo,torchcodec,slurm]"
 	touch $@

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from video_convmae.engine import checkpoint, distributed
 from video_convmae.engine.checkpoint import CheckpointError, Saver
 from video_convmae.engine.distributed import Processes
 from video_convmae.engine.log import BadRecords, RunLog, TooManyBadRecords
-from video_convmae.engine.loop import NonFiniteLoss, TrainConfig, train
+from video_convmae.engine.loop import NonFiniteLoss, StopSignal, TrainConfig, train
 from video_convmae.engine.optim import OptimConfig, Schedule, build_optimization, parameter_groups
 from video_convmae.engine.tasks import Pixels
 from video_convmae.models import files
@@ -299,6 +300,16 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, changes: 
     if "ema" in changes:
         assert all(torch.equal(ema[0][name], ema[1][name]) for name in ema[0])
         assert not torch.equal(ema[0]["0.weight"], whole.model[0].weight)
+
+
+def test_a_repeated_signal_is_one_request_and_ctrl_c_twice_ends_at_once() -> None:
+    """A job's every process gets Slurm's SIGTERM, and the workers torchrun's too, while the first of them saves."""
+    with StopSignal() as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.raise_signal(number)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_step_and_records(tmp_path: Path) -> None:

@@ -291,7 +291,11 @@ class _Validator:
 
 
 class StopSignal:
-    """Remembers SIGTERM, SIGINT and SIGUSR1, so that the loop can save and leave between two steps."""
+    """Remembers SIGTERM, SIGINT and SIGUSR1, so that the loop can save and leave between two steps.
+
+    Only a second SIGINT, a person's Ctrl-C, ends at once. Slurm sends SIGTERM to every process of a job, and torchrun
+    passes its own on to its workers: two of them are one request, and the second arrives while the first saves.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -305,7 +309,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _take(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:  # asked twice: now
+        if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
 
@@ -491,6 +495,7 @@ class _Run:
                 batch = self.window.next_batch(batches)
             except (LoaderError, DecodeError) as trouble:
                 error = trouble
+        distributed.doing(f"has its data of step {self.state.step + 1}, waits until the other ranks have theirs")
         worst = distributed.highest(2 if error else int(stops))
         if worst == 2:
             self._give_up(error)
