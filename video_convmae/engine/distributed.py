@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -81,12 +82,60 @@ def processes(device: str = "auto", patience: float = PATIENCE) -> Iterator[Proc
         torch.cuda.set_device(chosen)
     group = Processes(int(os.environ.get("RANK", 0)), count, torch.device(chosen))
     with contextlib.ExitStack() as stack:
+        attempt = ""
         if "RANK" in os.environ:
-            backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=2 * patience))
+            backend, timeout = "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timedelta(seconds=2 * patience)
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            attempt = _agree_on_attempt(store, group, patience)
+            store = dist.PrefixStore(attempt, store)
+            dist.init_process_group(backend, store=store, rank=group.rank, world_size=count, timeout=timeout)
             stack.callback(dist.destroy_process_group)
-        stack.enter_context(Watchdog(group, patience))
+        stack.enter_context(Watchdog(group, patience, attempt))
         yield group
+
+
+def _agree_on_attempt(store: dist.Store, group: Processes, patience: float) -> str:
+    """A name that all ranks that live now know, and no others.
+
+    torchrun keeps one store when it starts processes again, and what those before have left there are addresses at
+    which nobody listens any more (PyTorch issue 135712). So rank 0 draws a name, and a rank takes it when rank 0 has
+    answered to a number that the rank has drawn for itself.
+
+    Raises:
+        RuntimeError: a rank is missing after `patience` seconds.
+    """
+    mine = uuid.uuid4().hex
+    if not group.is_main:
+        return _follow(store, mine, group.rank, patience)
+    store.set("attempt", mine)
+    for rank in range(1, group.count):
+        asks = f"rank {rank} asks"
+        _wait_until(partial(_begins_with, store, asks, mine), f"rank {rank}", patience)
+        store.set(f"rank {rank} is answered", store.get(asks))
+    return mine
+
+
+def _begins_with(store: dist.Store, key: str, text: str) -> bool:
+    return store.check([key]) and store.get(key).startswith(text.encode())
+
+
+def _follow(store: dist.Store, mine: str, rank: int, patience: float) -> str:
+    answered = f"rank {rank} is answered"
+
+    def is_answered() -> bool:
+        store.set(f"rank {rank} asks", store.get("attempt").decode() + mine)
+        return store.check([answered]) and store.get(answered).endswith(mine.encode())
+
+    _wait_until(is_answered, "rank 0", patience)
+    return store.get(answered).decode().removesuffix(mine)
+
+
+def _wait_until(condition: Callable[[], bool], whom: str, patience: float) -> None:
+    end = time.monotonic() + patience
+    while not condition():
+        if time.monotonic() > end:
+            raise RuntimeError(f"{whom} has not joined the group in {patience:g} s (hang_timeout): see its log")
+        time.sleep(0.02)
 
 
 class Watchdog:
@@ -101,8 +150,9 @@ class Watchdog:
     EXIT_CODE = 70
     _BEAT = 5.0  # seconds between two messages to the store; at 256 ranks about 50 small messages a second
 
-    def __init__(self, group: Processes, patience: float) -> None:
+    def __init__(self, group: Processes, patience: float, attempt: str) -> None:
         self.patience = patience
+        self._attempt = attempt
         self._group = group
         self._beat = min(self._BEAT, patience / 4)
         self._ended = threading.Event()
@@ -134,7 +184,7 @@ class Watchdog:
             return None
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self._beat))
-        return dist.PrefixStore(f"watchdog {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        return dist.PrefixStore(f"{self._attempt} watchdog", store)
 
     def _end(self, store: dist.Store | None, what: str, seconds: float) -> None:
         lines = [
