@@ -194,7 +194,7 @@ def easycv(released: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in released.items():
         if name.startswith("head."):
-            renamed[name.replace("head.", "head.fc_cls.")] = tensor
+            renamed[name.replace("head.", "head_0.fc_cls.")] = tensor
         elif name.startswith(("decoder", "mask_token")):
             renamed["decoder." + name] = tensor
         else:
@@ -297,6 +297,19 @@ def test_hugging_face_pretraining_computes_the_same(names: Callable) -> None:
         expected = theirs(clips.transpose(1, 2), ~visible.flatten(1))
     assert (output.prediction - expected.logits).abs().max() < 1e-5
     assert abs(output.loss - expected.loss) < 1e-4  # theirs goes back to pixels with ImageNet's mean and deviation
+
+
+@pytest.mark.parametrize("kind", ["pretraining", "finetuning"])
+def test_what_is_written_for_hugging_face_loads_there(kind: str, tmp_path: Path) -> None:
+    """Nothing missing, nothing unexpected, every value in its place: the names are theirs, not just ones we read."""
+    source = hugging_face(kind)
+    decoder = {"decoder": (16, 2, 2)} if kind == "pretraining" else {}
+    ours, _ = model_from(source.state_dict(), heads=2, num_frames=4, image_size=32, **decoder)
+    save(release(ours, "huggingface"), tmp_path / "model.safetensors")
+    source.config.save_pretrained(tmp_path)
+    again, said = type(source).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(said.values()), said
+    assert_same(again.state_dict(), source.state_dict())
 
 
 def test_hugging_face_classifier_computes_the_same() -> None:

@@ -88,8 +88,8 @@ def _hugging_face_blocks(theirs: str, ours: str) -> Rows:
     return (
         (f"{theirs}.#.attention.attention.q_bias", f"{ours}.#.attention.query.bias"),  # as on the hub, until 5.0
         (f"{theirs}.#.attention.attention.v_bias", f"{ours}.#.attention.value.bias"),
+        (f"{theirs}.#.attention.output.dense.*", f"{ours}.#.attention.proj.*"),  # before the next: it fits proj too
         (f"{theirs}.#.attention.attention.*", f"{ours}.#.attention.*"),
-        (f"{theirs}.#.attention.output.dense.*", f"{ours}.#.attention.proj.*"),
         (f"{theirs}.#.intermediate.dense.*", f"{ours}.#.mlp.fc1.*"),
         (f"{theirs}.#.output.dense.*", f"{ours}.#.mlp.fc2.*"),
         (f"{theirs}.#.layernorm_before.*", f"{ours}.#.norm1.*"),
@@ -140,7 +140,7 @@ CONVMAE = Layout(
         *_CLASSIFIER,
         *_MAE_DECODER,
     ),
-    aliases=(("head.fc_cls.*", "head.*"),),  # EasyCV's classifier
+    aliases=(("head_0.fc_cls.*", "head.*"),),  # EasyCV's classifier, whose heads are numbered
     dropped={"cls_token": NO_CLS},
     companions={"encoder.": "decoder."},  # EasyCV's pretraining
 )
