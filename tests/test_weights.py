@@ -321,6 +321,53 @@ def test_hugging_face_classifier_computes_the_same() -> None:
         assert (ours(clips) - theirs(clips.transpose(1, 2)).logits).abs().max() < 1e-5
 
 
+def until_5(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of MAE's files on the hub, which transformers before 5.0 had too."""
+    for now, before in (
+        ("vit.layers.", "vit.encoder.layer."),
+        ("attention.q_proj", "attention.attention.query"),
+        ("attention.k_proj", "attention.attention.key"),
+        ("attention.v_proj", "attention.attention.value"),
+        ("attention.o_proj", "attention.output.dense"),
+        ("mlp.fc1", "intermediate.dense"),
+        ("mlp.fc2", "output.dense"),
+    ):
+        state = {name.replace(now, before): tensor for name, tensor in state.items()}
+    return state
+
+
+@pytest.mark.parametrize("names", [dict, until_5])
+def test_hugging_face_mae_computes_the_same_but_for_the_cls_token(names: Callable) -> None:
+    """Their layers on the patches alone: what is left of the model where the CLS token is dropped."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: it comes with [bench]")
+    encoder = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+    decoder = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    decoder = {f"decoder_{name}": value for name, value in decoder.items()}
+    theirs = transformers.ViTMAEForPreTraining(
+        transformers.ViTMAEConfig(image_size=32, layer_norm_eps=1e-6, **encoder, **decoder)
+    )
+    scrambled(theirs).eval()
+    for table in (theirs.vit.embeddings.position_embeddings, theirs.decoder.decoder_pos_embed):
+        table.data[0, 1:] = positions.sincos((1, 2, 2), table.shape[-1])  # MAE's, as in the files on the hub
+    ours, report = model_from(names(theirs.state_dict()), heads=2, decoder=(16, 2, 2))
+    assert report.layout == "Hugging Face MAE pretraining"
+    assert report.unexpected == ("vit.embeddings.cls_token",)
+    assert not report.missing
+    images, visible = torch.randn(2, 3, 32, 32), torch.zeros(2, 1, 2, 2, dtype=torch.bool)
+    visible[:, 0, 0] = True  # the first two of four
+    with torch.inference_mode():
+        tokens = theirs.vit.embeddings.patch_embeddings(images) + theirs.vit.embeddings.position_embeddings[:, 1:]
+        x = tokens[:, :2]
+        for layer in theirs.vit.layers:
+            x = layer(x)
+        x = theirs.decoder.decoder_embed(theirs.vit.layernorm(x))
+        x = torch.cat([x, theirs.decoder.mask_token.expand(2, 2, -1)], dim=1) + theirs.decoder.decoder_pos_embed[:, 1:]
+        for layer in theirs.decoder.decoder_layers:
+            x = layer(x)
+        expected = theirs.decoder.decoder_pred(theirs.decoder.decoder_norm(x[:, 2:]))
+        assert (ours(images[:, :, None], visible).prediction - expected).abs().max() < 1e-5
+
+
 def mae(**settings: object) -> timm.models.VisionTransformer:
     """MAE's classifier is timm's, with its names."""
     model = timm.models.VisionTransformer(

@@ -97,6 +97,17 @@ def _hugging_face_blocks(theirs: str, ours: str) -> Rows:
     )
 
 
+def _vit_mae_blocks(now: str, until_5: str, ours: str) -> Rows:
+    attention = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "proj"))
+    return (
+        *((f"{now}.#.attention.{theirs}.*", f"{ours}.#.attention.{name}.*") for theirs, name in attention),
+        (f"{now}.#.mlp.*", f"{ours}.#.mlp.*"),
+        (f"{now}.#.layernorm_before.*", f"{ours}.#.norm1.*"),
+        (f"{now}.#.layernorm_after.*", f"{ours}.#.norm2.*"),
+        *_hugging_face_blocks(until_5, ours),
+    )
+
+
 def _conv_blocks(theirs: str, stage: int) -> Rows:
     ours = f"encoder.conv_stages.{stage}"
     return (
@@ -225,7 +236,26 @@ MAE = Layout(
     dropped={"cls_token": NO_CLS},
     companions={"encoder.": "decoder."},
 )
-LAYOUTS = (CONVMAE, MMPRETRAIN, HUGGING_FACE, VIDEOMAE, MAE)
+HUGGING_FACE_MAE = Layout(
+    title="Hugging Face MAE",
+    marker="embeddings.patch_embeddings.projection.weight",
+    dims=4,
+    rows=(
+        ("embeddings.position_embeddings", "encoder.positions"),
+        ("embeddings.patch_embeddings.projection.*", "encoder.embeddings.0.linear.*"),
+        *_vit_mae_blocks("layers", "encoder.layer", "encoder.attention_blocks"),
+        ("layernorm.*", "norm.*"),
+        ("decoder.mask_token", "decoder.mask_token"),
+        ("decoder.decoder_pos_embed", "decoder.positions"),
+        ("decoder.decoder_embed.*", "decoder.embedding.*"),
+        *_vit_mae_blocks("decoder.decoder_layers", "decoder.decoder_layers", "decoder.blocks"),
+        ("decoder.decoder_norm.*", "decoder.norm.*"),
+        ("decoder.decoder_pred.*", "decoder.prediction.*"),
+    ),
+    dropped={"embeddings.cls_token": NO_CLS},
+)
+LAYOUTS = (CONVMAE, MMPRETRAIN, HUGGING_FACE, VIDEOMAE, HUGGING_FACE_MAE, MAE)
+
 # Names
 
 

@@ -24,6 +24,7 @@ from .files import read
 from .layouts import (
     CONVMAE,
     HUGGING_FACE,
+    HUGGING_FACE_MAE,
     LAYOUTS,
     MAE,
     MMPRETRAIN,
@@ -43,6 +44,10 @@ PARTS = ("encoder", "norm", "fusion", "decoder", "head")  # of a model; the enco
 WRITTEN = {"convmae": CONVMAE, "videomae": VIDEOMAE, "huggingface": HUGGING_FACE}
 TABLE_TOLERANCE = 1e-4  # a released table differs from ours by rounding at most, a learnt one by far more
 _OURS = "encoder.embeddings.0.linear.weight"
+_EPS_OF_HUGGING_FACE = {
+    HUGGING_FACE.title: "LayerNorm eps 1e-12 (1e-5 in the decoder's norm and fc_norm)",
+    HUGGING_FACE_MAE.title: "LayerNorm eps 1e-12",
+}
 _WRAPPERS = ("module.", "model.", "_orig_mod.", "state_dict.")  # put before every name by DDP, Lightning, compile
 
 
@@ -189,7 +194,7 @@ def _from_layout(state: Tensors, layout: Layout, prefix: str) -> Weights:
     tensors = {name: to_our_values(name, tensor, geometry) for name, tensor in joined(tensors).items()}
     names = {name: names.get(name) or names.get(name.replace(".qkv.", ".query."), name) for name in tensors}
     weights = Weights(layout.title, tensors, geometry, layout.position_table, names, dropped)
-    for finish in (_without_cls, _finish_videomae, _finish_mmpretrain, _finish_second_version):
+    for finish in (_without_cls, _finish_videomae, _finish_hugging_face, _finish_mmpretrain, _finish_second_version):
         weights = finish(weights, layout)
     return replace(weights, layout=f"{weights.layout} {_role(weights)}")
 
@@ -245,7 +250,8 @@ def _without_cls(weights: Weights, layout: Layout) -> Weights:
     tensors = dict(weights.tensors)
     for name in ("encoder.positions", "decoder.positions"):
         table = tensors.get(name)
-        if table is not None and (layout is MAE or math.isqrt(table.shape[1]) ** 2 != table.shape[1]):
+        always = layout in (MAE, HUGGING_FACE_MAE)
+        if table is not None and (always or math.isqrt(table.shape[1]) ** 2 != table.shape[1]):
             tensors[name] = table[:, 1:]  # what ConvMAE-v2's table holds was never documented: the square tells
     note = (
         "the CLS token and its position were dropped, as ours has none; it took part in attention, so tokens differ "
@@ -258,16 +264,20 @@ def _finish_videomae(weights: Weights, layout: Layout) -> Weights:
     """VideoMAE's `encoder_to_decoder` has no bias: ours is zero."""
     if layout.position_table != "flat":
         return weights
-    tensors, notes = dict(weights.tensors), weights.notes
+    tensors = dict(weights.tensors)
     if "decoder.embedding.weight" in tensors:
         weight = tensors["decoder.embedding.weight"]
         tensors.setdefault("decoder.embedding.bias", weight.new_zeros(weight.shape[0]))
-    if layout is HUGGING_FACE:
-        notes += (
-            "transformers computes these weights with LayerNorm eps 1e-12 (1e-5 in the decoder's norm and fc_norm); "
-            "here it is 1e-6, as in VideoMAE, where they were trained",
-        )
-    return replace(weights, tensors=tensors, notes=notes)
+    return replace(weights, tensors=tensors)
+
+
+def _finish_hugging_face(weights: Weights, layout: Layout) -> Weights:
+    """transformers normalises with another eps than the code that these weights were trained with."""
+    if layout.title not in _EPS_OF_HUGGING_FACE:
+        return weights
+    eps = _EPS_OF_HUGGING_FACE[layout.title]
+    note = f"transformers computes these weights with {eps}; here it is 1e-6, as where they were trained"
+    return replace(weights, notes=(*weights.notes, note))
 
 
 def _finish_mmpretrain(weights: Weights, layout: Layout) -> Weights:
