@@ -33,14 +33,14 @@ Rows: TypeAlias = "tuple[tuple[str, str], ...]"
 class Geometry:
     """What the tensors' values run over, as far as names do not say.
 
-    strides: spatial, of each stage. tubelet: frames of a token. channels: of a pixel. frames: token frames that
-    position tables are over, where they are known to be more than an image's one.
+    strides: spatial, of each stage. tubelet: frames of a token. channels: of a pixel. frames: of the token grid that
+    positions are over, an image's being one; None: not known.
     """
 
     strides: tuple[int, ...]
     tubelet: int = 1
     channels: int = 3
-    frames: int = 1
+    frames: int | None = None
 
 
 # Layouts: their names and ours. "#" is a number, "*" the rest of a name; the first row that fits counts.
