@@ -78,6 +78,11 @@ class Weights:
     bare: bool = False
 
     @property
+    def frames(self) -> int | None:
+        """Of the token grid that positions are over, an image's being one; None: not known."""
+        return self.grid[0] if self.grid is not None else self.geometry.frames
+
+    @property
     def temporal_kernel(self) -> int:
         """Frames of the depthwise kernels; 1 for a plain ViT."""
         kernel = self.tensors.get("encoder.conv_stages.0.0.depthwise.weight")
@@ -86,7 +91,7 @@ class Weights:
     @property
     def is_image(self) -> bool:
         """One frame a token, no convolution looks at another frame, and no more frames are known of."""
-        return self.geometry.tubelet == 1 and self.temporal_kernel == 1 and self.geometry.frames in (None, 1)
+        return self.geometry.tubelet == 1 and self.temporal_kernel == 1 and self.frames in (None, 1)
 
     def has(self, part: str) -> bool:
         """Whether a part (encoder, norm, fusion, decoder, head) is there; a decoder without its embedding is not."""
@@ -105,7 +110,7 @@ class Weights:
         Raises:
             ValueError: the decoder's positions were learnt, and ours are fixed.
         """
-        name = "decoder.positions"
+        name = POSITIONS[1]
         if self.has("decoder") and name in self.tensors and not self.fixed_grids(name):
             raise ValueError(
                 f"{self.names.get(name, name)} was learnt, or is of another kind, and our decoder has the fixed table: "
@@ -115,8 +120,8 @@ class Weights:
         if self.is_probe:
             return tensors
         if not self.has("head"):
-            if self.fixed_grids("encoder.positions"):
-                del tensors["encoder.positions"]
+            if self.fixed_grids(POSITIONS[0]):
+                del tensors[POSITIONS[0]]
             return {n: t for n, t in tensors.items() if not n.startswith("fc_norm.")}
         return {n.removeprefix("fc_"): t for n, t in tensors.items() if not n.startswith("norm.")}
 
@@ -127,13 +132,13 @@ class Weights:
         """
         if self.bare:
             return None
-        grids = [self.grid] if self.grid else self.fixed_grids("encoder.positions")
+        grids = [self.grid] if self.grid else self.fixed_grids(POSITIONS[0])
         grid = grids[0] if len(grids) == 1 else None
-        return {**asdict(self.geometry), "grid": grid, "position_table": self.position_table}
+        return {**asdict(self.geometry), "frames": self.frames, "grid": grid, "position_table": self.position_table}
 
     def fixed_grids(self, name: str) -> list[positions.Grid]:
         """The grids over which the fixed table is the one of this name; none if there is no such table."""
-        kind, frames = self.position_table or "sincos", self.geometry.frames or 1
+        kind, frames = self.position_table or "sincos", self.frames or 1
         return fixed_grids(self.tensors[name], kind, frames) if name in self.tensors else []
 
     def without(self, *parts: str) -> Weights:
@@ -290,9 +295,9 @@ def _without_cls(weights: Weights, layout: Layout) -> Weights:
     if not any(reason is NO_CLS for reason in weights.dropped.values()):
         return weights
     tensors = dict(weights.tensors)
-    for name in ("encoder.positions", "decoder.positions"):
+    always = layout in (MAE, HUGGING_FACE_MAE)
+    for name in POSITIONS:
         table = tensors.get(name)
-        always = layout in (MAE, HUGGING_FACE_MAE)
         if table is not None and (always or math.isqrt(table.shape[1]) ** 2 != table.shape[1]):
             tensors[name] = table[:, 1:]  # what ConvMAE-v2's table holds was never documented: the square tells
     note = (
@@ -424,8 +429,8 @@ def _with_tables(weights: Weights, image_size: int | tuple[int, int] | None) -> 
 def what(weights: Weights) -> str:
     """Half a sentence for an error."""
     frames = f"tubelet {weights.geometry.tubelet}, temporal kernel {weights.temporal_kernel}"
-    if weights.geometry.frames is not None:
-        frames += f", {weights.geometry.frames * weights.geometry.tubelet} frames"
+    if weights.frames is not None:
+        frames += f", {weights.frames * weights.geometry.tubelet} frames"
     return f"this is {weights.layout}, {len(weights.geometry.strides)} stages, {frames}"
 
 
@@ -467,6 +472,7 @@ def sizes_of(
 def _encoder_sizes(weights: Weights) -> dict[str, Any]:
     tensors, geometry = weights.tensors, weights.geometry
     widths = tuple(kernel.shape[0] for kernel in embeddings(tensors))
+    frames = weights.frames or (1 if weights.is_image else max(1, 16 // geometry.tubelet))
     last = len(widths) - 1
     stages = [*(f"encoder.conv_stages.{stage}" for stage in range(last)), "encoder.attention_blocks"]
     depths = tuple(_count(tensors, stage) for stage in stages)
@@ -480,7 +486,7 @@ def _encoder_sizes(weights: Weights) -> dict[str, Any]:
         "tubelet": geometry.tubelet,
         "mlp_ratio": _mlp_ratio(tensors, stages),
         "channels": geometry.channels,
-        "num_frames": 1 if weights.is_image else geometry.frames * geometry.tubelet if geometry.frames else 16,
+        "num_frames": frames * geometry.tubelet,
         "image_size": 224,
     }
     if last:

@@ -143,12 +143,12 @@ def _as_of_frames(weights: Weights, config: EncoderConfig, inflation: Inflation 
     At tubelet 1 and temporal kernel 1 the positions alone tell; without them an inflation changes nothing.
     """
     same_shapes = (config.tubelet, _temporal_kernel(config)) == (1, 1)
-    if not (weights.is_image and weights.geometry.frames is None and same_shapes and config.num_frames > 1):
+    if not (weights.is_image and weights.frames is None and same_shapes and config.num_frames > 1):
         return weights
     if POSITIONS[0] in weights.tensors:
         frames = _grid_of(weights, config)[0]
     else:
-        frames = config.num_frames if inflation is None else 1
+        frames = config.grid[0] if inflation is None else 1
     return replace(weights, geometry=replace(weights.geometry, frames=frames))
 
 
@@ -326,11 +326,12 @@ def _plan_resized(plan: _Plan, table: Tensor, grid: tuple[int, int, int], config
 
 def _compare(plan: _Plan, name: str, config: EncoderConfig) -> None:
     """Raise if a table of the file is not the fixed one over its grid. The model has its own over its own grid."""
-    frames = plan.weights.geometry.frames or config.grid[0]
-    if not fixed_grids(plan.weights.tensors[name], config.position_table, frames):
+    table, weights = plan.weights.tensors[name], plan.weights
+    counts = {weights.frames} if weights.frames else _frames_of(weights, table.shape[-2], config.grid) | {1}
+    if not any(fixed_grids(table, config.position_table, count) for count in counts):
         learn = "" if name != POSITIONS[0] else ", or build the model with learnable_positions=True to load them"
         raise ValueError(
-            f"{plan.weights.names.get(name, name)} is not the fixed {config.position_table} table that the model has: "
+            f"{weights.names.get(name, name)} is not the fixed {config.position_table} table that the model has: "
             "it was learnt, or is of another kind. Leave out positions (on the command line --init.leave_out "
             f"[positions]) to keep the model's own{learn}"
         )
@@ -360,15 +361,20 @@ def _grid_of(weights: Weights, config: EncoderConfig) -> positions.Grid:
 
 
 def _fitting_grids(weights: Weights, tokens: int, model: positions.Grid) -> list[positions.Grid]:
-    """Grids of so many tokens, square or the model's in space; of the file's frames, else the model's in time or space,
-    or an image's one."""
-    t, h, w = model
-    counts = {weights.geometry.frames}
-    if counts == {None}:
-        counts = {t, tokens // (h * w)} | ({1} if weights.is_image else set())
-    sides = [(count, math.isqrt(tokens // count)) for count in counts - {0}]
-    grids = {(count, side, side) for count, side in sides} | {(count, h, w) for count in counts}
+    """Grids of so many tokens, each frame square or as the model's."""
+    counts = _frames_of(weights, tokens, model)
+    sides = [(count, math.isqrt(tokens // count)) for count in counts]
+    grids = {(count, side, side) for count, side in sides} | {(count, *model[1:]) for count in counts}
     return sorted(grid for grid in grids if math.prod(grid) == tokens)
+
+
+def _frames_of(weights: Weights, tokens: int, model: positions.Grid) -> set[int]:
+    """How many frames so many tokens may be of: what the file says, else the model's, as many as have the model's
+    height and width, and an image's one."""
+    if weights.frames is not None:
+        return {weights.frames}
+    t, h, w = model
+    return {t, tokens // (h * w), *([1] if weights.is_image else [])} - {0}
 
 
 def model_from(
@@ -460,8 +466,8 @@ def _spread(kernel: Tensor, frames: int, how: str) -> Tensor:
 
 def _over_time(table: Tensor, t: int) -> Tensor:
     """Positions `(1, h w, D)` -> `(1, t h w, D)`, the table over time added and rounded once."""
-    time = positions.time(t, table.shape[-1]).to(table.device)
-    return (table.float() + time[:, None]).to(table.dtype).flatten(0, 1)[None]
+    time = positions.time(t, table.shape[-1]).to(table.device, torch.promote_types(table.dtype, torch.float32))
+    return (table + time[:, None]).to(table.dtype).flatten(0, 1)[None]
 
 
 def _inflation_notes(weights: Weights, tubelet: int, kernel: int, frames: int, how: Inflation) -> list[str]:
