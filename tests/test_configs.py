@@ -15,10 +15,11 @@ from PIL import Image
 
 from tools.finetune import finetune
 from tools.pretrain import pretrain
-from video_convmae import create_autoencoder
+from video_convmae import create_autoencoder, create_classifier
 from video_convmae.config import FinetuneConfig, ModelConfig, PretrainConfig, from_plain, parse, plain, write_yaml
 from video_convmae.engine import checkpoint
 from video_convmae.models.classifier import Probe
+from video_convmae.models.released import release
 from video_convmae.runs import load_autoencoder, load_classifier
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +161,51 @@ def test_the_numbers_are_the_recipes(path: Path) -> None:
     assert f"Effective batch {batch} " in text
 
 
+def effective_batch(config: PretrainConfig | FinetuneConfig, text: str) -> int:
+    """On the devices that the launch command names; the file says the same in words."""
+    devices = int(re.search(r"--nproc_per_node (\d+)", text)[1])
+    batch = config.train.batch_size * devices * config.train.accumulate
+    assert f"Effective batch {batch} " in text
+    return batch
+
+
+@pytest.mark.parametrize("path", [p for p in PRETRAINING if "in1k" in p.name], ids=name)
+def test_the_numbers_of_image_pretraining_are_the_recipes(path: Path) -> None:
+    """shared/reference/convmae_family.md section 2, pretrain v1."""
+    config = load(path)
+    optim, augmentation = config.optim, config.data.augmentation
+    assert effective_batch(config, path.read_text()) == 3072
+    assert config.train.epochs == (200 if "200ep" in path.name else 1600)
+    assert (optim.optimizer, optim.betas, optim.weight_decay) == ("adamw", (0.9, 0.95), 0.05)
+    assert (optim.base_lr, optim.base_min_lr, optim.warmup_epochs, optim.clip_grad) == (1.5e-4, 0.0, 40, None)
+    assert (config.mask.kind, config.mask.ratio, config.data.repeats) == ("random", 0.75, 1)
+    assert (augmentation.crop, augmentation.area, augmentation.aspect) == ("random_resized", (0.2, 1.0), (0.75, 1.3333))
+    assert (augmentation.flip, augmentation.interpolation) == (True, "bicubic")
+    model = config.model
+    assert (model.size, model.num_frames, model.image_size, model.msd) == ("base", 1, 224, True)
+    with torch.device("meta"):
+        assert model.autoencoder().target == "patch"  # --norm_pix_loss
+
+
+def test_the_numbers_of_the_image_probe_are_the_recipes() -> None:
+    """shared/reference/convmae_family.md section 2, linear probe."""
+    path = ROOT / "configs" / "image" / "probe_in1k_base.yaml"
+    config = parse(FinetuneConfig, [f"--config={path}"])
+    optim, mixing, augmentation = config.optim, config.mixing, config.data.augmentation
+    assert effective_batch(config, path.read_text()) == 4096
+    assert (config.train.epochs, optim.warmup_epochs) == (90, 10)
+    assert (optim.optimizer, optim.betas[0], optim.weight_decay, optim.layer_decay) == ("lars", 0.9, 0.0, 1.0)
+    assert (optim.base_lr, optim.base_min_lr) == (0.1, 0.0)
+    assert (augmentation.crop, augmentation.area, augmentation.flip) == ("random_resized", (0.08, 1.0), True)
+    assert (augmentation.rand_augment, augmentation.erasing) == (None, 0.0)
+    assert (mixing.mixup, mixing.cutmix, mixing.smoothing, config.model.drop_path) == (0.0, 0.0, 0.0, 0.0)
+    assert (config.test.segments, config.test.crops, config.test.crop_share) == (1, 1, 0.875)
+    assert config.validate.crop_share == 0.875
+    with torch.device("meta"):
+        head = config.model.build(1000).head
+    assert (head.head_init, head.norm.affine, head.norm.eps) == (0.01, False, 1e-6)
+
+
 RECIPES = [p for p in FINETUNING if p.name.startswith("finetune") and "own" not in p.name and p.parent.name != "debug"]
 
 
@@ -244,6 +290,38 @@ def test_a_model_configuration_says_what_it_overrides() -> None:
     assert model.grid == (4, 8, 8)
     assert model.decoder.mask_token.numel() == 48
     assert model.target == "patch_channel"
+
+
+@pytest.mark.parametrize(("frames", "source"), [(1, "images"), (4, "list.txt")])
+def test_pretraining_starts_from_a_finetuned_classifier(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, frames: int, source: str
+) -> None:
+    """A released ConvViT has learnt positions, and an autoencoder fixed ones: they are left out as the error says."""
+    classifier = create_classifier("tiny", num_classes=5, num_frames=1, image_size=32)
+    torch.nn.init.normal_(classifier.encoder.positions)
+    torch.save({"model": release(classifier, "convmae")}, tmp_path / "convvit.pth")
+    edits = (
+        f"--init.weights={tmp_path / 'convvit.pth'}",
+        f"--data.train={videos / source}",
+        f"--data.root={videos}",
+        f"--data.format={'image' if frames == 1 else 'video'}",
+        f"--output={tmp_path / 'run'}",
+        f"--model.num_frames={frames}",
+        "--model.image_size=32",
+        "--data.workers=0",
+        "--train.epochs=1",
+        "--optim.lr=0",
+        "--device=cpu",
+    )
+    path = ROOT / "configs" / "debug" / "pretrain.yaml"
+    with pytest.raises(ValueError, match="pos_embed is not the fixed sincos table") as error:
+        pretrain(load(path, *edits))
+    option, value = re.search(r"(--init.leave_out) (\[positions\])", str(error.value)).groups()
+    assert pretrain(load(path, *edits, f"{option}={value}")) == 2
+    assert "left out as asked: positions" in capsys.readouterr().out
+    trained = checkpoint.load(checkpoint.find(tmp_path / "run"))["model"]
+    name = "encoder.attention_blocks.0.mlp.fc1.weight"
+    assert torch.equal(trained[name], classifier.state_dict()[name])
 
 
 def test_a_video_run_starts_from_image_weights(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

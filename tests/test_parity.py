@@ -1,4 +1,5 @@
-"""Ours against the numbers of the released code: every `.npz` of the folder PARITY_DIR (default: tests/golden).
+"""Ours against the numbers of the released code: every `.npz` of tests/golden, of ../shared/golden where it is there,
+and of the folder that the environment variable PARITY_DIR names.
 
 A file holds random weights under released names, an input and what the released code made of it in float32 on a CPU;
 tests/golden/README.md names the fields. The weights go through `load_weights`; gradients go back through `to_layout`,
@@ -7,8 +8,10 @@ so that they are compared under the released names.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,8 +30,24 @@ from video_convmae.models.packing import take_patches, take_tokens
 from video_convmae.models.released import sizes_of, weights_of
 from video_convmae.models.weights import load_weights
 
-FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "golden"))
-FILES = sorted(FOLDER.glob("*.npz"))
+ROOT = Path(__file__).parent.parent
+NAMED = os.environ.get("PARITY_DIR") or None  # empty is as good as unset
+
+
+def goldens(*folders: Path) -> dict[str, Path]:
+    """Test id -> file. The first folder that has a name gives it to its file; an equal file further on gives way, and
+    another of the same name is called by its folders too."""
+    files: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.npz")):
+            if path.stem not in files:
+                files[path.stem] = path
+            elif not filecmp.cmp(files[path.stem], path, shallow=False):
+                files[f"{folder.parent.name}-{folder.name}-{path.stem}"] = path
+    return files
+
+
+FILES = goldens(*([Path(NAMED)] if NAMED else []), ROOT / "tests" / "golden", ROOT.parent / "shared" / "golden")
 OUTPUT, LOSS, GRADIENT, SUM = 1e-5, 1e-6, 1e-5, 1e-4
 IMAGENET = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
 HALF = (torch.tensor([0.45] * 3), torch.tensor([0.225] * 3))
@@ -216,11 +235,26 @@ def kind_of(golden: Golden) -> Callable[[Golden], None]:
     return convmae if "loss_norm_pix" in golden.fields else fastconvmae
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES.values(), ids=FILES.keys())
 def test_parity(path: Path) -> None:
     golden = Golden(path)
     kind_of(golden)(golden)
 
 
 def test_there_are_files() -> None:
-    assert FILES, f"no .npz in {FOLDER}"
+    for folder in [ROOT / "tests" / "golden", *([Path(NAMED)] if NAMED else [])]:
+        assert list(folder.glob("*.npz")), f"no .npz in {folder}"
+
+
+def test_every_file_has_a_name_of_its_own(tmp_path: Path) -> None:
+    ours, named = ROOT / "tests" / "golden", tmp_path / "more" / "files"
+    named.mkdir(parents=True)
+    shutil.copy(ours / "convmae.npz", named / "convmae.npz")  # the same file
+    shutil.copy(ours / "convvit.npz", named / "fastconvmae.npz")  # another of the same name
+    shutil.copy(ours / "convvit.npz", named / "another.npz")
+    assert goldens(named, ours) == {
+        **{path.stem: path for path in named.iterdir()},
+        "convvit": ours / "convvit.npz",
+        "tests-golden-fastconvmae": ours / "fastconvmae.npz",
+    }
+    assert {path.stem for path in ours.glob("*.npz")} <= FILES.keys()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import convert_weights
@@ -194,7 +195,7 @@ def easycv(released: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in released.items():
         if name.startswith("head."):
-            renamed[name.replace("head.", "head.fc_cls.")] = tensor
+            renamed[name.replace("head.", "head_0.fc_cls.")] = tensor
         elif name.startswith(("decoder", "mask_token")):
             renamed["decoder." + name] = tensor
         else:
@@ -299,6 +300,19 @@ def test_hugging_face_pretraining_computes_the_same(names: Callable) -> None:
     assert abs(output.loss - expected.loss) < 1e-4  # theirs goes back to pixels with ImageNet's mean and deviation
 
 
+@pytest.mark.parametrize("kind", ["pretraining", "finetuning"])
+def test_what_is_written_for_hugging_face_loads_there(kind: str, tmp_path: Path) -> None:
+    """Nothing missing, nothing unexpected, every value in its place: the names are theirs, not just ones we read."""
+    source = hugging_face(kind)
+    decoder = {"decoder": (16, 2, 2)} if kind == "pretraining" else {}
+    ours, _ = model_from(source.state_dict(), heads=2, num_frames=4, image_size=32, **decoder)
+    save(release(ours, "huggingface"), tmp_path / "model.safetensors")
+    source.config.save_pretrained(tmp_path)
+    again, said = type(source).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(said.values()), said
+    assert_same(again.state_dict(), source.state_dict())
+
+
 def test_hugging_face_classifier_computes_the_same() -> None:
     theirs = hugging_face("finetuning")
     ours, report = model_from(theirs.state_dict(), heads=2, num_frames=4, image_size=32)
@@ -306,6 +320,53 @@ def test_hugging_face_classifier_computes_the_same() -> None:
     clips = torch.randn(2, 3, 4, 32, 32)
     with torch.inference_mode():
         assert (ours(clips) - theirs(clips.transpose(1, 2)).logits).abs().max() < 1e-5
+
+
+def until_5(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of MAE's files on the hub, which transformers before 5.0 had too."""
+    for now, before in (
+        ("vit.layers.", "vit.encoder.layer."),
+        ("attention.q_proj", "attention.attention.query"),
+        ("attention.k_proj", "attention.attention.key"),
+        ("attention.v_proj", "attention.attention.value"),
+        ("attention.o_proj", "attention.output.dense"),
+        ("mlp.fc1", "intermediate.dense"),
+        ("mlp.fc2", "output.dense"),
+    ):
+        state = {name.replace(now, before): tensor for name, tensor in state.items()}
+    return state
+
+
+@pytest.mark.parametrize("names", [dict, until_5])
+def test_hugging_face_mae_computes_the_same_but_for_the_cls_token(names: Callable) -> None:
+    """Their layers on the patches alone: what is left of the model where the CLS token is dropped."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: it comes with [bench]")
+    encoder = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+    decoder = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    decoder = {f"decoder_{name}": value for name, value in decoder.items()}
+    theirs = transformers.ViTMAEForPreTraining(
+        transformers.ViTMAEConfig(image_size=32, layer_norm_eps=1e-6, **encoder, **decoder)
+    )
+    scrambled(theirs).eval()
+    for table in (theirs.vit.embeddings.position_embeddings, theirs.decoder.decoder_pos_embed):
+        table.data[0, 1:] = positions.sincos((1, 2, 2), table.shape[-1])  # MAE's, as in the files on the hub
+    ours, report = model_from(names(theirs.state_dict()), heads=2, decoder=(16, 2, 2))
+    assert report.layout == "Hugging Face MAE pretraining"
+    assert report.unexpected == ("vit.embeddings.cls_token",)
+    assert not report.missing
+    images, visible = torch.randn(2, 3, 32, 32), torch.zeros(2, 1, 2, 2, dtype=torch.bool)
+    visible[:, 0, 0] = True  # the first two of four
+    with torch.inference_mode():
+        tokens = theirs.vit.embeddings.patch_embeddings(images) + theirs.vit.embeddings.position_embeddings[:, 1:]
+        x = tokens[:, :2]
+        for layer in theirs.vit.layers:
+            x = layer(x)
+        x = theirs.decoder.decoder_embed(theirs.vit.layernorm(x))
+        x = torch.cat([x, theirs.decoder.mask_token.expand(2, 2, -1)], dim=1) + theirs.decoder.decoder_pos_embed[:, 1:]
+        for layer in theirs.decoder.decoder_layers:
+            x = layer(x)
+        expected = theirs.decoder.decoder_pred(theirs.decoder.decoder_norm(x[:, 2:]))
+        assert (ours(images[:, :, None], visible).prediction - expected).abs().max() < 1e-5
 
 
 def mae(**settings: object) -> timm.models.VisionTransformer:
@@ -441,6 +502,139 @@ def test_pretraining_into_a_classifier() -> None:
     bare = Encoder(model.encoder.config)
     assert load_weights(bare, source.state_dict()).missing == ("encoder.positions",)
     assert_same(without(bare.state_dict(), "positions"), without(model.encoder.state_dict(), "positions"))
+
+
+# What tensors do not say: windows, grid, kind of positions
+
+ONE_EACH = {"num_frames": 4, "tubelet": 1, "temporal_kernel": 1}  # a video model whose tensors have an image's shapes
+
+
+@pytest.mark.parametrize("inflation", [None, Inflation()])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ONE_EACH,
+        {**PLAIN, "position_table": "sincos", "strides": (16,), "tubelet": 1},
+        {**VIDEO, "tubelet": 4},
+        {**VIDEO, "tubelet": 4, "temporal_kernel": 1},
+        {**VIDEO, "channels": 1},
+    ],
+)
+@pytest.mark.parametrize("build", [autoencoder, classifier])
+def test_a_models_own_state_dict_comes_back(build: Callable, settings: dict, inflation: Inflation | None) -> None:
+    source, model = build(**settings), build(**settings)
+    scrambled(model, seed=1)
+    report = load_weights(model, source.state_dict(), inflation=inflation)
+    assert_same(model.state_dict(), source.state_dict())
+    assert not report.missing
+    assert not report.reshaped
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_file_of_ours_says_whether_it_is_of_images(tmp_path: Path, suffix: str) -> None:
+    source, path = classifier(**ONE_EACH), tmp_path / f"video.{suffix}"
+    weights = weights_of(source)
+    save(weights.state_dict(), path, geometry=weights.about())
+    assert not weights_of(path).is_image
+    with pytest.raises(ValueError, match="4 frames"):
+        inflate(path)
+    model = classifier(**{**ONE_EACH, "num_frames": 2})
+    report = load_weights(model, path, inflation=Inflation())
+    assert "positions resized from the grid (4, 4, 4) to (2, 4, 4)" in report.notes
+    sizes = sizes_of(path)
+    assert (sizes["num_frames"], sizes["tubelet"], sizes["image_size"]) == (4, 1, 64)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_converted_file_says_its_grid(tmp_path: Path, suffix: str) -> None:
+    """128 positions are 8 frames of 4 x 4, and to a model of 2 token frames they might be 2 of 8 x 8."""
+    source, path = str(tmp_path / "image.pth"), str(tmp_path / f"video.{suffix}")
+    torch.save({"model": release(classifier(), "convmae")}, source)
+    convert_weights.main(["inflate", source, path, "--num-frames", "16"])
+    report = load_weights(classifier(**VIDEO), path)
+    assert "positions resized from the grid (8, 4, 4) to (2, 4, 4)" in report.notes
+    bare = inflate(source, num_frames=16).state_dict()
+    with pytest.raises(ValueError, match=r"may be over the grid \(2, 8, 8\) or \(8, 4, 4\)"):
+        load_weights(classifier(**VIDEO), bare)
+    report = load_weights(classifier(**VIDEO), replace(weights_of(bare), grid=(8, 4, 4)))
+    assert "positions resized from the grid (8, 4, 4) to (2, 4, 4)" in report.notes
+    report = load_weights(classifier(**VIDEO), bare, leave_out=["positions"])
+    assert report.missing == ("encoder.positions",)
+
+
+def test_positions_of_an_image_or_of_a_clip_are_told_apart_or_are_an_error() -> None:
+    image = classifier()
+    video = classifier(num_frames=4, tubelet=1, temporal_kernel=1, image_size=64)
+    with pytest.raises(ValueError, match=r"\(1, 4, 4\) or \(4, 2, 2\)"):
+        load_weights(video, image.state_dict(), inflation=Inflation())
+    report = load_weights(video, weights_of(image), inflation=Inflation())
+    assert "inflated" in report.layout
+    assert not report.reshaped
+
+
+def run_of(model: nn.Module, **config: object) -> dict:
+    """What the checkpoint of a run holds."""
+    return {"model": model.state_dict(), "config": {"model": {"probe": None, "heads": None, **config}}}
+
+
+def test_a_runs_configuration_says_what_its_tensors_do_not() -> None:
+    settings = {"size": "base", "num_frames": 4, "image_size": 32, "heads": 2}
+    plain = {"widths": [24], "depths": [2], "strides": [16]}
+    weights = weights_of(run_of(autoencoder(**PLAIN, strides=(16,)), **settings, **plain, position_table="flat"))
+    assert (weights.grid, weights.position_table) == ((2, 2, 2), "flat")
+    with pytest.raises(ValueError, match="position_table='flat'"):
+        load_weights(classifier(**{**PLAIN, "position_table": "sincos"}, strides=(16,)), weights)
+
+    other = {**settings, **{name: TINY[name] for name in ("widths", "depths")}, "image_size": [32, 64], "tubelet": 4}
+    source = autoencoder(**{**VIDEO, "tubelet": 4, "image_size": (32, 64)})
+    weights = weights_of(run_of(source, **other))
+    assert weights.grid == (1, 2, 4)
+    assert (weights.geometry.strides, weights.geometry.tubelet) == ((4, 2, 2), 4)
+    assert sizes_of(weights)["image_size"] == (32, 64)
+    again, _ = model_from(weights, heads=2, decoder=TINY["decoder"])
+    assert again.encoder.config == source.encoder.config
+    assert_same(again.state_dict(), source.state_dict())
+
+
+def test_the_tables_of_a_released_layout_are_the_runs_own(tmp_path: Path) -> None:
+    settings = {"size": "base", "num_frames": 1, "image_size": 64, "widths": TINY["widths"], "depths": TINY["depths"]}
+    torch.save(run_of(autoencoder(), **settings), tmp_path / "run.pth")
+    given = [str(tmp_path / "run.pth"), str(tmp_path / "convmae.pth"), "--to", "convmae"]
+    for more, tokens in [([], 16), (["--image-size", "32"], 4)]:
+        convert_weights.main([*given, *more])
+        assert read(tmp_path / "convmae.pth")["model"]["pos_embed"].shape == (1, tokens, 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fixed_tables_are_known_in_half_precision(dtype: torch.dtype) -> None:
+    released = {name: tensor.to(dtype) for name, tensor in release(autoencoder(), "convmae").items()}
+    assert not load_weights(autoencoder(), released).missing
+    assert not load_weights(autoencoder(**VIDEO), released, inflation=Inflation()).missing
+    assert "encoder.positions" not in inflate(released).state_dict()
+    learnt = {**released, "pos_embed": released["pos_embed"] + 0.05}
+    with pytest.raises(ValueError, match="learnable_positions=True"):
+        load_weights(autoencoder(), learnt)
+
+
+def test_learnt_positions_are_not_lost() -> None:
+    released = release(autoencoder(), "convmae")
+    learnt = {**released, "decoder_pos_embed": released["decoder_pos_embed"] + 0.01}
+    with pytest.raises(ValueError, match="decoder_pos_embed was learnt"):
+        weights_of(learnt).state_dict()
+    with pytest.raises(ValueError, match=r"decoder_pos_embed is not the fixed .*leave_out \[positions\]"):
+        load_weights(autoencoder(), learnt)
+    model = autoencoder()
+    for weights in (weights_of(learnt).without("positions"), weights_of(released)):
+        assert model.load_state_dict(weights.state_dict())
+    assert not load_weights(model, learnt, leave_out=["positions"]).missing
+
+
+def test_a_fixed_table_may_be_over_any_rectangle() -> None:
+    released = release(autoencoder(image_size=(32, 128)), "convmae")  # 2 x 8 tokens, as many as 4 x 4
+    assert weights_of(released).about()["grid"] == (1, 2, 8)
+    model = classifier()
+    assert "positions resized from the grid (1, 2, 8) to (1, 4, 4)" in load_weights(model, released).notes
+    assert not load_weights(autoencoder(), released).missing
 
 
 # Probes
@@ -647,13 +841,19 @@ def test_a_still_clip_has_the_images_tokens(kind: str, embedding: str, kernel: i
     assert tokens_differ(image, video, masked=True) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["convmae", "fastconvmae", "convvit"])
+@pytest.mark.parametrize("tubelet", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("embedding", ["average", "center"])
-def test_a_still_clip_has_the_images_tokens_with_released_weights(name: str, embedding: str) -> None:
+@pytest.mark.parametrize("name", ["convmae", "fastconvmae", "convvit"])
+def test_a_still_clip_has_the_images_tokens_with_released_weights(
+    name: str, embedding: str, kernel: int, tubelet: int
+) -> None:
     image, _ = model_from(golden(name), heads=4)
-    weights = inflate(golden(name), num_frames=4, embedding=embedding)
+    frames = 2 * tubelet
+    weights = inflate(golden(name), num_frames=frames, tubelet=tubelet, temporal_kernel=kernel, embedding=embedding)
     video, report = model_from(weights, heads=4)
-    assert video.encoder.config.grid == (2, 14, 14)
+    config = video.encoder.config
+    assert (config.grid, config.tubelet, config.temporal_kernel) == ((2, 14, 14), tubelet, kernel)
     assert not report.missing
     without_time(video, image)
     assert tokens_differ(image, video, masked=False) < 1e-5

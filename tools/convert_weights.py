@@ -5,7 +5,8 @@
     python tools/convert_weights.py inflate convmae_base.pth video.safetensors --tubelet 2 --temporal-kernel 3
 
 What the source is, is found out from it: ConvMAE, FastConvMAE, ConvViT, EasyCV, mmpretrain, VideoMAE, Hugging Face
-VideoMAE, MAE, or ours. The suffix of the output says how it is stored: .safetensors, or anything else as torch.save.
+VideoMAE and ViTMAE, MAE, or ours. The suffix of the output says how it is stored: .safetensors, or anything else as
+torch.save. Beside weights in our names the file keeps their windows and grid.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from video_convmae.engine import checkpoint
 from video_convmae.models.files import save
 from video_convmae.models.released import WRITTEN, Weights, release, sizes_of, weights_of
-from video_convmae.models.weights import inflate
+from video_convmae.models.weights import LEAVABLE, inflate
 
 
 def report(weights: Weights) -> str:
@@ -32,9 +33,9 @@ def report(weights: Weights) -> str:
 
 def convert(given: argparse.Namespace) -> None:
     """Any layout to ours, or to a released one."""
-    weights = weights_of(source(given))
+    weights = weights_of(source(given)).without(*given.leave_out)
     tensors = weights.state_dict() if given.to == "ours" else release(weights, given.to, given.image_size)
-    save(tensors, given.output)
+    save(tensors, given.output, geometry=weights.about() if given.to == "ours" else None)
     print(report(weights))
     print(f"{given.output}: {len(tensors)} tensors, layout {given.to}")
 
@@ -47,7 +48,7 @@ def source(given: argparse.Namespace) -> Path:
 def inflate_file(given: argparse.Namespace) -> None:
     """Image weights of any layout to video weights of ours."""
     weights = inflate(
-        source(given),
+        weights_of(source(given)).without(*given.leave_out),
         tubelet=given.tubelet,
         temporal_kernel=given.temporal_kernel,
         num_frames=given.num_frames,
@@ -55,7 +56,7 @@ def inflate_file(given: argparse.Namespace) -> None:
         depthwise=given.depthwise,
     )
     tensors = weights.state_dict()
-    save(tensors, given.output)
+    save(tensors, given.output, geometry=weights.about())
     print(report(weights))
     print(f"{given.output}: {len(tensors)} tensors, layout ours")
 
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("source", help="weights of any known layout, or a run folder")
     parser.add_argument("output", help="file to write")
+    parser.add_argument("--leave-out", nargs="+", choices=LEAVABLE, default=[], help="what is not taken")
     if inflating:
         parser.add_argument("--tubelet", type=int, default=2, help="frames in a token")
         parser.add_argument("--temporal-kernel", type=int, default=3, help="frames of the depthwise kernels")
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         inflate_file(parser.parse_args(arguments[1:]))
     else:
         parser.add_argument("--to", choices=["ours", *WRITTEN], default="ours", help="layout to write")
-        parser.add_argument("--image-size", type=int, default=224, help="for the position tables of convmae")
+        parser.add_argument("--image-size", type=int, help="for convmae's position tables; by default a run's, or 224")
         convert(parser.parse_args(arguments))
 
 

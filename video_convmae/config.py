@@ -266,8 +266,8 @@ class InitConfig:
     """Checkpoint, run folder or published file (models/released.py tells the layouts); none: random."""
     inflation: Inflation = field(default_factory=Inflation)
     """How image weights become video weights: average or center, over the frames of a token and of a kernel."""
-    leave_out: tuple[Literal["norm", "fusion", "decoder", "head"], ...] = ()
-    """Parts of the file that are not taken."""
+    leave_out: tuple[Literal["positions", "norm", "fusion", "decoder", "head"], ...] = ()
+    """What of the file is not taken; in place of learnt positions, pretraining and probes have their fixed table."""
 
     def load(self, model: Autoencoder | Classifier | Probe) -> LoadReport | None:
         """Load the weights, if any, and say what was loaded.

@@ -16,24 +16,27 @@ from torch import Tensor
 Tensors: TypeAlias = "dict[str, Tensor]"
 
 
+ABOUT = ("config", "geometry")  # beside the tensors, as JSON in the metadata of .safetensors: see `save`
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """What a file holds: `.safetensors` as that, anything else as `torch.save` wrote it. No pickled code is executed.
 
     Of all classes only `argparse.Namespace` is allowed, which the released checkpoints keep their arguments in. A
     checkpoint of a run of ours is a folder; its weights are under `model`, its configuration under `config`, as in the
-    `model.safetensors` that the run leaves at its end.
+    `model.safetensors` that the run leaves at its end. Weights that `save` wrote are under `model` too where it wrote
+    something beside them.
 
     Raises:
         ValueError: the file cannot be read, or holds more than tensors, plain data and that.
     """
     path = Path(path)
     try:
-        config = run_config(path)
         if path.is_dir():
-            return {"model": read_shards(path, "model"), "config": config}
+            return {"model": read_shards(path, "model"), "config": run_config(path)}
         if path.suffix == ".safetensors":
-            tensors = load_file(path)
-            return tensors if config is None else {"model": tensors, "config": config}
+            tensors, about = load_file(path), _about(path)
+            return {"model": tensors, **about} if about else tensors
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -44,11 +47,14 @@ def run_config(path: Path) -> dict[str, Any] | None:
     """The configuration in a checkpoint folder or a `.safetensors` of a run of ours, as plain data; None elsewhere."""
     if path.is_dir():
         return json.loads((path / "checkpoint.json").read_text(encoding="utf-8")).get("config")
-    if path.suffix != ".safetensors":
-        return None
+    return _about(path).get("config") if path.suffix == ".safetensors" else None
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What `save` wrote beside the tensors of a `.safetensors`."""
     with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("config")
-    return None if text is None else json.loads(text)
+        metadata = file.metadata() or {}
+    return {name: json.loads(metadata[name]) for name in ABOUT if name in metadata}
 
 
 def read_shards(folder: Path, *parts: str) -> Tensors:
@@ -91,15 +97,27 @@ def _assembled(pieces: list[tuple[list[int], Tensor]]) -> Tensor:
     return tensor
 
 
-def save(tensors: Tensors, path: str | Path, config: Mapping[str, Any] | None = None) -> None:
-    """Write tensors: `.safetensors` as that, anything else as `{"model": tensors}` by `torch.save`.
+def save(
+    tensors: Tensors,
+    path: str | Path,
+    config: Mapping[str, Any] | None = None,
+    geometry: Mapping[str, Any] | None = None,
+) -> None:
+    """Write tensors, and plain data that `read` gives back beside them.
 
-    `config`, of a run of ours, goes into the metadata of `.safetensors`.
+    `.safetensors` has the data in its metadata; anything else is `{"model": tensors, ...}` by `torch.save`.
+
+    Args:
+        tensors: by name.
+        path: of the file.
+        config: of a run of ours.
+        geometry: of converted weights, as `Weights.about` tells it.
     """
     path = Path(path)
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    about = {name: value for name, value in zip(ABOUT, (config, geometry)) if value is not None}
     if path.suffix == ".safetensors":
-        metadata = {"format": "pt"} if config is None else {"format": "pt", "config": json.dumps(config)}
+        metadata = {"format": "pt", **{name: json.dumps(value) for name, value in about.items()}}
         save_file(tensors, path, metadata=metadata)
     else:
-        torch.save({"model": tensors}, path)
+        torch.save({"model": tensors, **about}, path)

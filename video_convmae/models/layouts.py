@@ -33,14 +33,14 @@ Rows: TypeAlias = "tuple[tuple[str, str], ...]"
 class Geometry:
     """What the tensors' values run over, as far as names do not say.
 
-    strides: spatial, of each stage. tubelet: frames of a token. channels: of a pixel. frames: token frames that
-    position tables are over, where they are known to be more than an image's one.
+    strides: spatial, of each stage. tubelet: frames of a token. channels: of a pixel. frames: of the token grid that
+    positions are over, an image's being one; None: not known.
     """
 
     strides: tuple[int, ...]
     tubelet: int = 1
     channels: int = 3
-    frames: int = 1
+    frames: int | None = None
 
 
 # Layouts: their names and ours. "#" is a number, "*" the rest of a name; the first row that fits counts.
@@ -88,12 +88,23 @@ def _hugging_face_blocks(theirs: str, ours: str) -> Rows:
     return (
         (f"{theirs}.#.attention.attention.q_bias", f"{ours}.#.attention.query.bias"),  # as on the hub, until 5.0
         (f"{theirs}.#.attention.attention.v_bias", f"{ours}.#.attention.value.bias"),
+        (f"{theirs}.#.attention.output.dense.*", f"{ours}.#.attention.proj.*"),  # before the next: it fits proj too
         (f"{theirs}.#.attention.attention.*", f"{ours}.#.attention.*"),
-        (f"{theirs}.#.attention.output.dense.*", f"{ours}.#.attention.proj.*"),
         (f"{theirs}.#.intermediate.dense.*", f"{ours}.#.mlp.fc1.*"),
         (f"{theirs}.#.output.dense.*", f"{ours}.#.mlp.fc2.*"),
         (f"{theirs}.#.layernorm_before.*", f"{ours}.#.norm1.*"),
         (f"{theirs}.#.layernorm_after.*", f"{ours}.#.norm2.*"),
+    )
+
+
+def _vit_mae_blocks(now: str, until_5: str, ours: str) -> Rows:
+    attention = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "proj"))
+    return (
+        *((f"{now}.#.attention.{theirs}.*", f"{ours}.#.attention.{name}.*") for theirs, name in attention),
+        (f"{now}.#.mlp.*", f"{ours}.#.mlp.*"),
+        (f"{now}.#.layernorm_before.*", f"{ours}.#.norm1.*"),
+        (f"{now}.#.layernorm_after.*", f"{ours}.#.norm2.*"),
+        *_hugging_face_blocks(until_5, ours),
     )
 
 
@@ -140,7 +151,7 @@ CONVMAE = Layout(
         *_CLASSIFIER,
         *_MAE_DECODER,
     ),
-    aliases=(("head.fc_cls.*", "head.*"),),  # EasyCV's classifier
+    aliases=(("head_0.fc_cls.*", "head.*"),),  # EasyCV's classifier, whose heads are numbered
     dropped={"cls_token": NO_CLS},
     companions={"encoder.": "decoder."},  # EasyCV's pretraining
 )
@@ -225,7 +236,26 @@ MAE = Layout(
     dropped={"cls_token": NO_CLS},
     companions={"encoder.": "decoder."},
 )
-LAYOUTS = (CONVMAE, MMPRETRAIN, HUGGING_FACE, VIDEOMAE, MAE)
+HUGGING_FACE_MAE = Layout(
+    title="Hugging Face MAE",
+    marker="embeddings.patch_embeddings.projection.weight",
+    dims=4,
+    rows=(
+        ("embeddings.position_embeddings", "encoder.positions"),
+        ("embeddings.patch_embeddings.projection.*", "encoder.embeddings.0.linear.*"),
+        *_vit_mae_blocks("layers", "encoder.layer", "encoder.attention_blocks"),
+        ("layernorm.*", "norm.*"),
+        ("decoder.mask_token", "decoder.mask_token"),
+        ("decoder.decoder_pos_embed", "decoder.positions"),
+        ("decoder.decoder_embed.*", "decoder.embedding.*"),
+        *_vit_mae_blocks("decoder.decoder_layers", "decoder.decoder_layers", "decoder.blocks"),
+        ("decoder.decoder_norm.*", "decoder.norm.*"),
+        ("decoder.decoder_pred.*", "decoder.prediction.*"),
+    ),
+    dropped={"embeddings.cls_token": NO_CLS},
+)
+LAYOUTS = (CONVMAE, MMPRETRAIN, HUGGING_FACE, VIDEOMAE, HUGGING_FACE_MAE, MAE)
+
 # Names
 
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from . import positions
 from .autoencoder import Autoencoder
 from .classifier import Classifier
-from .encoder import encoder_config
+from .encoder import EncoderConfig, encoder_config
 from .files import read
 from .layouts import (
     CONVMAE,
     HUGGING_FACE,
+    HUGGING_FACE_MAE,
     LAYOUTS,
     MAE,
     MMPRETRAIN,
@@ -41,8 +42,12 @@ from .sizes import SIZES, Size
 
 PARTS = ("encoder", "norm", "fusion", "decoder", "head")  # of a model; the encoder is all that is always needed
 WRITTEN = {"convmae": CONVMAE, "videomae": VIDEOMAE, "huggingface": HUGGING_FACE}
-TABLE_TOLERANCE = 1e-4  # a released table differs from ours by rounding at most, a learnt one by far more
+POSITIONS = ("encoder.positions", "decoder.positions")
 _OURS = "encoder.embeddings.0.linear.weight"
+_EPS_OF_HUGGING_FACE = {
+    HUGGING_FACE.title: "LayerNorm eps 1e-12 (1e-5 in the decoder's norm and fc_norm)",
+    HUGGING_FACE_MAE.title: "LayerNorm eps 1e-12",
+}
 _WRAPPERS = ("module.", "model.", "_orig_mod.", "state_dict.")  # put before every name by DDP, Lightning, compile
 
 
@@ -58,7 +63,8 @@ class Weights:
     names: our names -> those in the file.
     dropped: names in the file that have no counterpart here -> why.
     notes: sentences for the report.
-    grid: the token grid that learnt positions are over, where the file says it.
+    grid: the token grid that positions, learnt or fixed, are over, where the source says it.
+    bare: tensors of ours without a word on their windows and grid, as of a state dict: the geometry is a guess.
     """
 
     layout: str
@@ -68,7 +74,13 @@ class Weights:
     names: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    grid: tuple[int, int, int] | None = None
+    grid: positions.Grid | None = None
+    bare: bool = False
+
+    @property
+    def frames(self) -> int | None:
+        """Of the token grid that positions are over, an image's being one; None: not known."""
+        return self.grid[0] if self.grid is not None else self.geometry.frames
 
     @property
     def temporal_kernel(self) -> int:
@@ -78,8 +90,8 @@ class Weights:
 
     @property
     def is_image(self) -> bool:
-        """One frame a token, and no convolution looks at another frame."""
-        return self.geometry.tubelet == 1 and self.temporal_kernel == 1
+        """One frame a token, no convolution looks at another frame, and no more frames are known of."""
+        return self.geometry.tubelet == 1 and self.temporal_kernel == 1 and self.frames in (None, 1)
 
     def has(self, part: str) -> bool:
         """Whether a part (encoder, norm, fusion, decoder, head) is there; a decoder without its embedding is not."""
@@ -93,22 +105,48 @@ class Weights:
         return "head.linear.weight" in self.tensors
 
     def state_dict(self) -> Tensors:
-        """What `load_state_dict` of our model takes: a classifier or probe if there is a head, else an autoencoder."""
-        tensors = {n: t for n, t in self.tensors.items() if n != "decoder.positions"}
+        """What `load_state_dict` of our model takes: a classifier or probe if there is a head, else an autoencoder.
+
+        Raises:
+            ValueError: the decoder's positions were learnt, and ours are fixed.
+        """
+        name = POSITIONS[1]
+        if self.has("decoder") and name in self.tensors and not self.fixed_grids(name):
+            raise ValueError(
+                f"{self.names.get(name, name)} was learnt, or is of another kind, and our decoder has the fixed table: "
+                "leave out the decoder, or positions to take our table in its place"
+            )
+        tensors = {n: t for n, t in self.tensors.items() if n != name}
         if self.is_probe:
             return tensors
-        table = tensors.get("encoder.positions")
         if not self.has("head"):
-            if table is not None and self._is_fixed(table):
-                del tensors["encoder.positions"]
+            if self.fixed_grids(POSITIONS[0]):
+                del tensors[POSITIONS[0]]
             return {n: t for n, t in tensors.items() if not n.startswith("fc_norm.")}
         return {n.removeprefix("fc_"): t for n, t in tensors.items() if not n.startswith("norm.")}
 
-    def _is_fixed(self, table: Tensor) -> bool:
-        """Whether positions are those of the fixed table over a square grid."""
-        t = self.geometry.frames
-        side = math.isqrt(table.shape[1] // t)
-        return difference(table, positions.sincos((t, side, side), table.shape[2])) < TABLE_TOLERANCE
+    def about(self) -> dict[str, Any] | None:
+        """What `files.save` keeps beside these tensors, so that nothing is guessed when they are read again.
+
+        It is plain data, and None of bare tensors: a guess is not written down.
+        """
+        if self.bare:
+            return None
+        grids = [self.grid] if self.grid else self.fixed_grids(POSITIONS[0])
+        grid = grids[0] if len(grids) == 1 else None
+        return {**asdict(self.geometry), "frames": self.frames, "grid": grid, "position_table": self.position_table}
+
+    def fixed_grids(self, name: str) -> list[positions.Grid]:
+        """The grids over which the fixed table is the one of this name; none if there is no such table."""
+        kind, frames = self.position_table or "sincos", self.frames or 1
+        return fixed_grids(self.tensors[name], kind, frames) if name in self.tensors else []
+
+    def without(self, *parts: str) -> Weights:
+        """These weights without some of positions, norm, fusion, decoder and head."""
+        left = tuple(part + "." for part in parts)
+        gone = {n for n in self.tensors if n.startswith(left) or ("positions" in parts and n in POSITIONS)}
+        weights = replace(self, tensors={n: t for n, t in self.tensors.items() if n not in gone})
+        return replace(weights, grid=None, position_table=None) if "positions" in parts else weights
 
 
 # Reading
@@ -131,7 +169,7 @@ def weights_of(source: str | Path | Mapping[str, Any] | Weights | nn.Module) -> 
     given = read(source) if isinstance(source, (str, Path)) else source
     state = _without_wrappers(_tensors_in(given))
     if _OURS in state:
-        return replace(_from_ours(state), grid=_grid_in(given))
+        return _from_ours(state, given)
     for layout in LAYOUTS:
         prefix = _prefix(state, layout)
         if prefix is not None:
@@ -189,28 +227,44 @@ def _from_layout(state: Tensors, layout: Layout, prefix: str) -> Weights:
     tensors = {name: to_our_values(name, tensor, geometry) for name, tensor in joined(tensors).items()}
     names = {name: names.get(name) or names.get(name.replace(".qkv.", ".query."), name) for name in tensors}
     weights = Weights(layout.title, tensors, geometry, layout.position_table, names, dropped)
-    for finish in (_without_cls, _finish_videomae, _finish_mmpretrain, _finish_second_version):
+    for finish in (_without_cls, _finish_videomae, _finish_hugging_face, _finish_mmpretrain, _finish_second_version):
         weights = finish(weights, layout)
     return replace(weights, layout=f"{weights.layout} {_role(weights)}")
 
 
-def _from_ours(state: Tensors) -> Weights:
+def _from_ours(state: Tensors, source: Mapping[str, Any]) -> Weights:
     if unknown := [name for name in state if name.split(".")[0] not in PARTS]:
         raise ValueError(f"weights with names that no model of ours has: {folded(unknown)}")
     if "head.weight" in state:
         state = _with_fc_norm(state)
-    weights = Weights("VideoConvMAE", state, _geometry_of_ours(state), names={name: name for name in state})
+    said = _said_by_run(source) or _said_by_about(source) or {"geometry": _guessed_geometry(state), "bare": True}
+    weights = Weights("VideoConvMAE", state, names={name: name for name in state}, **said)
     return replace(weights, layout=f"VideoConvMAE {_role(weights)}")
 
 
-def _grid_in(checkpoint: Mapping[str, Any]) -> tuple[int, int, int] | None:
-    """The token grid of the run whose checkpoint this is; None: there is no configuration in it."""
-    config = checkpoint.get("config")
-    if not isinstance(config, Mapping) or "num_frames" not in config.get("model", {}):
+def _said_by_run(source: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the configuration of the run whose checkpoint this is says of its weights; None: there is none in it."""
+    config = source.get("config")
+    model = config.get("model") if isinstance(config, Mapping) else None
+    if not isinstance(model, Mapping) or not {"size", "num_frames", "image_size"} <= model.keys():
         return None
-    model = config["model"]
-    known = {name: model[name] for name in ("strides", "tubelet") if model.get(name) is not None}
-    return encoder_config(model["size"], model["num_frames"], model["image_size"], **known).grid
+    given = {name: model[name] for name in EncoderConfig.__dataclass_fields__ if model.get(name) is not None}
+    return _said_by_encoder(encoder_config(model["size"], **given))
+
+
+def _said_by_about(source: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `Weights.about` left in a converted file; None: it is none."""
+    about = source.get("geometry")
+    if not isinstance(about, Mapping):
+        return None
+    geometry = Geometry(tuple(about["strides"]), about["tubelet"], about["channels"], about["frames"])
+    grid = None if about["grid"] is None else tuple(about["grid"])
+    return {"geometry": geometry, "grid": grid, "position_table": about["position_table"]}
+
+
+def _said_by_encoder(config: EncoderConfig) -> dict[str, Any]:
+    geometry = Geometry(config.strides, config.tubelet, config.channels, config.grid[0])
+    return {"geometry": geometry, "grid": config.grid, "position_table": config.position_table}
 
 
 def _weights_of_model(model: nn.Module) -> Weights:
@@ -219,10 +273,8 @@ def _weights_of_model(model: nn.Module) -> Weights:
     tensors = model.state_dict()
     if isinstance(model, Classifier):
         tensors = _with_fc_norm(tensors)
-    config = model.encoder.config
-    geometry = Geometry(config.strides, config.tubelet, config.channels, config.grid[0])
     names = {name: name for name in tensors}
-    weights = Weights("VideoConvMAE", tensors, geometry, config.position_table, names, grid=config.grid)
+    weights = Weights("VideoConvMAE", tensors, names=names, **_said_by_encoder(model.encoder.config))
     return replace(weights, layout=f"VideoConvMAE {_role(weights)}")
 
 
@@ -243,9 +295,10 @@ def _without_cls(weights: Weights, layout: Layout) -> Weights:
     if not any(reason is NO_CLS for reason in weights.dropped.values()):
         return weights
     tensors = dict(weights.tensors)
-    for name in ("encoder.positions", "decoder.positions"):
+    always = layout in (MAE, HUGGING_FACE_MAE)
+    for name in POSITIONS:
         table = tensors.get(name)
-        if table is not None and (layout is MAE or math.isqrt(table.shape[1]) ** 2 != table.shape[1]):
+        if table is not None and (always or math.isqrt(table.shape[1]) ** 2 != table.shape[1]):
             tensors[name] = table[:, 1:]  # what ConvMAE-v2's table holds was never documented: the square tells
     note = (
         "the CLS token and its position were dropped, as ours has none; it took part in attention, so tokens differ "
@@ -258,16 +311,20 @@ def _finish_videomae(weights: Weights, layout: Layout) -> Weights:
     """VideoMAE's `encoder_to_decoder` has no bias: ours is zero."""
     if layout.position_table != "flat":
         return weights
-    tensors, notes = dict(weights.tensors), weights.notes
+    tensors = dict(weights.tensors)
     if "decoder.embedding.weight" in tensors:
         weight = tensors["decoder.embedding.weight"]
         tensors.setdefault("decoder.embedding.bias", weight.new_zeros(weight.shape[0]))
-    if layout is HUGGING_FACE:
-        notes += (
-            "transformers computes these weights with LayerNorm eps 1e-12 (1e-5 in the decoder's norm and fc_norm); "
-            "here it is 1e-6, as in VideoMAE, where they were trained",
-        )
-    return replace(weights, tensors=tensors, notes=notes)
+    return replace(weights, tensors=tensors)
+
+
+def _finish_hugging_face(weights: Weights, layout: Layout) -> Weights:
+    """transformers normalises with another eps than the code that these weights were trained with."""
+    if layout.title not in _EPS_OF_HUGGING_FACE:
+        return weights
+    eps = _EPS_OF_HUGGING_FACE[layout.title]
+    note = f"transformers computes these weights with {eps}; here it is 1e-6, as where they were trained"
+    return replace(weights, notes=(*weights.notes, note))
 
 
 def _finish_mmpretrain(weights: Weights, layout: Layout) -> Weights:
@@ -290,15 +347,15 @@ def _finish_second_version(weights: Weights, layout: Layout) -> Weights:
 
 
 def _geometry_of_kernels(tensors: Tensors) -> Geometry:
-    """From the kernels of embeddings that are still convolutions."""
-    kernels = list(_embeddings(tensors))
-    tubelet = kernels[0].shape[2] if kernels[0].ndim == 5 else 1
-    return Geometry(tuple(kernel.shape[-1] for kernel in kernels), tubelet, kernels[0].shape[1])
+    """From the kernels of embeddings that are still convolutions; a two-dimensional one is an image's."""
+    kernels = list(embeddings(tensors))
+    tubelet, frames = (kernels[0].shape[2], None) if kernels[0].ndim == 5 else (1, 1)
+    return Geometry(tuple(kernel.shape[-1] for kernel in kernels), tubelet, kernels[0].shape[1], frames)
 
 
-def _geometry_of_ours(tensors: Tensors) -> Geometry:
+def _guessed_geometry(tensors: Tensors) -> Geometry:
     """From the Linear layers, for three channels; the tubelet is the smallest that leaves a square window."""
-    first, *later = _embeddings(tensors)
+    first, *later = embeddings(tensors)
     windows = [kernel.shape[1] // before.shape[0] for before, kernel in zip([first, *later], later)]
     window, tubelet = first.shape[1] // 3, 1
     while window % tubelet or math.isqrt(window // tubelet) ** 2 * tubelet != window:
@@ -306,7 +363,8 @@ def _geometry_of_ours(tensors: Tensors) -> Geometry:
     return Geometry(tuple(math.isqrt(size) for size in (window // tubelet, *windows)), tubelet)
 
 
-def _embeddings(tensors: Tensors) -> Iterable[Tensor]:
+def embeddings(tensors: Tensors) -> Iterable[Tensor]:
+    """The weights of the stages' embeddings, in their order."""
     stage = 0
     while (kernel := tensors.get(f"encoder.embeddings.{stage}.linear.weight")) is not None:
         yield kernel
@@ -319,14 +377,15 @@ def _embeddings(tensors: Tensors) -> Iterable[Tensor]:
 def release(
     source: str | Path | Mapping[str, Any] | Weights | nn.Module,
     layout: Literal["convmae", "videomae", "huggingface"],
-    image_size: int | tuple[int, int] = 224,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Tensors:
     """Weights in a released layout: pretraining if they have a decoder, else finetuning.
 
     Args:
         source: as in `weights_of`.
         layout: `convmae` for image hybrids, `videomae` and `huggingface` for plain ViTs.
-        image_size: the pixels that the fixed position tables of `convmae` are made for; a model has its own.
+        image_size: the pixels that the fixed position tables of `convmae` are made for; None: the model's or run's own
+            where the source says them, else 224.
 
     Raises:
         ValueError: the layout cannot hold these weights.
@@ -334,8 +393,6 @@ def release(
     if layout not in WRITTEN:
         raise ValueError(f"layout is {layout!r}; expected one of {', '.join(WRITTEN)} (MAE has a CLS token, ours none)")
     weights = weights_of(source)
-    if isinstance(source, nn.Module):
-        image_size = source.encoder.config.image_size
     tensors = dict(weights.tensors)
     stages = len(weights.geometry.strides)
     if layout == "convmae":
@@ -352,11 +409,14 @@ def release(
     return to_layout(tensors, weights.geometry, WRITTEN[layout])
 
 
-def _with_tables(weights: Weights, image_size: int | tuple[int, int]) -> Tensors:
+def _with_tables(weights: Weights, image_size: int | tuple[int, int] | None) -> Tensors:
     """The released models keep their frozen position tables in the file."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    patch = math.prod(weights.geometry.strides)
-    grid = (1, height // patch, width // patch)
+    grid = weights.grid
+    if image_size is not None or grid is None:
+        size = 224 if image_size is None else image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        patch = math.prod(weights.geometry.strides)
+        grid = (1, height // patch, width // patch)
     tensors = dict(weights.tensors)
     like = {"encoder.positions": "encoder.projection.bias", "decoder.positions": "decoder.mask_token"}
     for name, vector in like.items():
@@ -369,6 +429,8 @@ def _with_tables(weights: Weights, image_size: int | tuple[int, int]) -> Tensors
 def what(weights: Weights) -> str:
     """Half a sentence for an error."""
     frames = f"tubelet {weights.geometry.tubelet}, temporal kernel {weights.temporal_kernel}"
+    if weights.frames is not None:
+        frames += f", {weights.frames * weights.geometry.tubelet} frames"
     return f"this is {weights.layout}, {len(weights.geometry.strides)} stages, {frames}"
 
 
@@ -381,8 +443,8 @@ def sizes_of(
     """What `create_autoencoder` or `create_classifier` must be called with to hold these weights.
 
     Shapes give everything but: the heads (those of our size of the same widths and depths, else width // 64; for the
-    decoder of an image model width // 32), and where no position table is in the file the clip's size (16 frames, one
-    for an image model, of 224x224 pixels). With one the grid is taken to be square.
+    decoder of an image model width // 32), and where neither a grid nor a position table is in the file the clip's size
+    (16 frames, one for an image model, of 224x224 pixels). With a table alone the grid is taken to be square.
 
     Args:
         source: as in `weights_of`.
@@ -409,7 +471,8 @@ def sizes_of(
 
 def _encoder_sizes(weights: Weights) -> dict[str, Any]:
     tensors, geometry = weights.tensors, weights.geometry
-    widths = tuple(kernel.shape[0] for kernel in _embeddings(tensors))
+    widths = tuple(kernel.shape[0] for kernel in embeddings(tensors))
+    frames = weights.frames or (1 if weights.is_image else max(1, 16 // geometry.tubelet))
     last = len(widths) - 1
     stages = [*(f"encoder.conv_stages.{stage}" for stage in range(last)), "encoder.attention_blocks"]
     depths = tuple(_count(tensors, stage) for stage in stages)
@@ -423,17 +486,20 @@ def _encoder_sizes(weights: Weights) -> dict[str, Any]:
         "tubelet": geometry.tubelet,
         "mlp_ratio": _mlp_ratio(tensors, stages),
         "channels": geometry.channels,
-        "num_frames": 1 if weights.is_image else 16 if geometry.frames == 1 else geometry.frames * geometry.tubelet,
+        "num_frames": frames * geometry.tubelet,
         "image_size": 224,
     }
     if last:
         kernel = tensors["encoder.conv_stages.0.0.depthwise.weight"]
         sizes |= {"temporal_kernel": kernel.shape[2], "spatial_kernel": kernel.shape[-1]}
-    table = tensors.get("encoder.positions")
-    if table is not None:
+    table, patch = tensors.get("encoder.positions"), math.prod(geometry.strides)
+    if weights.grid is not None:
+        height, width = (side * patch for side in weights.grid[1:])
+        sizes["image_size"] = height if height == width else (height, width)
+    elif table is not None:
         side = math.isqrt(table.shape[1] * geometry.tubelet // sizes["num_frames"])
         if side**2 * sizes["num_frames"] == table.shape[1] * geometry.tubelet:
-            sizes["image_size"] = side * math.prod(geometry.strides)
+            sizes["image_size"] = side * patch
     return sizes
 
 
@@ -465,11 +531,27 @@ def _mlp_ratio(tensors: Tensors, stages: list[str]) -> float:
     return ratios[0] if ratios else 4.0
 
 
-def difference(table: Tensor, other: Tensor) -> float:
-    """The largest difference of two position tables `([1,] N, D)`; infinite for different shapes."""
-    if table.shape[-2:] != other.shape[-2:]:
-        return math.inf
+def fixed_grids(table: Tensor, kind: str, frames: int) -> list[positions.Grid]:
+    """The grids of so many frames over which the fixed table of a kind is `table`, `(1, N, D)`, to rounding.
+
+    There is none where it was learnt, and several where a table does not tell them apart, as the flat one.
+    """
+    tokens, width = table.shape[-2:]
+    each, rest = divmod(tokens, frames)
+    if rest or width % 4:  # no table of these frames, or none of this width
+        return []
+    grids = [(frames, h, each // h) for h in range(1, each + 1) if each % h == 0]
+    return [grid for grid in grids if _difference(table, positions.TABLES[kind](grid, width)) <= _rounding(table)]
+
+
+def _difference(table: Tensor, other: Tensor) -> float:
+    """The largest difference of two position tables `([1,] N, D)`."""
     return (table.float() - other).abs().max().item()
+
+
+def _rounding(table: Tensor) -> float:
+    """By how much a fixed table may differ from ours, as it was stored; a learnt one does by more."""
+    return max(1e-4, torch.finfo(table.dtype).eps)  # values are below 2, whose neighbours are eps apart
 
 
 def folded(names: Iterable[str]) -> str:

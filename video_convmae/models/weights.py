@@ -24,8 +24,10 @@ from . import positions
 from .autoencoder import Autoencoder, FusedEncoder, create_autoencoder
 from .classifier import Classifier, Probe, create_classifier
 from .encoder import Encoder, EncoderConfig
-from .layouts import NO_CLS, Tensors, matches
-from .released import PARTS, TABLE_TOLERANCE, Weights, difference, folded, sizes_of, weights_of, what
+from .layouts import NO_CLS, Geometry, Tensors, matches
+from .released import PARTS, POSITIONS, Weights, embeddings, fixed_grids, folded, sizes_of, weights_of, what
+
+LEAVABLE = ("positions", *PARTS[1:])
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,20 @@ def load_weights(
         model: an Autoencoder, a Classifier, a Probe or an Encoder of ours, not wrapped.
         path_or_state_dict: as in `weights_of`.
         inflation: lets image weights into a video model, in this way; then a decoder that does not fit stays new.
-        leave_out: parts that are not taken: norm, fusion, decoder, head.
+        leave_out: what is not taken: positions, norm, fusion, decoder, head.
 
     Raises:
-        ValueError: as `weights_of`; the encoder or another part does not fit; positions of another kind; image weights
-            for a video model without `inflation`; a head that was not trained on the mean over tokens; no norm or
-            fusion for a probe that reads it; a fusion that the model would not read.
+        ValueError: as `weights_of`; the encoder or another part does not fit; positions of another kind, or of a grid
+            that cannot be told; image weights for a video model without `inflation`; a head that was not trained on the
+            mean over tokens; no norm or fusion for a probe that reads it; a fusion that the model would not read.
     """
     weights = weights_of(path_or_state_dict)
-    if unknown := sorted(set(leave_out) - set(PARTS[1:])):
-        raise ValueError(f"leave_out has {', '.join(unknown)}; expected some of {', '.join(PARTS[1:])}")
+    if unknown := sorted(set(leave_out) - set(LEAVABLE)):
+        raise ValueError(f"leave_out has {', '.join(unknown)}; expected some of {', '.join(LEAVABLE)}")
+    if "positions" in leave_out:
+        weights = weights.without("positions")
     encoder = model if isinstance(model, Encoder) else model.encoder
+    weights = _as_of_frames(_as_of_windows(weights, encoder.config), encoder.config, inflation)
     inflated = weights.is_image and encoder.config.num_frames > 1
     if inflated:
         weights = _inflated_for(encoder.config, weights, inflation)
@@ -120,6 +125,36 @@ def load_weights(
     if "decoder.mask_token" in plan.values and "decoder.positions" in weights.tensors:
         _compare(plan, "decoder.positions", encoder.config)
     return plan.carry_out()
+
+
+def _as_of_windows(weights: Weights, config: EncoderConfig) -> Weights:
+    """Bare tensors whose embeddings have the model's shapes are over the model's windows, whatever was guessed."""
+    inputs = (config.channels * config.tubelet, *config.widths[:-1])
+    windows = [values * stride**2 for values, stride in zip(inputs, config.strides)]
+    same = windows == [kernel.shape[1] for kernel in embeddings(weights.tensors)]
+    if not weights.bare or not same or weights.temporal_kernel != _temporal_kernel(config):
+        return weights
+    return replace(weights, geometry=Geometry(config.strides, config.tubelet, config.channels))
+
+
+def _as_of_frames(weights: Weights, config: EncoderConfig, inflation: Inflation | None) -> Weights:
+    """Weights that are known to be of images or of clips, where both have the same shapes.
+
+    At tubelet 1 and temporal kernel 1 the positions alone tell; without them an inflation changes nothing.
+    """
+    same_shapes = (config.tubelet, _temporal_kernel(config)) == (1, 1)
+    if not (weights.is_image and weights.frames is None and same_shapes and config.num_frames > 1):
+        return weights
+    if POSITIONS[0] in weights.tensors:
+        frames = _grid_of(weights, config)[0]
+    else:
+        frames = config.grid[0] if inflation is None else 1
+    return replace(weights, geometry=replace(weights.geometry, frames=frames))
+
+
+def _temporal_kernel(config: EncoderConfig) -> int:
+    """Frames of the model's depthwise kernels; 1 for a plain ViT, which has none."""
+    return config.temporal_kernel if len(config.strides) > 1 else 1
 
 
 @dataclass
@@ -189,9 +224,7 @@ def _arranged_for(model: nn.Module, weights: Weights, leave_out: Collection[str]
             return name.removeprefix("fc_") if name.startswith("fc_") else "over_tokens." + name
         return name
 
-    parts = tuple(part + "." for part in leave_out)
-    tensors = {arranged(n): t for n, t in weights.tensors.items()}
-    tensors = {n: t for n, t in tensors.items() if not n.startswith(parts)}
+    taken = replace(weights, tensors={arranged(n): t for n, t in weights.tensors.items()}).without(*leave_out)
     names = {arranged(n): theirs for n, theirs in weights.names.items()}
     notes = [f"{name} dropped: {reason}" for name, reason in weights.dropped.items() if reason is not NO_CLS]
     if isinstance(model, Classifier) and weights.has("norm"):
@@ -202,7 +235,7 @@ def _arranged_for(model: nn.Module, weights: Weights, leave_out: Collection[str]
             "norm stood behind it and was not trained on what the probe reads"
         )
     notes += [f"left out as asked: {', '.join(leave_out)}"] if leave_out else []
-    return replace(weights, tensors=tensors, names=names, notes=(*weights.notes, *notes))
+    return replace(taken, names=names, notes=(*weights.notes, *notes))
 
 
 def _may_have_had_fusion(weights: Weights) -> bool:
@@ -264,7 +297,7 @@ def _faults(wanted: Tensors, given: Tensors) -> list[str]:
 
 def _plan_positions(plan: _Plan, config: EncoderConfig) -> None:
     """Learnable positions are loaded, resized where the grid differs; fixed ones must be the model's own table."""
-    name, weights = "encoder.positions", plan.weights
+    name, weights = POSITIONS[0], plan.weights
     table = weights.tensors.get(name)
     if table is None or table.shape[-1] != config.widths[-1]:
         if weights.position_table not in (None, config.position_table):
@@ -280,8 +313,7 @@ def _plan_positions(plan: _Plan, config: EncoderConfig) -> None:
     if name not in plan.targets:
         _compare(plan, name, config)
         return
-    grid = weights.grid or _grid_of(table.shape[1], config.grid)
-    _plan_resized(plan, table[0], grid, config)
+    _plan_resized(plan, table[0], _grid_of(weights, config), config)
 
 
 def _plan_resized(plan: _Plan, table: Tensor, grid: tuple[int, int, int], config: EncoderConfig) -> None:
@@ -294,29 +326,55 @@ def _plan_resized(plan: _Plan, table: Tensor, grid: tuple[int, int, int], config
 
 def _compare(plan: _Plan, name: str, config: EncoderConfig) -> None:
     """Raise if a table of the file is not the fixed one over its grid. The model has its own over its own grid."""
-    table = plan.weights.tensors[name]
-    grid = _grid_of(table.shape[1], config.grid)
-    distance = difference(table, positions.TABLES[config.position_table](grid, table.shape[-1]))
-    if distance > TABLE_TOLERANCE:
+    table, weights = plan.weights.tensors[name], plan.weights
+    counts = {weights.frames} if weights.frames else _frames_of(weights, table.shape[-2], config.grid) | {1}
+    if not any(fixed_grids(table, config.position_table, count) for count in counts):
+        learn = "" if name != POSITIONS[0] else ", or build the model with learnable_positions=True to load them"
         raise ValueError(
-            f"{plan.weights.names.get(name, name)} differs from the model's fixed table by {distance:.3g}: it was "
-            "learnt, or is of another kind; build the model with learnable_positions=True to load it"
+            f"{weights.names.get(name, name)} is not the fixed {config.position_table} table that the model has: "
+            "it was learnt, or is of another kind. Leave out positions (on the command line --init.leave_out "
+            f"[positions]) to keep the model's own{learn}"
         )
     plan.compared.add(name)
 
 
-def _grid_of(tokens: int, model: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The grid that a table of so many tokens is over: the model's; as many frames and square; the model's (h, w).
+def _grid_of(weights: Weights, config: EncoderConfig) -> positions.Grid:
+    """The grid that the file's positions are over: what it says, what their values say, or the only one that fits.
 
     Raises:
-        ValueError: none of them has that many tokens.
+        ValueError: none or several fit.
     """
+    if weights.grid is not None:
+        return weights.grid
+    tokens, fixed = weights.tensors[POSITIONS[0]].shape[-2], weights.fixed_grids(POSITIONS[0])
+    if weights.bare and tokens == math.prod(config.grid) and not fixed:
+        return config.grid  # a state dict of this very model
+    grids = fixed if len(fixed) == 1 else _fitting_grids(weights, tokens, config.grid)
+    if len(grids) == 1:
+        return grids[0]
+    fault = f"may be over the grid {' or '.join(map(str, grids))}" if grids else "are over no grid that is known here"
+    raise ValueError(
+        f"{weights.names.get(POSITIONS[0], POSITIONS[0])} has {tokens} tokens, which {fault}; the model's grid is "
+        f"{config.grid}. Say it with dataclasses.replace(weights_of(path), grid=...), or leave out positions (on the "
+        "command line --init.leave_out [positions])"
+    )
+
+
+def _fitting_grids(weights: Weights, tokens: int, model: positions.Grid) -> list[positions.Grid]:
+    """Grids of so many tokens, each frame square or as the model's."""
+    counts = _frames_of(weights, tokens, model)
+    sides = [(count, math.isqrt(tokens // count)) for count in counts]
+    grids = {(count, side, side) for count, side in sides} | {(count, *model[1:]) for count in counts}
+    return sorted(grid for grid in grids if math.prod(grid) == tokens)
+
+
+def _frames_of(weights: Weights, tokens: int, model: positions.Grid) -> set[int]:
+    """How many frames so many tokens may be of: what the file says, else the model's, as many as have the model's
+    height and width, and an image's one."""
+    if weights.frames is not None:
+        return {weights.frames}
     t, h, w = model
-    side = math.isqrt(tokens // t)
-    for grid in (model, (t, side, side), (tokens // (h * w), h, w)):
-        if math.prod(grid) == tokens:
-            return grid
-    raise ValueError(f"positions of {tokens} tokens: neither square for {t} frames nor over {h}x{w}, the model's grid")
+    return {t, tokens // (h * w), *([1] if weights.is_image else [])} - {0}
 
 
 def model_from(
@@ -392,6 +450,7 @@ def inflate(
         tensors=tensors,
         geometry=replace(weights.geometry, tubelet=tubelet, frames=num_frames // tubelet),
         grid=None if weights.grid is None else (num_frames // tubelet, *weights.grid[1:]),
+        bare=False,
         notes=(*weights.notes, *_inflation_notes(weights, tubelet, temporal_kernel, num_frames, inflation)),
     )
 
@@ -406,9 +465,9 @@ def _spread(kernel: Tensor, frames: int, how: str) -> Tensor:
 
 
 def _over_time(table: Tensor, t: int) -> Tensor:
-    """Positions `(1, h w, D)` -> `(1, t h w, D)`, the table over time added."""
-    time = positions.time(t, table.shape[-1]).to(table)
-    return (table + time[:, None]).flatten(0, 1)[None]
+    """Positions `(1, h w, D)` -> `(1, t h w, D)`, the table over time added and rounded once."""
+    time = positions.time(t, table.shape[-1]).to(table.device, torch.promote_types(table.dtype, torch.float32))
+    return (table + time[:, None]).to(table.dtype).flatten(0, 1)[None]
 
 
 def _inflation_notes(weights: Weights, tubelet: int, kernel: int, frames: int, how: Inflation) -> list[str]:
