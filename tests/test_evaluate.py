@@ -26,7 +26,12 @@ from video_convmae.predictor import load
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
-COUNT, CLASSES = 11, 6  # records: a number that neither 2 nor 3 divides, nor the chunk
+COUNT, CLASSES, CHUNK = 12, 6, 2  # with the bad record 13 in 7 chunks: 2 and 3 processes get unequal shares
+
+
+def test_no_number_of_processes_divides_the_list() -> None:
+    records = COUNT + 1
+    assert all(number % processes for number in (records, -(-records // CHUNK)) for processes in (2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,8 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bad.mp4").write_text("no video")
     rows = [f"{i}.mp4 {i % CLASSES}" for i in range(COUNT)]
     (folder / "list.txt").write_text("\n".join(rows))
-    (folder / "with_bad.txt").write_text("\n".join([*rows[:4], "bad.mp4 1", *rows[4:]]))
+    for name, path in (("with_bad", "bad"), ("with_good", 0)):  # the same slot: a bad file, or one that can be read
+        (folder / f"{name}.txt").write_text("\n".join([*rows[:4], f"{path}.mp4 1", *rows[4:]]))
     return folder
 
 
@@ -116,16 +122,19 @@ def test_the_metrics_are_those_of_scikit_learn(alone: Path) -> None:
     assert list(rows[0]) == ["record", "label", *(f"pred{i}" for i in range(1, 6)), *(f"score{i}" for i in range(1, 6))]
 
 
+@pytest.mark.parametrize("size", [CHUNK, 3])
 def test_a_bad_record_is_reported_and_changes_no_other_row(
-    trained: Path, videos: Path, alone: Path, tmp_path: Path
+    trained: Path, videos: Path, alone: Path, tmp_path: Path, size: int
 ) -> None:
+    """Not even in its own chunk, against the same list with a good file in its slot."""
     (fault,) = [json.loads(line) for line in (alone / "bad_records.jsonl").read_text().splitlines()]
     assert fault["path"] == str(videos / "bad.mp4")
-    # In chunks of one record, nothing but a record's own views can change its row.
-    for name in ("list.txt", "with_bad.txt"):
-        run(parse(EvaluateConfig, options(trained, videos, tmp_path / name, "--batch_size=1", name=name)))
-    without, with_bad = ((tmp_path / name / "predictions.csv").read_bytes() for name in ("list.txt", "with_bad.txt"))
-    assert without == with_bad
+    for name in ("with_good.txt", "with_bad.txt"):
+        edits = (f"--batch_size={size}", "--workers=0")
+        run(parse(EvaluateConfig, options(trained, videos, tmp_path / name, *edits, name=name)))
+    with_good, with_bad = (rows_of(tmp_path / name) for name in ("with_good.txt", "with_bad.txt"))
+    assert (with_good.pop(4)["record"], len(with_bad)) == (str(videos / "0.mp4"), COUNT)
+    assert with_good == with_bad
 
 
 def test_scores_are_the_mean_softmax_of_the_views(trained: Path, videos: Path, alone: Path) -> None:
@@ -197,7 +206,7 @@ def test_chunks_of_another_evaluation_are_not_mixed_in(trained: Path, videos: Pa
 
 
 def test_scores_that_are_not_finite_are_no_predictions(trained: Path, videos: Path, tmp_path: Path) -> None:
-    state = checkpoint.load(trained / "checkpoints" / "step_00000005", "model")
+    state = checkpoint.load(checkpoint.find(trained), "model")
     state["model"]["head.weight"][0, 0] = float("nan")
     broken = checkpoint.save(tmp_path, state.pop("step"), state)
     with pytest.raises(FloatingPointError, match="not finite for the records"):
