@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,13 @@ import torch
 from clips import encode
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 
-from tools.evaluate import run
+from tools.evaluate import run, summary
 from tools.finetune import finetune
 from video_convmae.config import EvaluateConfig, FinetuneConfig, parse
 from video_convmae.data.sampling import dense_views
 from video_convmae.data.transforms import view_crops
 from video_convmae.engine import checkpoint
-from video_convmae.engine.evaluate import partial_folder
+from video_convmae.engine.evaluate import Progress, partial_folder
 from video_convmae.predictor import load
 
 ROOT = Path(__file__).parent.parent
@@ -189,7 +190,8 @@ def test_an_interrupted_test_goes_on_from_what_was_scored(
         path.write_bytes(path.read_bytes()[:-3])
     with monkeypatch.context() as patch:
         patch.setattr("video_convmae.engine.evaluate._score", interrupting(100))
-        run(parse(EvaluateConfig, arguments))
+        metrics = run(parse(EvaluateConfig, arguments))
+    assert metrics["videos_per_second"] == pytest.approx((len(seen) - 8) / metrics["seconds"])
     # The chunk with the bad record is tried again, the one with the torn row is scored again.
     assert seen == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, *range(6, COUNT + 1)]
     assert (tmp_path / "predictions.csv").read_bytes() == (alone / "predictions.csv").read_bytes()
@@ -225,3 +227,40 @@ def test_labels_that_the_model_does_not_know_are_errors(trained: Path, videos: P
     (tmp_path / "list.txt").write_text(f"{videos / '0.mp4'} {CLASSES}\n")
     with pytest.raises(ValueError, match=f"label {CLASSES}; expected 0 to {CLASSES - 1}"):
         run(parse(EvaluateConfig, options(trained, tmp_path, tmp_path / "test")))
+
+
+def test_a_list_of_bad_files_says_so(trained: Path, videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{videos / 'bad.mp4'} 1\n")
+    metrics = run(parse(EvaluateConfig, options(trained, tmp_path, tmp_path / "test", "--workers=0")))
+    assert (metrics["top1"], metrics["scored"], metrics["failed"]) == (None, 0, 1)
+    assert summary(metrics).startswith("no record could be read; 0 records scored, 1 failed")
+    assert summary(metrics | {"scored": 1}).startswith("no record that was scored has a label")
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [(["--plot"], True), (["--plot", "true"], True), ([], False)])
+def test_plot_is_a_switch(arguments: list[str], expected: bool) -> None:
+    for place in ([*arguments, "--weights=a", "--output=b"], ["--weights=a", "--output=b", *arguments]):
+        assert parse(EvaluateConfig, place).plot is expected
+
+
+def test_off_a_terminal_lines_tell_the_speed(
+    trained: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(Progress, "EVERY", 0.0)
+    metrics = run(parse(EvaluateConfig, options(trained, videos, tmp_path, "--workers=0", name="with_bad.txt")))
+    said = capsys.readouterr().out
+    lines = re.findall(r"^(\d+)/13 videos, \d+\.\d videos/s$", said, re.MULTILINE)
+    assert lines == ["2", "4", "6", "8", "10", "12", "13"]
+    assert metrics["videos_per_second"] == pytest.approx(13 / metrics["seconds"])
+    assert re.search(r"12 records scored, 1 failed; \d+\.\d videos/s$", said.strip())
+    monkeypatch.setattr(Progress, "EVERY", 1000.0)
+    run(parse(EvaluateConfig, options(trained, videos, tmp_path, "--workers=0")))
+    assert "/12 videos" not in capsys.readouterr().out
+
+
+def test_weights_that_are_not_there_are_an_error_of_one_line() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--weights=/nowhere", "--output=/nowhere"]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.startswith("evaluate.py: error: no checkpoint at /nowhere")
+    assert "Traceback" not in result.stderr

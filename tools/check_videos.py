@@ -42,6 +42,7 @@ from video_convmae.data.records import ListError, ListFormat, Record, parse_line
 from video_convmae.data.sampling import dense_views
 
 CLIP_FRAMES, CLIP_STRIDE = 16, 4
+OUTPUTS = ("clean.txt", "clean.labels.txt", "faults.csv", "summary.json")
 CHUNK_BYTES = 64 * 2**20  # of frames held at once by --full, for each worker
 
 
@@ -252,12 +253,7 @@ def check_videos(
     names = names_file.read_text(encoding="utf-8") if names_file.exists() else None
     check = Check(resolve(decoder), timeout, full)
     out.mkdir(parents=True, exist_ok=True)
-    for name in (
-        "clean.txt",
-        "clean.labels.txt",
-        "faults.csv",
-        "summary.json",
-    ):  # of an earlier check: not to be taken for this one's
+    for name in OUTPUTS:  # of an earlier check: not to be taken for this one's
         (out / name).unlink(missing_ok=True)
     results = check_all(rows, check, out / "checked.jsonl", workers)
     summary = summarize(rows, results, check)
