@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from video_convmae.data.isolation import IsolatedDecoder
-from video_convmae.data.records import Record
+from video_convmae.data.records import Record, class_names
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import check_videos as tool
@@ -104,6 +104,18 @@ def test_good_rows_are_kept_and_bad_ones_are_named(
     printed = capsys.readouterr().out
     for words in ("9 rows: 4 good", "5 bad", "48x32 (4)", "h264 (3), vp9 (1)", "is empty"):
         assert words in printed
+
+
+def test_the_clean_list_has_the_class_names_of_the_list(folder: Path, tmp_path: Path) -> None:
+    out, names = tmp_path / "out", folder / "list.labels.txt"
+    names.write_text("one\ntwo\n", encoding="utf-8")
+    try:
+        check(folder, out)
+    finally:
+        names.unlink()
+    assert class_names(out / "clean.txt") == ["one", "two"]
+    check(folder, out)  # of an earlier check: not to be taken for this one's
+    assert class_names(out / "clean.txt") is None
 
 
 def test_what_was_good_is_not_read_twice(folder: Path, tmp_path: Path, reads: list[str]) -> None:

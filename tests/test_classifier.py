@@ -212,3 +212,16 @@ def test_impossible_heads_are_errors(wrong: dict, message: str) -> None:
             create_classifier("tiny", **{"num_classes": 3, **VIDEO, **wrong})
     with pytest.raises(TypeError, match="unknown overrides: decoder"):
         probe(decoder=(8, 1, 1))
+
+
+def test_dropout_before_the_head_is_there_in_training_alone() -> None:
+    torch.manual_seed(3)
+    model = create_classifier("tiny", num_classes=3, head_init=1.0, head_dropout=0.5, **VIDEO)
+    clips = clips_for(model, 2)
+    assert not torch.equal(model.train()(clips), model(clips))
+    plain = create_classifier("tiny", num_classes=3, **VIDEO)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(clips), plain.eval()(clips))
+    assert torch.equal(plain.train()(clips), plain(clips))
+    with pytest.raises(ValueError, match=r"head_dropout is 1\.0; expected a share"):
+        create_classifier("tiny", num_classes=3, head_dropout=1.0, **VIDEO)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,18 +16,23 @@ import torch
 from clips import encode
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 
-from tools.evaluate import run
+from tools.evaluate import run, summary
 from tools.finetune import finetune
 from video_convmae.config import EvaluateConfig, FinetuneConfig, parse
 from video_convmae.data.sampling import dense_views
 from video_convmae.data.transforms import view_crops
 from video_convmae.engine import checkpoint
-from video_convmae.engine.evaluate import partial_folder
+from video_convmae.engine.evaluate import Progress, partial_folder
 from video_convmae.predictor import load
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
-COUNT, CLASSES = 11, 6  # records: a number that neither 2 nor 3 divides, nor the chunk
+COUNT, CLASSES, CHUNK = 12, 6, 2  # with the bad record 13 in 7 chunks: 2 and 3 processes get unequal shares
+
+
+def test_no_number_of_processes_divides_the_list() -> None:
+    records = COUNT + 1
+    assert all(number % processes for number in (records, -(-records // CHUNK)) for processes in (2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,8 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bad.mp4").write_text("no video")
     rows = [f"{i}.mp4 {i % CLASSES}" for i in range(COUNT)]
     (folder / "list.txt").write_text("\n".join(rows))
-    (folder / "with_bad.txt").write_text("\n".join([*rows[:4], "bad.mp4 1", *rows[4:]]))
+    for name, path in (("with_bad", "bad"), ("with_good", 0)):  # the same slot: a bad file, or one that can be read
+        (folder / f"{name}.txt").write_text("\n".join([*rows[:4], f"{path}.mp4 1", *rows[4:]]))
     return folder
 
 
@@ -116,16 +123,19 @@ def test_the_metrics_are_those_of_scikit_learn(alone: Path) -> None:
     assert list(rows[0]) == ["record", "label", *(f"pred{i}" for i in range(1, 6)), *(f"score{i}" for i in range(1, 6))]
 
 
+@pytest.mark.parametrize("size", [CHUNK, 3])
 def test_a_bad_record_is_reported_and_changes_no_other_row(
-    trained: Path, videos: Path, alone: Path, tmp_path: Path
+    trained: Path, videos: Path, alone: Path, tmp_path: Path, size: int
 ) -> None:
+    """Not even in its own chunk, against the same list with a good file in its slot."""
     (fault,) = [json.loads(line) for line in (alone / "bad_records.jsonl").read_text().splitlines()]
     assert fault["path"] == str(videos / "bad.mp4")
-    # In chunks of one record, nothing but a record's own views can change its row.
-    for name in ("list.txt", "with_bad.txt"):
-        run(parse(EvaluateConfig, options(trained, videos, tmp_path / name, "--batch_size=1", name=name)))
-    without, with_bad = ((tmp_path / name / "predictions.csv").read_bytes() for name in ("list.txt", "with_bad.txt"))
-    assert without == with_bad
+    for name in ("with_good.txt", "with_bad.txt"):
+        edits = (f"--batch_size={size}", "--workers=0")
+        run(parse(EvaluateConfig, options(trained, videos, tmp_path / name, *edits, name=name)))
+    with_good, with_bad = (rows_of(tmp_path / name) for name in ("with_good.txt", "with_bad.txt"))
+    assert (with_good.pop(4)["record"], len(with_bad)) == (str(videos / "0.mp4"), COUNT)
+    assert with_good == with_bad
 
 
 def test_scores_are_the_mean_softmax_of_the_views(trained: Path, videos: Path, alone: Path) -> None:
@@ -180,7 +190,8 @@ def test_an_interrupted_test_goes_on_from_what_was_scored(
         path.write_bytes(path.read_bytes()[:-3])
     with monkeypatch.context() as patch:
         patch.setattr("video_convmae.engine.evaluate._score", interrupting(100))
-        run(parse(EvaluateConfig, arguments))
+        metrics = run(parse(EvaluateConfig, arguments))
+    assert metrics["videos_per_second"] == pytest.approx((len(seen) - 8) / metrics["seconds"])
     # The chunk with the bad record is tried again, the one with the torn row is scored again.
     assert seen == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, *range(6, COUNT + 1)]
     assert (tmp_path / "predictions.csv").read_bytes() == (alone / "predictions.csv").read_bytes()
@@ -197,7 +208,7 @@ def test_chunks_of_another_evaluation_are_not_mixed_in(trained: Path, videos: Pa
 
 
 def test_scores_that_are_not_finite_are_no_predictions(trained: Path, videos: Path, tmp_path: Path) -> None:
-    state = checkpoint.load(trained / "checkpoints" / "step_00000005", "model")
+    state = checkpoint.load(checkpoint.find(trained), "model")
     state["model"]["head.weight"][0, 0] = float("nan")
     broken = checkpoint.save(tmp_path, state.pop("step"), state)
     with pytest.raises(FloatingPointError, match="not finite for the records"):
@@ -216,3 +227,40 @@ def test_labels_that_the_model_does_not_know_are_errors(trained: Path, videos: P
     (tmp_path / "list.txt").write_text(f"{videos / '0.mp4'} {CLASSES}\n")
     with pytest.raises(ValueError, match=f"label {CLASSES}; expected 0 to {CLASSES - 1}"):
         run(parse(EvaluateConfig, options(trained, tmp_path, tmp_path / "test")))
+
+
+def test_a_list_of_bad_files_says_so(trained: Path, videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{videos / 'bad.mp4'} 1\n")
+    metrics = run(parse(EvaluateConfig, options(trained, tmp_path, tmp_path / "test", "--workers=0")))
+    assert (metrics["top1"], metrics["scored"], metrics["failed"]) == (None, 0, 1)
+    assert summary(metrics).startswith("no record could be read; 0 records scored, 1 failed")
+    assert summary(metrics | {"scored": 1}).startswith("no record that was scored has a label")
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [(["--plot"], True), (["--plot", "true"], True), ([], False)])
+def test_plot_is_a_switch(arguments: list[str], expected: bool) -> None:
+    for place in ([*arguments, "--weights=a", "--output=b"], ["--weights=a", "--output=b", *arguments]):
+        assert parse(EvaluateConfig, place).plot is expected
+
+
+def test_off_a_terminal_lines_tell_the_speed(
+    trained: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(Progress, "EVERY", 0.0)
+    metrics = run(parse(EvaluateConfig, options(trained, videos, tmp_path, "--workers=0", name="with_bad.txt")))
+    said = capsys.readouterr().out
+    lines = re.findall(r"^(\d+)/13 videos, \d+\.\d videos/s$", said, re.MULTILINE)
+    assert lines == ["2", "4", "6", "8", "10", "12", "13"]
+    assert metrics["videos_per_second"] == pytest.approx(13 / metrics["seconds"])
+    assert re.search(r"12 records scored, 1 failed; \d+\.\d videos/s$", said.strip())
+    monkeypatch.setattr(Progress, "EVERY", 1000.0)
+    run(parse(EvaluateConfig, options(trained, videos, tmp_path, "--workers=0")))
+    assert "/12 videos" not in capsys.readouterr().out
+
+
+def test_weights_that_are_not_there_are_an_error_of_one_line() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--weights=/nowhere", "--output=/nowhere"]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.startswith("evaluate.py: error: no checkpoint at /nowhere")
+    assert "Traceback" not in result.stderr

@@ -314,10 +314,10 @@ def test_colours_are_principal_components_and_the_same_at_all_times() -> None:
     ("kind", "file", "rows", "said"),
     [
         ("pretrained", "4.mp4", 5, ""),  # frames, three stages, after fusion and norm
-        ("classifier", "4.mp4", 5, "evidence: red for"),  # frames, three stages, evidence
-        ("linear", "4.mp4", 6, "evidence: red for"),
+        ("classifier", "4.mp4", 5, "evidence: a token adds"),  # frames, three stages, evidence
+        ("linear", "4.mp4", 6, "evidence: a token adds"),
         ("attentive", "4.mp4", 5, "(AttentiveHead) are no sum over tokens"),
-        ("published", "image.png", 5, "evidence: red for"),
+        ("published", "image.png", 5, "evidence: a token adds"),
     ],
 )
 def test_the_picture_has_a_row_for_each_stage(
@@ -359,6 +359,28 @@ def test_a_label_may_be_named(
         assert message in capsys.readouterr().err
 
 
+def test_what_all_tokens_say_alike_does_not_paint_the_evidence(
+    runs: dict[str, Path], videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The picture shows the differences from the mean; mean, sum and constant stand in the text."""
+    predictor = load(runs["classifier"])
+    pictures = predictor.pictures(videos / "4.mp4", predictor.middle)
+    clips = predictor.normalise(pictures)
+    before, _ = show_features.rows_of(predictor, pictures, clips, 0)
+    real = show_features.evidence
+
+    def shifted(*arguments: object) -> show_features.Evidence:
+        parts = real(*arguments)
+        return parts._replace(tokens=parts.tokens + 1000)
+
+    monkeypatch.setattr(show_features, "evidence", shifted)
+    after, lines = show_features.rows_of(predictor, pictures, clips, 0)
+    assert np.abs(after[-1].images.astype(int) - before[-1].images.astype(int)).max() <= 1
+    assert len(np.unique(after[-1].images.reshape(-1, 3), axis=0)) > 8
+    assert "adds +1e+03 to the logit on average" in lines[1]
+    assert float(lines[2].split("= ")[1].split()[0]) == pytest.approx(1000 * TOKENS, rel=0.01)
+
+
 # Pictures of an evaluation
 
 
@@ -369,7 +391,7 @@ def evaluation(classes: int, labels: list[int], predicted: list[int], failed: tu
 
 def test_evaluate_plots(runs: dict[str, Path], videos: Path, tmp_path: Path) -> None:
     arguments = [f"--weights={runs['classifier']}", f"--list={videos / 'with_bad.txt'}", f"--output={tmp_path}"]
-    evaluate(parse(EvaluateConfig, [*arguments, "--device=cpu", "--plot=true"]))
+    evaluate(parse(EvaluateConfig, [*arguments, "--device=cpu", "--plot"]))
     for name in ("confusion.png", "classes.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG"

@@ -11,13 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from clips import encode
 
 from tools.finetune import finetune
 from video_convmae import create_autoencoder, create_classifier
-from video_convmae.config import FinetuneConfig, parse
+from video_convmae.config import FinetuneConfig, parse, run_tool
+from video_convmae.data.mixing import MixingConfig
 from video_convmae.engine import checkpoint
 from video_convmae.engine.optim import OptimConfig, build_optimization, parameter_groups
 from video_convmae.models import positions
@@ -77,7 +79,9 @@ PLAIN = (
 )
 
 
-def test_a_run_keeps_the_last_and_the_best_checkpoint(videos: Path, tmp_path: Path) -> None:
+def test_a_run_keeps_the_last_and_the_best_checkpoint(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     edits = ("--train.batch_size=8", "--optim.lr=2e-3", "--optim.layer_decay=1", "--data.augmentation.crop=whole")
     assert run(videos, tmp_path, *PLAIN, *edits, "--train.epochs=40", "--validate.every=8") == 40
     lines = log(tmp_path)
@@ -89,6 +93,14 @@ def test_a_run_keeps_the_last_and_the_best_checkpoint(videos: Path, tmp_path: Pa
     assert best["step"] == metrics["best"]["step"] == next(step for step in validated if validated[step] == highest)
     assert checkpoint.load(checkpoint.find(tmp_path))["step"] == 40
     assert lines[-1]["loss"] < lines[0]["loss"]
+    assert metrics["last"] == {"path": "checkpoints/step_00000040", "step": 40, "top1": validated[40]}
+    steps = [checkpoint.load(tmp_path / metrics[name]["path"])["step"] for name in ("last", "best")]
+    assert steps == [40, metrics["best"]["step"]]
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert line == (
+        f"last checkpoint {tmp_path}/checkpoints/step_00000040 (step 40, validation top-1 {validated[40]:.4f}); "
+        f"best checkpoint {tmp_path}/checkpoints/best (step {best['step']}, validation top-1 {highest:.4f})"
+    )
 
 
 def test_pretrained_weights_start_a_classifier_of_other_frames_and_size(
@@ -166,9 +178,39 @@ def test_labels_are_checked_before_anything_runs(videos: Path, tmp_path: Path) -
     with pytest.raises(ValueError, match="has the label 3; expected 0 to 2"):
         run(videos, tmp_path, "--data.num_classes=3")
     (videos / "unlabelled.txt").write_text("0.mp4\n1.mp4\n")
-    with pytest.raises(ValueError, match="has the label None"):
-        run(videos, tmp_path, "--data.num_classes=3", train="unlabelled.txt")
+    for edits in (["--data.num_classes=3"], []):
+        with pytest.raises(ValueError, match=r"0\.mp4 has no label, like 2 of the 2 records of its list"):
+            run(videos, tmp_path, *edits, train="unlabelled.txt")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_number_of_classes_and_their_names_agree(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("one\ntwo\nthree\nfour\nfive\n")
+    with pytest.raises(ValueError, match=r"data\.num_classes is 4 and there are 5 class names, the first 'one'"):
+        run(videos, tmp_path / "run", f"--data.labels={tmp_path / 'names.txt'}", "--data.num_classes=4")
+
+
+def test_a_run_of_no_steps_is_an_error_of_one_line(videos: Path, tmp_path: Path) -> None:
+    """As the tool ends it: what its user can mend is said without a traceback."""
+    with pytest.raises(ValueError, match=r"train.epochs is 0.1, with 4 steps an epoch not one step; .* at least 0.25"):
+        run(videos, tmp_path / "run", "--train.epochs=0.1")
+    command = [sys.executable, str(ROOT / "tools" / "finetune.py")]
+    given = [*command, *arguments(videos, tmp_path / "run", "--train.epochs=0.1")]
+    result = subprocess.run(given, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert "finetune.py: error: train.epochs is 0.1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_error_of_the_package_itself_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bad_value(_: FinetuneConfig) -> None:
+        np.zeros(6).reshape(4)
+
+    monkeypatch.setattr("video_convmae.config.parse", lambda kind: None)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        run_tool(FinetuneConfig, bad_value)
+    with pytest.raises(SystemExit, match=r"error: mixing\.mixup is -1"):
+        run_tool(FinetuneConfig, lambda _: MixingConfig(mixup=-1))
 
 
 def test_clips_are_never_flipped_where_labels_name_left_or_right(videos: Path, tmp_path: Path) -> None:
@@ -204,6 +246,7 @@ def test_lists_whose_classes_differ_are_not_compared(videos: Path, tmp_path: Pat
     [
         ("--train.batch_size=3", "make it even"),
         ("--model.probe=linear", "layers are frozen"),
+        ("--model.head_dropout=2", "head_dropout is 2.0; expected a share"),
         ("--data.augmentation.rand_augment=rand-mx", "rand_augment"),
     ],
 )

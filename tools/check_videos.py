@@ -5,11 +5,12 @@
 Of each record the first, middle and last frames are decoded, and a clip of 16 frames, 4 apart, from the middle
 (`--full`: every frame). In the --out folder:
 
-    clean.txt      the good rows, unchanged and in order: train on this
-    faults.csv     line, record, error
-    summary.json   sizes, frame rates, lengths and codecs of the good ones; how often which error came
-    checked.jsonl  a line a record, written as they are read: an interrupted check goes on from here, and one that
-                   is repeated reads only what was bad, or has changed
+    clean.txt         the good rows, unchanged and in order: train on this
+    clean.labels.txt  its class names, where the list has a file of them beside it (NAME.labels.txt)
+    faults.csv        line, record, error
+    summary.json      sizes, frame rates, lengths and codecs of the good ones; how often which error came
+    checked.jsonl     a line a record, written as they are read: an interrupted check goes on from here, and one that
+                      is repeated reads only what was bad, or has changed
 
 Records are decoded in processes of their own, and a file that hangs its decoder is given up after --timeout seconds.
 The exit status is 0 once all are read, however many are bad.
@@ -41,6 +42,7 @@ from video_convmae.data.records import ListError, ListFormat, Record, parse_line
 from video_convmae.data.sampling import dense_views
 
 CLIP_FRAMES, CLIP_STRIDE = 16, 4
+OUTPUTS = ("clean.txt", "clean.labels.txt", "faults.csv", "summary.json")
 CHUNK_BYTES = 64 * 2**20  # of frames held at once by --full, for each worker
 
 
@@ -215,9 +217,14 @@ def describe(summary: dict[str, Any], out: Path) -> str:
     return "\n".join(lines)
 
 
-def write_outputs(out: Path, rows: Sequence[Row], results: dict[str, Result], summary: dict[str, Any]) -> None:
-    """clean.txt, faults.csv and summary.json, each whole or not at all."""
+def write_outputs(
+    out: Path, names: str | None, rows: Sequence[Row], results: dict[str, Result], summary: dict[str, Any]
+) -> None:
+    """clean.txt with its class names, faults.csv and summary.json, each whole or not at all."""
     good = [row for row in rows if results[row.record.path].error is None]
+    if names is not None:
+        with _replacing(out / "clean.labels.txt") as file:
+            file.write(names)
     with _replacing(out / "clean.txt") as file:
         file.writelines(f"{row.text}\n" for row in good)
     with _replacing(out / "faults.csv") as file:
@@ -242,13 +249,15 @@ def check_videos(
 ) -> dict[str, Any]:
     """Check a whole list; see the head of this file. Returns the summary."""
     rows = read_rows(path, format, root)
+    names_file = path.with_suffix(".labels.txt")
+    names = names_file.read_text(encoding="utf-8") if names_file.exists() else None
     check = Check(resolve(decoder), timeout, full)
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("clean.txt", "faults.csv", "summary.json"):  # of an earlier check: not to be taken for this one's
+    for name in OUTPUTS:  # of an earlier check: not to be taken for this one's
         (out / name).unlink(missing_ok=True)
     results = check_all(rows, check, out / "checked.jsonl", workers)
     summary = summarize(rows, results, check)
-    write_outputs(out, rows, results, summary)
+    write_outputs(out, names, rows, results, summary)
     return summary
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from video_convmae import predictor
-from video_convmae.config import EvaluateConfig, LabelledDataConfig, check_labels, parse, plain
+from video_convmae.config import EvaluateConfig, LabelledDataConfig, check_labels, plain, run_tool
 from video_convmae.data.decoding import resolve
 from video_convmae.data.records import Records
 from video_convmae.engine import checkpoint, distributed
@@ -42,10 +42,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         evaluation = _evaluate(loaded, records, data, protocol, group, partial_folder(folder, identity))
         if not group.is_main:
             return evaluation.metrics()
+        seconds = time.perf_counter() - started
         more = {
             "weights": str(path),
             "views": [protocol.segments, protocol.crops],
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds,
+            "videos_per_second": evaluation.new / seconds,
         }
         metrics = write(evaluation, records, folder, more)
         print(summary(metrics), flush=True)
@@ -58,11 +60,11 @@ def settings(config: EvaluateConfig, loaded: Predictor) -> tuple[LabelledDataCon
     """The run's own data and test protocol, with what the command line says in its place.
 
     Raises:
-        TypeError: the model is no classifier.
+        ValueError: the model is no classifier.
     """
     data = loaded.config.data
     if not isinstance(data, LabelledDataConfig):
-        raise TypeError(f"{config.weights} was pretrained only: it has no classes (tools/finetune.py adds them)")
+        raise ValueError(f"{config.weights} was pretrained only: it has no classes (tools/finetune.py adds them)")
     values = {name: value for name, value in asdict(config).items() if value is not None}
     edits = {name: values[name] for name in ("root", "format", "sampling", "stride", "workers") if name in values}
     if "list" in values:
@@ -75,12 +77,15 @@ def settings(config: EvaluateConfig, loaded: Predictor) -> tuple[LabelledDataCon
 
 def summary(metrics: dict[str, Any]) -> str:
     """The metrics in a line."""
-    if metrics["top1"] is None:
-        accuracy = "the list has no labels"
+    if not metrics["scored"]:
+        accuracy = "no record could be read"
+    elif metrics["top1"] is None:
+        accuracy = "no record that was scored has a label"
     else:
         names = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class"}
         accuracy = ", ".join(f"{title} {metrics[name]:.2%}" for name, title in names.items())
-    return f"{accuracy}; {metrics['scored']} records scored, {metrics['failed']} failed"
+    counts = f"{metrics['scored']} records scored, {metrics['failed']} failed"
+    return f"{accuracy}; {counts}; {metrics['videos_per_second']:.1f} videos/s"
 
 
 def _evaluate(
@@ -106,4 +111,4 @@ def _plot(evaluation: Evaluation, loaded: Predictor, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(parse(EvaluateConfig))
+    run_tool(EvaluateConfig, run)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from video_convmae import predictor
-from video_convmae.config import DataConfig, FinetuneConfig, parse, plain
+from video_convmae.config import DataConfig, FinetuneConfig, plain, run_tool
 from video_convmae.data.decoding import Decoder
 from video_convmae.data.records import ListFormat, Records, read_list
 from video_convmae.engine import checkpoint, distributed, features
@@ -135,4 +135,4 @@ def _extract(
 
 
 if __name__ == "__main__":
-    run(parse(FeaturesConfig))
+    run_tool(FeaturesConfig, run)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from video_convmae.config import FinetuneConfig, parse
+from video_convmae.config import FinetuneConfig, run_tool
 from video_convmae.data.mixing import Mixing
 from video_convmae.data.records import Records
 from video_convmae.engine import distributed
@@ -80,4 +80,4 @@ def _validation(config: FinetuneConfig, group: Processes, records: Records, enco
 
 
 if __name__ == "__main__":
-    finetune(parse(FinetuneConfig))
+    run_tool(FinetuneConfig, finetune)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from video_convmae.config import PretrainConfig, parse
+from video_convmae.config import PretrainConfig, run_tool
 from video_convmae.engine import distributed
 from video_convmae.engine.tasks import Pretraining
 from video_convmae.runs import carry_out, resolved
@@ -27,4 +27,4 @@ def pretrain(config: PretrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    pretrain(parse(PretrainConfig))
+    run_tool(PretrainConfig, pretrain)

@@ -6,8 +6,9 @@
 The middle of the file is shown. Rows: the frames; each stage's features as colours (their first three principal
 components as red, green and blue, one basis for all frames of a row, so that a colour means the same at all times); for
 a pretrained encoder the tokens after fusion and norm; for a classifier the evidence: what each token adds to the logit
-of a class (red) or takes from it (blue). A token has looked at the others, so its evidence is not that of its pixels
-alone.
+of a class, as it differs from the mean over the tokens (red: more, blue: less). All tokens share most of what they say,
+since each has looked at the others; the mean stands above the picture, and would paint it in one colour. For the same
+reason a token's evidence is not that of its pixels alone.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def principal_colours(grid: Tensor) -> np.ndarray:
 
 
 def heat(frames: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Evidence over grey frames: red where it is for the class, blue where it is against it, more for more.
+    """Values over grey frames: red where they are above 0, blue where they are below it, more for more.
 
     Args:
         frames: `(t, H, W, 3)` uint8.
@@ -136,11 +137,13 @@ def rows_of(predictor: Predictor, pictures: Tensor, clips: Tensor, label: int | 
         except TypeError as error:
             return rows, [*lines, str(error)]
     values = parts.tokens.view(config.grid).cpu().numpy()
-    rows.append(Row("evidence", heat(frames, values)))
-    lines.append(
-        f"evidence: red for, blue against the class; full colour is {np.abs(values).max():.3g} of the logit a token; "
-        f"logit {logits[label]:.2f} = {values.sum():.2f} of all tokens {parts.constant:+.2f}"
-    )
+    mean = values.mean()
+    rows.append(Row("evidence", heat(frames, values - mean)))
+    lines += [
+        f"evidence: a token adds {mean:+.3g} to the logit on average; red: more, blue: less, full colour "
+        f"{np.abs(values - mean).max():.3g} more or less",
+        f"logit {logits[label]:.2f} = {values.sum():.2f} of all tokens {parts.constant:+.2f}",
+    ]
     return rows, lines
 
 

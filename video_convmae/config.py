@@ -10,8 +10,10 @@ An unknown field or a wrong type is an error that names the field. The settings 
 from __future__ import annotations
 
 import re
+import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -106,11 +108,14 @@ class ClassifierConfig(EncoderFields):
     head_init: float | None = None
     """Deviation of the head's first weights; none: 2e-5 to finetune (ConvMAE; VideoMAE scales 0.02 by 0.001), 0.01 to
     probe."""
+    head_dropout: float = 0.0
+    """Share of the pooled values that are dropped before the head while it is finetuned."""
 
     def build(self, num_classes: int) -> Classifier | Probe:
         """Build the model."""
         if self.probe is not None:
-            return create_probe(num_classes=num_classes, kind=self.probe, **self.given("probe", "drop_path"))
+            given = self.given("probe", "drop_path", "head_dropout")
+            return create_probe(num_classes=num_classes, kind=self.probe, **given)
         given = {"head_init": 2e-5, **self.given("probe", "msd")}
         return create_classifier(num_classes=num_classes, **given)
 
@@ -207,9 +212,11 @@ class LabelledDataConfig(DataConfig):
             raise ListError("data.validation is none: name a list to validate or test on")
         ours, theirs = self.class_names(), class_names(self.validation, self.root)
         if ours is not None and theirs is not None and ours != tuple(theirs):
+            source = self.train if self.labels is None else "data.labels"
             raise ListError(
-                f"the classes of {self.train} ({len(ours)}) and of {self.validation} ({len(theirs)}) differ, so their "
-                "numbers mean different things: list both with the same class names (tools/make_list.py)"
+                f"the classes of {source} ({len(ours)}) and of {self.validation} ({len(theirs)}) differ, so their "
+                "numbers mean different things: list both with the same class names (tools/make_list.py); for a list "
+                "with classes of its own set data.labels to null"
             )
         return read_list(self.validation, self.format, self.root)
 
@@ -226,11 +233,17 @@ class LabelledDataConfig(DataConfig):
         """How many classes the model must tell apart.
 
         Raises:
-            ListError: a label is missing or beyond `num_classes`, or left and right are labels and clips are flipped.
+            ListError: a label is missing or beyond `num_classes`, there are more or fewer names, or left and right are
+                labels and clips are flipped.
         """
         names = self.class_names()
         largest = max(int(records.labels.max()) for records in lists)
         count = self.num_classes or (len(names) if names else largest + 1)
+        if names and len(names) != count:
+            raise ListError(
+                f"data.num_classes is {count} and there are {len(names)} class names, the first {names[0]!r}; expected "
+                "as many: leave data.num_classes out, or name the file of all classes with data.labels"
+            )
         for records in lists:
             check_labels(records, count)
         if self.augmentation.flip and names is None:
@@ -252,6 +265,11 @@ def check_labels(records: Records, num_classes: int, least: int = 0) -> None:
     """Raise a ListError unless every label lies in `least` (-1: may be missing) to `num_classes - 1`."""
     for wrong in np.flatnonzero((records.labels < least) | (records.labels >= num_classes))[:1]:
         record = records[int(wrong)]
+        if record.label is None:
+            raise ListError(
+                f"{record.path} has no label, like {int((records.labels < 0).sum())} of the {len(records)} records of "
+                "its list; expected 'path label' in every line (data_lists/README.md)"
+            )
         raise ListError(
             f"{record.path} has the label {record.label}; expected 0 to {num_classes - 1}: there are {num_classes} "
             "classes, as data.num_classes, the class names or the trained model say"
@@ -356,6 +374,11 @@ class FinetuneConfig:
                 f"optim.layer_decay is {self.optim.layer_decay} and model.probe is {self.model.probe!r}; expected 1: a "
                 "probed encoder's layers are frozen"
             )
+        if self.model.probe is not None and self.model.head_dropout:
+            raise ValueError(
+                f"model.head_dropout is {self.model.head_dropout} and model.probe is {self.model.probe!r}; expected 0: "
+                "a probe's head has no dropout"
+            )
         clips = self.train.batch_size * self.data.repeats
         if self.mixing.mixes and clips % 2:
             raise ValueError(
@@ -416,15 +439,34 @@ def parse(kind: type[Config], arguments: Sequence[str] | None = None) -> Config:
         kind: the run's dataclass.
         arguments: as on the command line; None reads that.
 
-    An unknown field or a wrong type ends the program with a message that names it.
+    An unknown field or a wrong type ends the program with a message that names it. A field that is true or false is
+    true where its name stands alone.
     """
     parser = ArgumentParser(description=kind.__doc__)
     parser.add_argument(
         "--config", action="config", help="YAML file; fields after it on the command line replace its own."
     )
     parser.add_class_arguments(kind)
+    for action in parser._actions:  # a switch: `--plot` alone says what `--plot true` says
+        if getattr(action, "_typehint", None) is bool:
+            action.nargs, action.const = "?", True
     values = parser.instantiate(parser.parse_args(arguments)).as_dict()
     return kind(**{name: value for name, value in values.items() if name != "config"})
+
+
+def run_tool(kind: type[Config], program: Callable[[Config], Any]) -> None:
+    """Read the command line and run a tool; what its user can mend ends it with one line.
+
+    An error that this package raises itself (a list, a setting, a file that is not there) is worded for that. One that
+    comes from elsewhere is a fault of the package, and keeps its traceback.
+    """
+    try:
+        program(parse(kind))
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if Path(__file__).parent not in Path(frame.f_code.co_filename).parents:
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
 
 
 def plain(config: Any) -> dict[str, Any]:

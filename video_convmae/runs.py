@@ -128,8 +128,10 @@ def carry_out(
     )
     first_step = 0 if begun is None else checkpoint.step_of(begun)
     news = steps > first_step or not (folder / "metrics.json").exists()
-    if group.is_main and steps == last_step and news:
-        _write_metrics(folder, time.perf_counter() - started)
+    if group.is_main and steps == last_step:
+        if news:
+            _write_metrics(folder, time.perf_counter() - started)
+        print(_kept(folder), flush=True)
     return steps
 
 
@@ -220,22 +222,38 @@ def remember(
     if group.is_main:
         metrics = {f"val_{name}": value for name, value in values.items()}
         metrics |= {"step": 0, "remembered": len(features), "seconds": time.perf_counter() - started}
-        write_text(folder / "metrics.json", json.dumps(metrics) + "\n")
+        last = {"path": f"checkpoints/{checkpoint.name_of(0)}", "step": 0, "top1": values.get("top1")}
+        write_text(folder / "metrics.json", json.dumps(metrics | {"last": last}) + "\n")
         print(", ".join(f"{name} {value}" for name, value in metrics.items()), flush=True)
+        print(_kept(folder), flush=True)
         shutil.rmtree(folder / "partial")
     distributed.barrier()
     return 0
 
 
 def _write_metrics(folder: Path, seconds: float) -> None:
-    """metrics.json of a run that ended: the last logged values, the best validation, this process's seconds."""
+    """metrics.json of a run that ended: the last logged values, the last and the best checkpoint (paths within the run
+    folder) with what they scored, this process's seconds."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     metrics = {name: value for line in lines if line["step"] == lines[-1]["step"] for name, value in line.items()}
+    metrics["last"] = {"path": f"checkpoints/{checkpoint.name_of(metrics['step'])}", "step": metrics["step"]}
     validated = [line for line in lines if line.get("val_top1") is not None]
     if validated:
         best = max(validated, key=lambda line: line["val_top1"])  # the first of equals, as checkpoints/best
-        metrics["best"] = {"step": best["step"], "top1": best["val_top1"]}
+        metrics["last"]["top1"] = metrics.get("val_top1")
+        metrics["best"] = {"path": f"checkpoints/{checkpoint.BEST}", "step": best["step"], "top1": best["val_top1"]}
     write_text(folder / "metrics.json", json.dumps(metrics | {"seconds": seconds}) + "\n")
+
+
+def _kept(folder: Path) -> str:
+    """The line that names a finished run's last and best checkpoint."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    parts = []
+    for name in ("last", "best"):
+        if (kept := metrics.get(name)) is not None:
+            top1 = "" if kept.get("top1") is None else f", validation top-1 {kept['top1']:.4f}"
+            parts.append(f"{name} checkpoint {folder / kept['path']} (step {kept['step']}{top1})")
+    return "; ".join(parts)
 
 
 def run_kind(path: Path) -> Literal["pretrain", "finetune"] | None:

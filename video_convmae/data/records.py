@@ -142,7 +142,10 @@ def class_names(path: str | Path, root: str | Path = "", labels: str | Path | No
     try:
         names = Path(labels).read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ListError(f"cannot read the class names {labels}: {error.strerror or error}") from error
+        raise ListError(
+            f"cannot read the class names {labels}: {error.strerror or error}; a relative path begins at the working "
+            "directory, for data_lists/ the root of the repository (or set data.labels)"
+        ) from error
     if not names:
         raise ListError(f"the file of class names {labels} is empty")
     return names

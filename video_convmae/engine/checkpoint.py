@@ -87,7 +87,7 @@ class Saver:
         parts = {part: values for part, values in state.items() if _holds_tensors(values)}
         tensors = {f"{part}/{name}": tensor for part, values in parts.items() for name, tensor in values.items()}
         about = {"step": step} | {part: values for part, values in state.items() if part not in parts}
-        partial = self.folder / f"step_{step:08d}.partial"
+        partial = self.folder / f"{name_of(step)}.partial"
         size = sum(tensor.nbytes for tensor in tensors.values())
         complaints = distributed.gather(_prepare(partial, size) if self._writes else None)
         if any(complaints):
@@ -121,7 +121,7 @@ class Saver:
         if self._writes:
             partial = self.folder / f"{BEST}.partial"
             partial.unlink(missing_ok=True)
-            partial.symlink_to(f"step_{step:08d}", target_is_directory=True)
+            partial.symlink_to(name_of(step), target_is_directory=True)
             partial.replace(self.folder / BEST)
 
     def is_kept(self, step: int) -> bool:
@@ -157,12 +157,17 @@ def save(folder: Path, step: int, state: Mapping[str, Any], writes: bool = True,
     saver = Saver(folder, writes, keep)
     saver.save(step, state)
     saver.wait()
-    return folder / f"step_{step:08d}"
+    return folder / name_of(step)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first; those that are damaged too."""
     return sorted((p for p in folder.glob("step_*") if _NAME.fullmatch(p.name)), key=step_of)
+
+
+def name_of(step: int) -> str:
+    """What the checkpoint of a step is called."""
+    return f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int:

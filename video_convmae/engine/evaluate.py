@@ -55,12 +55,14 @@ class Evaluation:
     labels: `(R,)` int64, -1 where the list has none.
     failed: `(R,)` bool.
     faults: what could not be read, and why.
+    new: records that this attempt went through, not one before it.
     """
 
     scores: np.ndarray
     labels: np.ndarray
     failed: np.ndarray
     faults: tuple[Fault, ...]
+    new: int = 0
 
     def metrics(self) -> dict[str, float | int | None]:
         """Accuracies as fractions over the labelled records that were read; None where there are none."""
@@ -115,7 +117,7 @@ def evaluate(
 
     shape = (num_classes,)
     rows = score_list(model, class_scores, shape, views, pixels, config, group, workers, start_method, folder)
-    return Evaluation(rows.values, views.records.labels, rows.failed, rows.faults)
+    return Evaluation(rows.values, views.records.labels, rows.failed, rows.faults, rows.new)
 
 
 class Rows(NamedTuple):
@@ -124,11 +126,13 @@ class Rows(NamedTuple):
     values: `(R, ...)` float32, the mean over each record's views; zeros where it could not be read.
     failed: `(R,)` bool.
     faults: what could not be read, and why.
+    new: records that this attempt went through, not one before it.
     """
 
     values: np.ndarray
     failed: np.ndarray
     faults: tuple[Fault, ...]
+    new: int
 
 
 class Chunk(NamedTuple):
@@ -169,9 +173,10 @@ def score_list(
         for chunk in chunks:
             new_rows.append(kept.add(chunk))
             new_faults += chunk.faults
+    kept_rows = len(rows)
     for rank_rows, rank_faults in distributed.gather((np.concatenate(new_rows), new_faults)):
         rows, faults = np.concatenate([rows, rank_rows]), [*faults, *rank_faults]
-    return _arrange(rows, faults, len(views), shape)
+    return _arrange(rows, faults, len(views), shape, len(rows) - kept_rows)
 
 
 def score_chunks(
@@ -197,12 +202,7 @@ def score_chunks(
     chunks = [list(range(start, min(start + config.batch_size, len(views)))) for start in starts]
     pending = [chunk for chunk in chunks if not done.issuperset(chunk)]
     mine = pending[group.rank :: group.count]
-    bar = tqdm(
-        total=len(views),
-        initial=len(views) - sum(map(len, pending)),
-        unit="video",
-        disable=None if show and group.is_main else True,
-    )
+    progress = Progress(len(views), len(views) - sum(map(len, pending)), show and group.is_main)
     training = model.training
     model.eval()
     try:
@@ -210,10 +210,43 @@ def score_chunks(
         for chunk in _score(compute, batches, views.views.count, pixels, config.precision):
             distributed.doing(f"scores the records after {chunk.records[-1]}")
             yield chunk
-            bar.update(min(len(chunk.records) * group.count, bar.total - bar.n))
+            progress.update(len(chunk.records) * group.count)
     finally:
         model.train(training)
-        bar.close()
+        progress.close()
+
+
+class Progress:
+    """For the person who watches: a bar on a terminal; elsewhere, in a batch system's log, a line now and then.
+
+    Args:
+        total: records of the list.
+        done: those that need no work.
+        show: else nothing is said.
+    """
+
+    EVERY = 10.0  # seconds between two lines
+
+    def __init__(self, total: int, done: int, show: bool) -> None:
+        self._bar = tqdm(total=total, initial=done, unit="video", disable=None if show else True)
+        self._prints = show and self._bar.disable
+        self._total, self._first, self._done = total, done, done
+        self._started = self._said = time.perf_counter()
+
+    def update(self, count: int) -> None:
+        """So many more are done; with several processes a guess, which may run ahead of the list."""
+        count = min(count, self._total - self._done)
+        self._done += count
+        self._bar.update(count)
+        now = time.perf_counter()
+        if self._prints and now >= self._said + self.EVERY:
+            rate = (self._done - self._first) / (now - self._started)
+            print(f"{self._done}/{self._total} videos, {rate:.1f} videos/s", flush=True)
+            self._said = now
+
+    def close(self) -> None:
+        """Nothing more is done."""
+        self._bar.close()
 
 
 @torch.inference_mode()
@@ -234,12 +267,12 @@ def _score(
         yield Chunk(records, values.numpy(), list(batch.faults))
 
 
-def _arrange(rows: np.ndarray, faults: Sequence[Fault], count: int, shape: tuple[int, ...]) -> Rows:
+def _arrange(rows: np.ndarray, faults: Sequence[Fault], count: int, shape: tuple[int, ...], new: int) -> Rows:
     """Rows in the list's order; a record that was scored twice (a chunk that was torn by a kill) counts once."""
     values = np.zeros((count, *shape), np.float32)
     failed = np.zeros(count, bool)
     values[rows["record"]], failed[rows["record"]] = rows["values"], rows["failed"]
-    return Rows(values, failed, in_order([fault for fault in faults if failed[fault.index]]))
+    return Rows(values, failed, in_order([fault for fault in faults if failed[fault.index]]), new)
 
 
 def in_order(faults: Sequence[Fault]) -> tuple[Fault, ...]:

@@ -111,7 +111,15 @@ def build_optimization(
         effective_batch: records of one optimizer step, repeats not counted.
         epochs: length of the run.
         steps_per_epoch: optimizer steps of one pass over the list.
+
+    Raises:
+        ValueError: so few epochs that there is no step.
     """
+    if round(epochs * steps_per_epoch) < 1:
+        raise ValueError(
+            f"train.epochs is {epochs}, with {steps_per_epoch} steps an epoch not one step; expected at least "
+            f"{1 / steps_per_epoch:.2g}"
+        )
     if config.lr is not None:
         peak, end = config.lr, config.base_min_lr
         origin = f"lr {peak:.3g} as configured"

@@ -28,14 +28,21 @@ class Classifier(nn.Module):
         num_classes: classes.
         head_init: deviation of the head's first weights. Finetuning starts from 2e-5 (ConvMAE; VideoMAE scales 0.02 by
             0.001).
+        head_dropout: share of the pooled values that are dropped before the head in training (VideoMAE on small data,
+            mae_st).
     """
 
-    def __init__(self, encoder: EncoderConfig, num_classes: int, head_init: float = 0.02) -> None:
+    def __init__(
+        self, encoder: EncoderConfig, num_classes: int, head_init: float = 0.02, head_dropout: float = 0.0
+    ) -> None:
         super().__init__()
         _check_head(num_classes, head_init)
+        if not 0 <= head_dropout < 1:
+            raise ValueError(f"head_dropout is {head_dropout}; expected a share, 0 or more and less than 1")
         self.head_init = head_init
         self.encoder = Encoder(encoder)
         self.norm = nn.LayerNorm(self.encoder.width, eps=1e-6)
+        self.dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(self.encoder.width, num_classes)
         self.init_weights()
 
@@ -47,7 +54,7 @@ class Classifier(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Clips `(B, C, T, H, W)` -> logits `(B, num_classes)`."""
-        return self.head(self.norm(self.encode(clips).mean(dim=1)))
+        return self.head(self.dropout(self.norm(self.encode(clips).mean(dim=1))))
 
     def encode(self, clips: Tensor, visible: Tensor | None = None) -> Tensor:
         """Tokens `(B, n, D)` after the last attention block; `None` = all visible."""
@@ -85,14 +92,16 @@ def create_classifier(
     num_frames: int = 16,
     image_size: int | tuple[int, int] = 224,
     head_init: float = 0.02,
+    head_dropout: float = 0.0,
     **overrides: Any,
 ) -> Classifier:
     """A classifier of a named size; arguments as in `create_autoencoder`, overrides any field of `EncoderConfig`.
 
-    Positions are learnable, started from the table. `head_init`: see `Classifier`.
+    Positions are learnable, started from the table. `head_init`, `head_dropout`: see `Classifier`.
     """
     overrides = {"learnable_positions": True, **overrides}
-    return Classifier(encoder_config(size, num_frames, image_size, **overrides), num_classes, head_init)
+    encoder = encoder_config(size, num_frames, image_size, **overrides)
+    return Classifier(encoder, num_classes, head_init, head_dropout)
 
 
 class Probe(FusedEncoder):
