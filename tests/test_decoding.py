@@ -191,6 +191,18 @@ def test_an_edit_list_hides_frames(isolated: IsolatedDecoder, made: Callable[[st
         assert (reader.read(range(20)) == plain).all()
 
 
+def test_frames_that_nothing_refers_to_are_not_decoded(made: Callable[[str], Path]) -> None:
+    path = made("h264.mp4")
+    with open_frames(Record(str(path)), "pyav") as reader:
+        wanted = reader.scan.times[[0, 4, 8, 12, 16]].tolist()
+        all_frames = [frame.pts for frame in reader._frames_from(0) if frame.pts <= wanted[-1]]
+        fewer = [frame.pts for frame in reader._frames_from(0, set(wanted)) if frame.pts <= wanted[-1]]
+    assert set(wanted) <= set(fewer)
+    assert len(fewer) < 0.75 * len(all_frames)
+    with open_frames(Record(str(made("hevc.mp4"))), "pyav") as reader:
+        assert not reader.scan.droppable  # HEVC's mark says less
+
+
 @settings(max_examples=40, deadline=None)
 @given(indices=st.lists(st.integers(0, 59), min_size=1, max_size=20))
 def test_any_request(indices: list[int], made: Callable[[str], Path]) -> None:
