@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -189,6 +190,20 @@ def test_an_edit_list_hides_frames(isolated: IsolatedDecoder, made: Callable[[st
     with isolated.open(Record(str(made("edit list.mp4")))) as reader:
         assert len(reader) == 20
         assert (reader.read(range(20)) == plain).all()
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "vp9.webm", "open GOP.mkv", "rotated 90.mp4", "h264 raw.h264"])
+def test_members_of_an_archive_are_read_like_files(
+    name: str, isolated: IsolatedDecoder, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = made(name)
+    with tarfile.open(tmp_path / "shard-000.tar", "w") as archive:
+        archive.add(made("vp8.webm"), "first.webm")
+        archive.add(path, f"folder/{name}")
+    with isolated.open(Record(f"{tmp_path}/shard-000.tar#folder/{name}")) as reader:
+        assert_frames(reader, sequence(path))
+        handed = name in HANDED_TO_PYAV.get(isolated.decoder, ())
+        assert reader.decoder == ("pyav" if handed else isolated.decoder)
 
 
 def test_frames_that_nothing_refers_to_are_not_decoded(made: Callable[[str], Path]) -> None:

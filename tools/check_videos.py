@@ -35,6 +35,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from video_convmae.data import shards
 from video_convmae.data.decoding import DecodeError, Decoder, resolve
 from video_convmae.data.isolation import IsolatedDecoder
 from video_convmae.data.records import ListError, ListFormat, Record, parse_line, read_list
@@ -149,16 +150,18 @@ def stream_facts(record: Record) -> tuple[float | None, str]:
     """Frame rate and codec as the header says them; of pictures the kind of file. For records that did decode."""
     if record.format != "video":
         return None, Path(record.path).suffix.lstrip(".").lower() or record.format
-    with av.open(os.path.abspath(record.path), metadata_errors="ignore") as container:
+    with av.open(shards.source(record.path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         rate = stream.average_rate or stream.guessed_rate
         return (round(float(rate), 3) if rate else None), stream.codec_context.codec.canonical_name
 
 
 def stamp(path: str) -> list[int] | None:
-    """Size and time of change; None where there is nothing. A file that was replaced has another one."""
+    """Size and time of change; None where there is nothing. A file that was replaced has another one.
+
+    A file in a tar archive has the archive's."""
     try:
-        status = os.stat(path)
+        status = os.stat(shards.file_of(path))
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns]

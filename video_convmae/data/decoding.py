@@ -9,6 +9,7 @@ authority on which frames a file has, so that all decoders agree:
 * the frames are those that FFmpeg shows from first to last, in display order. What an edit list hides, and a packet
   that a truncation cut off, is not counted; frame i is the i-th of the others, however long each is shown;
 * of several video streams the one that FFmpeg calls the best (the largest) is read, turned as its rotation tag says;
+* a path may point into a tar archive (shards.py): `shard-000.tar#name.mp4`;
 * a file that the chosen decoder would read wrong (`misread`) is read by PyAV instead: `reader.decoder` tells;
 * every failure is a `DecodeError` that names the file.
 
@@ -31,6 +32,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from video_convmae.data import shards
 from video_convmae.data.records import IMAGE_SUFFIXES, Record
 
 Decoder = Literal["auto", "torchcodec", "pyav", "decord"]
@@ -260,8 +262,8 @@ class _PyAVReader(FrameReader):
     def _open(self) -> None:
         import av
 
-        # The full path: FFmpeg takes what stands before a colon for a protocol. Tags that are not UTF-8 are no fault.
-        self._container = av.open(os.path.abspath(self.path), metadata_errors="ignore")
+        # Tags that are not UTF-8 are no fault.
+        self._container = av.open(shards.source(self.path), metadata_errors="ignore")
         self._stream = self._container.streams.best("video")
         if self._stream is None:
             self._container.close()
@@ -509,7 +511,7 @@ class _DecordReader(_OtherReader):
         import decord
 
         decord.logging.set_level(decord.logging.QUIET)
-        super().__init__(path, decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0), num_threads=1))
+        super().__init__(path, decord.VideoReader(shards.source(path), ctx=decord.cpu(0), num_threads=1))
 
     def _decode(self, indices: list[int]) -> np.ndarray:
         return self._video.get_batch(indices).asnumpy()
@@ -525,7 +527,7 @@ class _TorchcodecReader(_OtherReader):
 
         stream = None if scan is None else scan.stream
         options = {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "seek_mode": "exact"}
-        super().__init__(path, VideoDecoder(os.path.abspath(path), stream_index=stream, **options))
+        super().__init__(path, VideoDecoder(shards.source(path), stream_index=stream, **options))
 
     def _decode(self, indices: list[int]) -> np.ndarray:
         return self._video.get_frames_at(indices).data.numpy()
@@ -538,7 +540,8 @@ _MPEG_TS = "is an MPEG transport stream, which no decoder reads reliably (decord
 
 def _check_first_bytes(path: str) -> None:
     """Refuse what needs no decoder to be refused, and in plain words."""
-    with open(path, "rb") as file:
+    source = shards.source(path)
+    with source if shards.split(path) else open(source, "rb") as file:
         head = file.read(1024)
     if not head:
         raise DecodeError(f"{path}: is empty (0 bytes)")
@@ -596,7 +599,7 @@ def _read_image(path: str) -> np.ndarray:
     """A picture, upright as its EXIF orientation says: uint8 (H, W, 3)."""
     from PIL import Image, ImageOps
 
-    with _one_error(path), Image.open(path) as image:
+    with _one_error(path), Image.open(shards.source(path)) as image:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
