@@ -27,6 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import chain, compress, islice
 from typing import Any, Literal, get_args
 
@@ -169,6 +170,8 @@ class Scan:
     container: str  # as FFmpeg names it: "matroska,webm"
     video_streams: int
     stream: int  # which of all streams of the file is read
+    tick: Fraction  # seconds
+    rate: Fraction | None  # frames a second, as far as the file says
     times: np.ndarray  # when each frame that can be shown is shown, ascending
     keyframes: np.ndarray  # (K, 2): display time and decoding time of the keyframes, ascending
     timed: bool  # the file says when each frame is shown; if not, frames are found by decoding from the start
@@ -258,6 +261,17 @@ class _PyAVReader(FrameReader):
 
     def close(self) -> None:
         self._container.close()
+
+    def pictures(self) -> Iterator[Any]:
+        """Every frame in display order as PyAV decodes it, neither converted nor turned. Raises DecodeError."""
+        place = -1
+        with _one_error(self.path):
+            for place, frame in enumerate(self._frames_at(np.arange(len(self)))):
+                if frame.is_corrupt:
+                    raise DecodeError(f"{self.path}: frame {place} is damaged")
+                yield frame
+            if place + 1 < len(self):
+                raise DecodeError(f"{self.path}: {len(self) - place - 1} of {len(self)} frames do not decode")
 
     def _open(self) -> None:
         import av
@@ -383,6 +397,8 @@ def _scan(path: str, container: Any, stream: Any) -> Scan:
         container=container.format.name,
         video_streams=len(container.streams.video),
         stream=stream.index,
+        tick=stream.time_base,
+        rate=stream.average_rate or stream.guessed_rate,
         times=times,
         keyframes=keyframes,
         timed=timed,
