@@ -112,7 +112,7 @@ def check_all(rows: Sequence[Row], check: Check, results_file: Path, workers: in
     unread = [record for path, record in records.items() if path not in results]
     bad = 0
     with (
-        _appending(results_file) as file,
+        appending(results_file) as file,
         tqdm(total=len(records), initial=len(results), desc="checking", unit="file", smoothing=0.05) as progress,
         closing(_check_in_parallel(unread, check, workers)) as new_results,
     ):
@@ -221,15 +221,15 @@ def describe(summary: dict[str, Any], out: Path) -> str:
 def write_outputs(out: Path, rows: Sequence[Row], results: dict[str, Result], summary: dict[str, Any]) -> None:
     """clean.txt, faults.csv and summary.json, each whole or not at all."""
     good = [row for row in rows if results[row.record.path].error is None]
-    with _replacing(out / "clean.txt") as file:
+    with replacing(out / "clean.txt") as file:
         file.writelines(f"{row.text}\n" for row in good)
-    with _replacing(out / "faults.csv") as file:
+    with replacing(out / "faults.csv") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["line", "record", "error"])
         for row in rows:
             if (error := results[row.record.path].error) is not None:
                 table.writerow([row.line, parse_line(row.text.strip(), row.record.format).path, error])
-    with _replacing(out / "summary.json") as file:
+    with replacing(out / "summary.json") as file:
         file.write(json.dumps(summary, indent=2) + "\n")
 
 
@@ -290,7 +290,7 @@ def _read_every_frame(reader: Any) -> tuple[int, int]:
 
 
 @contextmanager
-def _appending(path: Path) -> Iterator[TextIO]:
+def appending(path: Path) -> Iterator[TextIO]:
     """A file of lines opened to go on in, on a new line where the last one was cut off."""
     with open(path, "a+", encoding="utf-8") as file:
         file.seek(0)
@@ -301,7 +301,7 @@ def _appending(path: Path) -> Iterator[TextIO]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
+def replacing(path: Path) -> Iterator[TextIO]:
     """A file written beside and renamed."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
