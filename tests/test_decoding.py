@@ -537,6 +537,18 @@ def test_a_named_decoder_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
         open_frames(Record("clip.mp4"), "decord")
 
 
+def test_decoding_on_a_gpu_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "torchcodec", sys)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", sys)
+    with pytest.raises(ImportError, match=r"torchcodec_cuda.*NVIDIA GPU.*torch finds no CUDA device"):
+        resolve("torchcodec_cuda")
+    assert resolve("auto") == "torchcodec"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve("torchcodec_cuda") == "torchcodec_cuda"
+
+
 def test_decord_without_pyav(made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("decord")
     path = made("h264.mp4")

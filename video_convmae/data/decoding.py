@@ -36,14 +36,16 @@ import numpy as np
 from video_convmae.data import shards
 from video_convmae.data.records import IMAGE_SUFFIXES, Record
 
-Decoder = Literal["auto", "torchcodec", "pyav", "decord"]
+Decoder = Literal["auto", "torchcodec", "pyav", "decord", "torchcodec_cuda"]
 
 _IN_ORDER_OF_CHOICE = ("torchcodec", "pyav", "decord")
 _MODULES = {"torchcodec": "torchcodec.decoders", "pyav": "av", "decord": "decord"}
+_MODULES["torchcodec_cuda"] = _MODULES["torchcodec"]
 _INSTALL = {
     "torchcodec": "`pip install torchcodec` (the version that matches torch) and FFmpeg's shared libraries",
     "pyav": "`pip install av`",
     "decord": "`pip install decord` (Linux on x86-64)",
+    "torchcodec_cuda": "an NVIDIA GPU with NVDEC, torchcodec built for CUDA, and FFmpeg's shared libraries",
 }
 
 
@@ -82,8 +84,18 @@ def resolve(decoder: str) -> str:
 def _load(decoder: str) -> None:
     """Import a decoder, whatever that raises. torchcodec 0.16 imports without FFmpeg and fails at the first file."""
     importlib.import_module(_MODULES[decoder])
-    if decoder == "torchcodec" and getattr(sys.modules["torchcodec"], "ffmpeg_major_version", 0) is None:
+    if decoder.startswith("torchcodec") and getattr(sys.modules["torchcodec"], "ffmpeg_major_version", 0) is None:
         raise ImportError("it finds no FFmpeg")
+    if decoder == "torchcodec_cuda":
+        _check_cuda()
+
+
+def _check_cuda() -> None:
+    """Raises where torch sees no GPU. Whether its torchcodec decodes there shows at the first file."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ImportError("torch finds no CUDA device")
 
 
 class FrameReader(ABC):
@@ -199,7 +211,7 @@ def misread(decoder: str, scan: Scan) -> str | None:
         return "H.264 keyframes that need the frames before them (intra refresh, open GOP)"
     if not scan.one_rgb:
         return "10 bits, or an odd height: its colours differ from the other decoders'"
-    if decoder == "torchcodec" and scan.container == "avi" and scan.b_frames:
+    if decoder.startswith("torchcodec") and scan.container == "avi" and scan.b_frames:
         return "B-frames in AVI: it is off by 1 or 2 frames"
     if decoder == "decord":
         return _misread_by_decord(scan)
@@ -538,18 +550,31 @@ class _TorchcodecReader(_OtherReader):
 
     decoder = "torchcodec"
 
-    def __init__(self, path: str, scan: Scan | None) -> None:
+    def __init__(self, path: str, scan: Scan | None, **options: str) -> None:
         from torchcodec.decoders import VideoDecoder
 
         stream = None if scan is None else scan.stream
-        options = {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "seek_mode": "exact"}
+        options |= {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "seek_mode": "exact"}
         super().__init__(path, VideoDecoder(shards.source(path), stream_index=stream, **options))
 
     def _decode(self, indices: list[int]) -> np.ndarray:
-        return self._video.get_frames_at(indices).data.numpy()
+        return self._video.get_frames_at(indices).data.cpu().numpy()
 
 
-_READERS = {"torchcodec": _TorchcodecReader, "decord": _DecordReader}
+class _CudaReader(_TorchcodecReader):
+    """torchcodec on the GPU that belongs to this rank; PyAV reads what that cannot decode.
+
+    The frames come back to the CPU, as all decoders' do: what is spared is the CPU's decoding. Each decoding process
+    holds a CUDA context (some 500 MB of the GPU's memory). Not tried on a GPU yet.
+    """
+
+    decoder = "torchcodec_cuda"
+
+    def __init__(self, path: str, scan: Scan | None) -> None:
+        super().__init__(path, scan, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+
+
+_READERS = {"torchcodec": _TorchcodecReader, "decord": _DecordReader, "torchcodec_cuda": _CudaReader}
 
 _MPEG_TS = "is an MPEG transport stream, which no decoder reads reliably (decord hangs); put it into mp4 or mkv first"
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Sampler, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from .datasets import ORDER, Clips, Draw, Fault, Sample, Views, sample_generator
+from .windows import Windows, join
 
 _PATIENCE = 2.0  # seconds that workers have to end before they are killed
 
@@ -35,11 +36,12 @@ class LoaderError(RuntimeError):
 class Batch(NamedTuple):
     """What a task turns into a loss; B counts clips, R of each record side by side.
 
-    clips: `(B, C, T, H, W)` uint8. visible: `(B, t, h, w)` bool, None without masks. labels, records: `(B,)` int64.
+    clips: `(B, C, T, H, W)` uint8, or B windows for the device to resize. visible: `(B, t, h, w)` bool, None without
+    masks. labels, records: `(B,)` int64.
     faults: records that could not be read while this batch was made.
     """
 
-    clips: Tensor
+    clips: Tensor | Windows
     visible: Tensor | None
     labels: Tensor
     records: Tensor
@@ -105,8 +107,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Samples -> a batch; the clips of one record stay side by side."""
     repeats = len(samples[0].clips)
     masks = [sample.visible for sample in samples if sample.visible is not None]
+    clips = [sample.clips for sample in samples]
     return Batch(
-        clips=_join([sample.clips for sample in samples]),
+        clips=join(clips, _join) if isinstance(clips[0], Windows) else _join(clips),
         visible=torch.cat(masks) if masks else None,
         labels=torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
         records=torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),

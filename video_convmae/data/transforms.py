@@ -22,6 +22,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
+from .windows import Windows
+
 # Erased pixels become normal noise in normalised space; clips are bytes here, so the noise is shaped to ImageNet's.
 _MEAN = 255 * torch.tensor([0.485, 0.456, 0.406])
 _STD = 255 * torch.tensor([0.229, 0.224, 0.225])
@@ -69,6 +71,9 @@ class Augmentation:
     """timm's configuration string, such as rand-m7-n4-mstd0.5-inc1; none: no RandAugment."""
     erasing: float = 0.0
     """Share of the clips in which a rectangle, the same in every frame, becomes noise."""
+    on_device: bool = False
+    """Resize and flip training clips on the device, where they are normalised; the crops are the same. For CPUs that
+    are short. Not with rand_augment or erasing."""
 
     def __post_init__(self) -> None:
         if self.crop not in ("multi_scale", "random_resized", "whole"):
@@ -79,6 +84,11 @@ class Augmentation:
             raise ValueError(f"augmentation.erasing is {self.erasing}; expected a share of the clips, from 0 to 1")
         if self.rand_augment is not None:
             _check_rand_augment(self.rand_augment)
+        if self.on_device and (self.rand_augment is not None or self.erasing > 0):
+            raise ValueError(
+                "augmentation.on_device is on, and rand_augment or erasing, which need the resized clip on the CPU; "
+                "expected one or the other: turn on_device off"
+            )
 
     def draw(self, height: int, width: int, generator: torch.Generator | None = None) -> Crop:
         """What to do to a clip whose frames have that size. What is switched off draws nothing."""
@@ -109,6 +119,13 @@ class Augmentation:
         if crop.erasing is not None:
             clip = erase_rectangle(clip, crop.erasing)
         return _by_channel(clip)
+
+
+def cut(frames: np.ndarray, crop: Crop, size: tuple[int, int], interpolation: str) -> Windows:
+    """What a crop leaves of RGB frames `(T, H, W, 3)` uint8, for a device to resize to `size` and to flip."""
+    window = frames[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    pixels = torch.from_numpy(np.ascontiguousarray(window)).view(-1)
+    return Windows(pixels, (window.shape[:3],), (crop.flip,), size, interpolation)
 
 
 def _by_channel(clip: Tensor) -> Tensor:
