@@ -391,6 +391,8 @@ def add_command(commands: Any, environment: Callable[[], dict[str, Any]]) -> Non
     parser.add_argument("--stride", type=int, default=4)
     parser.add_argument("--size", type=int, default=224, help="side of a clip in pixels")
     parser.add_argument("--crop", choices=["multi_scale", "random_resized", "whole"], default="multi_scale")
+    parser.add_argument("--flip", action="store_true", help="mirror half of the clips")
+    parser.add_argument("--on-device", action="store_true", help="leave resizing and flipping to the device")
     parser.add_argument("--repeats", type=int, default=1, help="clips a decode")
     parser.add_argument("--views", help="multi-view evaluation in place of training: segments x crops, as in 5x3")
     parser.add_argument("--workers", type=int, default=0, help="also measure the whole loader with so many processes")
@@ -440,7 +442,7 @@ def cases(given: argparse.Namespace) -> Iterator[Case]:
                 given.size,
                 given.repeats if views is None else 1,
                 views,
-                Augmentation(crop=given.crop),
+                Augmentation(crop=given.crop, flip=given.flip, on_device=given.on_device),
                 resolve(decoder),
                 given.clock,
             )

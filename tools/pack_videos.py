@@ -72,7 +72,7 @@ class Settings:
     codec: Literal["h264", "hevc"] = "h264"
     tune: Literal["fastdecode", "none"] = "fastdecode"
     """fastdecode: no arithmetic coding, no deblocking, no weighted prediction."""
-    crf: int = 20
+    crf: int = 22
     """The encoder's quality: 6 more are half of the bytes."""
     b_frames: int = 3
     """Frames in a row that no other leans on."""
@@ -661,7 +661,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keyframe-every", type=int, help="frames (16)")
     parser.add_argument("--codec", choices=ENCODERS, help="(h264)")
     parser.add_argument("--tune", choices=["fastdecode", "none"], help="(fastdecode)")
-    parser.add_argument("--crf", type=int, help="quality; 6 more are half of the bytes (20)")
+    parser.add_argument("--crf", type=int, help="quality; 6 more are half of the bytes (22)")
     parser.add_argument("--b-frames", type=int, help="frames in a row that no other leans on (3)")
     parser.add_argument("--speed", help="the encoder's preset (medium)")
     parser.add_argument("--tar", type=int, default=0, metavar="N", help="write tar shards of N videos")
