@@ -54,6 +54,7 @@ from video_convmae.data.records import ListError, Record, parse_line
 from video_convmae.data.shards import file_of, read_member, split
 
 PSNR_FRAMES = 32  # of each video, spread over it
+START_SECONDS = 300.0  # to import the encoder, from a slow disk if need be
 FRAMES_A_SIGN = 25  # a worker says so often that it lives
 LOWEST_MSE = 1e-4  # no difference at all is given as 88 dB
 ENCODERS = {"h264": "libx264", "hevc": "libx265"}
@@ -300,6 +301,15 @@ class _Worker:
         self._process = context.Process(target=_serve, args=(theirs, self.settings), daemon=True)
         self._process.start()
         theirs.close()
+        try:
+            ready = self._line.poll(START_SECONDS) and self._line.recv()
+        except EOFError:
+            ready = False
+        if not ready:  # no video is to blame
+            self.close()
+            raise RuntimeError(
+                f"a packing process did not start within {START_SECONDS:g} s; what it wrote stands above"
+            )
 
 
 def _serve(line: Any, settings: Settings) -> None:
@@ -314,6 +324,7 @@ def _serve(line: Any, settings: Settings) -> None:
             os._exit(1)
 
     with suppress(EOFError, OSError):
+        line.send(True)
         while True:
             record = line.recv()
             try:
@@ -679,7 +690,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         settings = settings_of(given)
         summary = pack_videos(given.list, given.root, given.out, settings, given.tar, given.workers, given.timeout)
-    except (ListError, ValueError) as error:
+    except (ListError, ValueError, RuntimeError) as error:
         parser.exit(1, f"pack_videos: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "pack_videos: interrupted; the same command goes on from here\n")
