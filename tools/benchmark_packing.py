@@ -41,7 +41,7 @@ VARIANTS: dict[str, Settings] = {
     "fast, crf 18": replace(FAST, crf=18),
     "fast, crf 26": replace(FAST, crf=26),
     "fast, short side 224": replace(FAST, short_side=224),
-    "fast, short side 160": replace(FAST, short_side=160),
+    "fastest": PRESETS["fastest"],
     "fast, half of the frames": replace(FAST, fps=15.0),
     "small": PRESETS["small"],
 }

@@ -105,6 +105,7 @@ class Settings:
 
 PRESETS = {
     "fast": Settings(),
+    "fastest": Settings(short_side=192),
     "small": Settings(tune="none", crf=23),
     "uniform": Settings(keyframe_every=8),
     "keyframes": Settings(keyframe_every=1, b_frames=0),

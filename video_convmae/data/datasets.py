@@ -138,17 +138,17 @@ class Clips(Dataset):
         clips, masks = [], []
         for generator, of_clip in zip(generators, indices):
             crop = self.augmentation.draw(*frames.shape[1:3], generator)
-            clips.append(self._clip(frames[np.searchsorted(wanted, of_clip)], crop))
+            clips.append(self._clip(frames, crop, np.searchsorted(wanted, of_clip)))
             if self.draw_mask is not None:
                 masks.append(self.draw_mask(generator))
         visible = torch.stack(masks) if masks else None
         joined = join(clips) if self.augmentation.on_device else torch.stack(clips)
         return Sample(joined, visible, _label_of(record), index, faults)
 
-    def _clip(self, frames: np.ndarray, crop: Crop) -> Tensor | Windows:
+    def _clip(self, frames: np.ndarray, crop: Crop, places: np.ndarray) -> Tensor | Windows:
         if self.augmentation.on_device:
-            return cut(frames, crop, self.size, self.augmentation.interpolation)
-        return self.augmentation.apply(frames, crop, self.size)
+            return cut(frames, crop, self.size, self.augmentation.interpolation, places)
+        return self.augmentation.apply(frames, crop, self.size, places)
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Views(Dataset):
         crops = view_crops(*frames.shape[1:3], self.size, self.views.crops, self.views.crop_share)
         return torch.stack(
             [
-                self.augmentation.apply(frames[np.searchsorted(wanted, segment)], crop, self.size)
+                self.augmentation.apply(frames, crop, self.size, np.searchsorted(wanted, segment))
                 for segment in segments
                 for crop in crops
             ]

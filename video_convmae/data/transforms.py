@@ -103,14 +103,13 @@ class Augmentation:
         erase = self.erasing > 0 and bool(torch.rand((), generator=generator) < self.erasing)
         return Crop(*window, flip=flip, rand_augment=operations, erasing=_seed(generator) if erase else None)
 
-    def apply(self, frames: np.ndarray, crop: Crop, size: tuple[int, int]) -> Tensor:
-        """RGB frames `(T, H, W, 3)` uint8 -> clip `(3, T, *size)` uint8.
+    def apply(self, frames: np.ndarray, crop: Crop, size: tuple[int, int], places: np.ndarray | None = None) -> Tensor:
+        """RGB frames `(F, H, W, 3)` uint8 -> clip `(3, T, *size)` uint8 of those at `places` `(T,)`; None: of all.
 
         A crop that holds no seeds (a test window) is only cut out, flipped and resized.
         """
-        window = frames[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
         # Channels-last bytes are what torchvision's fast resize wants: 2-3 ms for 16 frames of 340x256 to 224.
-        clip = torch.from_numpy(np.ascontiguousarray(window)).permute(0, 3, 1, 2)
+        clip = torch.from_numpy(_window(frames, crop, places)).permute(0, 3, 1, 2)
         clip = tvf.resize(clip, list(size), InterpolationMode(self.interpolation), antialias=True)
         if crop.flip:
             clip = clip.flip(-1)
@@ -121,11 +120,19 @@ class Augmentation:
         return _by_channel(clip)
 
 
-def cut(frames: np.ndarray, crop: Crop, size: tuple[int, int], interpolation: str) -> Windows:
-    """What a crop leaves of RGB frames `(T, H, W, 3)` uint8, for a device to resize to `size` and to flip."""
-    window = frames[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    pixels = torch.from_numpy(np.ascontiguousarray(window)).view(-1)
+def cut(
+    frames: np.ndarray, crop: Crop, size: tuple[int, int], interpolation: str, places: np.ndarray | None = None
+) -> Windows:
+    """What a crop leaves of RGB frames `(F, H, W, 3)` uint8 at `places`, for a device to resize and to flip."""
+    window = _window(frames, crop, places)
+    pixels = torch.from_numpy(window).view(-1)
     return Windows(pixels, (window.shape[:3],), (crop.flip,), size, interpolation)
+
+
+def _window(frames: np.ndarray, crop: Crop, places: np.ndarray | None) -> np.ndarray:
+    """The window of the frames at `places`, contiguous; no more than it is copied."""
+    window = frames[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    return np.ascontiguousarray(window if places is None else window[places])
 
 
 def _by_channel(clip: Tensor) -> Tensor:
