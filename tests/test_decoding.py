@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -189,6 +190,32 @@ def test_an_edit_list_hides_frames(isolated: IsolatedDecoder, made: Callable[[st
     with isolated.open(Record(str(made("edit list.mp4")))) as reader:
         assert len(reader) == 20
         assert (reader.read(range(20)) == plain).all()
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "vp9.webm", "open GOP.mkv", "rotated 90.mp4", "h264 raw.h264"])
+def test_members_of_an_archive_are_read_like_files(
+    name: str, isolated: IsolatedDecoder, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = made(name)
+    with tarfile.open(tmp_path / "shard-000.tar", "w") as archive:
+        archive.add(made("vp8.webm"), "first.webm")
+        archive.add(path, f"folder/{name}")
+    with isolated.open(Record(f"{tmp_path}/shard-000.tar#folder/{name}")) as reader:
+        assert_frames(reader, sequence(path))
+        handed = name in HANDED_TO_PYAV.get(isolated.decoder, ())
+        assert reader.decoder == ("pyav" if handed else isolated.decoder)
+
+
+def test_frames_that_nothing_refers_to_are_not_decoded(made: Callable[[str], Path]) -> None:
+    path = made("h264.mp4")
+    with open_frames(Record(str(path)), "pyav") as reader:
+        wanted = reader.scan.times[[0, 4, 8, 12, 16]].tolist()
+        all_frames = [frame.pts for frame in reader._frames_from(0) if frame.pts <= wanted[-1]]
+        fewer = [frame.pts for frame in reader._frames_from(0, set(wanted)) if frame.pts <= wanted[-1]]
+    assert set(wanted) <= set(fewer)
+    assert len(fewer) < 0.75 * len(all_frames)
+    with open_frames(Record(str(made("hevc.mp4"))), "pyav") as reader:
+        assert not reader.scan.droppable  # HEVC's mark says less
 
 
 @settings(max_examples=40, deadline=None)
@@ -508,6 +535,18 @@ def test_a_named_decoder_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve("opencv")
     with pytest.raises(ImportError, match="pip install decord"):  # not a DecodeError: no record is to blame
         open_frames(Record("clip.mp4"), "decord")
+
+
+def test_decoding_on_a_gpu_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "torchcodec", sys)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", sys)
+    with pytest.raises(ImportError, match=r"torchcodec_cuda.*NVIDIA GPU.*torch finds no CUDA device"):
+        resolve("torchcodec_cuda")
+    assert resolve("auto") == "torchcodec"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve("torchcodec_cuda") == "torchcodec_cuda"
 
 
 def test_decord_without_pyav(made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -407,7 +407,7 @@ class Nodes:
             *("ip", "netns", "exec", self.names[node], sys.executable, "-m", "torch.distributed.run"),
             *("--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=test"),
             *(f"--rdzv-endpoint={self.addresses[0]}:29400", f"--local-addr={self.addresses[node]}"),
-            *("--rdzv-conf=join_timeout=60,last_call_timeout=1",),
+            f"--rdzv-conf=join_timeout=60,last_call_timeout=1,is_host={int(node == 0)}",
         ]
         output.mkdir(parents=True, exist_ok=True)
         environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": self.devices[node]}

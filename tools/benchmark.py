@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import benchmark_loader
+import benchmark_packing
 import torch
 
 from video_convmae import create_autoencoder, masking
@@ -152,7 +154,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     step.add_argument("--repeats", type=int, default=5, help="pairs")
     step.add_argument("--warmup", type=int, default=1, help="steps of each side that do not count")
     step.add_argument("--json", type=Path, help="file for the result")
+    for module in (benchmark_loader, benchmark_packing):
+        module.add_command(commands, lambda: {"device": processor(), "commit": commit()})
     given = parser.parse_args(arguments)
+    if "run" in given:
+        given.run(given)
+        return
     result = measure(given)
     report(result)
     if given.json:

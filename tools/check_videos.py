@@ -36,6 +36,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from video_convmae.data import shards
 from video_convmae.data.decoding import DecodeError, Decoder, resolve
 from video_convmae.data.isolation import IsolatedDecoder
 from video_convmae.data.records import ListError, ListFormat, Record, parse_line, read_list
@@ -113,7 +114,7 @@ def check_all(rows: Sequence[Row], check: Check, results_file: Path, workers: in
     unread = [record for path, record in records.items() if path not in results]
     bad = 0
     with (
-        _appending(results_file) as file,
+        appending(results_file) as file,
         tqdm(total=len(records), initial=len(results), desc="checking", unit="file", smoothing=0.05) as progress,
         closing(_check_in_parallel(unread, check, workers)) as new_results,
     ):
@@ -151,16 +152,18 @@ def stream_facts(record: Record) -> tuple[float | None, str]:
     """Frame rate and codec as the header says them; of pictures the kind of file. For records that did decode."""
     if record.format != "video":
         return None, Path(record.path).suffix.lstrip(".").lower() or record.format
-    with av.open(os.path.abspath(record.path), metadata_errors="ignore") as container:
+    with av.open(shards.source(record.path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         rate = stream.average_rate or stream.guessed_rate
         return (round(float(rate), 3) if rate else None), stream.codec_context.codec.canonical_name
 
 
 def stamp(path: str) -> list[int] | None:
-    """Size and time of change; None where there is nothing. A file that was replaced has another one."""
+    """Size and time of change; None where there is nothing. A file that was replaced has another one.
+
+    A file in a tar archive has the archive's."""
     try:
-        status = os.stat(path)
+        status = os.stat(shards.file_of(path))
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns]
@@ -223,17 +226,17 @@ def write_outputs(
     """clean.txt with its class names, faults.csv and summary.json, each whole or not at all."""
     good = [row for row in rows if results[row.record.path].error is None]
     if names is not None:
-        with _replacing(out / "clean.labels.txt") as file:
+        with replacing(out / "clean.labels.txt") as file:
             file.write(names)
-    with _replacing(out / "clean.txt") as file:
+    with replacing(out / "clean.txt") as file:
         file.writelines(f"{row.text}\n" for row in good)
-    with _replacing(out / "faults.csv") as file:
+    with replacing(out / "faults.csv") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["line", "record", "error"])
         for row in rows:
             if (error := results[row.record.path].error) is not None:
                 table.writerow([row.line, parse_line(row.text.strip(), row.record.format).path, error])
-    with _replacing(out / "summary.json") as file:
+    with replacing(out / "summary.json") as file:
         file.write(json.dumps(summary, indent=2) + "\n")
 
 
@@ -296,7 +299,7 @@ def _read_every_frame(reader: Any) -> tuple[int, int]:
 
 
 @contextmanager
-def _appending(path: Path) -> Iterator[TextIO]:
+def appending(path: Path) -> Iterator[TextIO]:
     """A file of lines opened to go on in, on a new line where the last one was cut off."""
     with open(path, "a+", encoding="utf-8") as file:
         file.seek(0)
@@ -307,7 +310,7 @@ def _appending(path: Path) -> Iterator[TextIO]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
+def replacing(path: Path) -> Iterator[TextIO]:
     """A file written beside and renamed."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:

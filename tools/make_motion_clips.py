@@ -233,7 +233,7 @@ def _make_clip(output: Path, split: str, index: int, settings: Settings) -> str:
     names = PHOTOGRAPHS[split]
     photo_name = names[index // len(CLASSES) % len(names)]
     rng = np.random.default_rng([settings.seed, list(PHOTOGRAPHS).index(split), index])
-    frames = _film(_photograph(photo_name), CLASSES[label], settings, rng)
+    frames = _film(photograph(photo_name), CLASSES[label], settings, rng)
     name = f"{split}/{index:05d}_{CLASSES[label].replace(' ', '_')}_{Path(photo_name).stem}.mp4"
     write_h264(output / name, frames, settings.fps)
     return f"{name} {label}\n"
@@ -275,7 +275,7 @@ def _place(path: CameraPath, photo_size: tuple[int, int], rng: np.random.Generat
 
 
 @cache
-def _photograph(name: str) -> Image.Image:
+def photograph(name: str) -> Image.Image:
     """A photograph that ships inside an installed package ('skimage/data/coffee.png'), as RGB, its short side cut to
     512 pixels: without that, shrinking the 1411 pixels of the retina for each clip is what takes the time."""
     package, _, inside = name.partition("/")

@@ -141,7 +141,8 @@ class DataConfig:
     format: ListFormat = "video"
     """What a line holds: video, frames or image."""
     decoder: Decoder = "auto"
-    """auto, torchcodec, pyav or decord; auto is resolved once and written into the run's config."""
+    """auto, torchcodec, pyav, decord, or torchcodec_cuda, which decodes on the GPU; auto is never that one. It is
+    resolved once and written into the run's config."""
     decode_timeout: float = 60.0
     """Seconds after which a decode is ended and its record counts as bad."""
     max_bad_fraction: float = 0.01
@@ -420,7 +421,7 @@ class EvaluateConfig:
     workers: int | None = None
     """Loading processes of each device."""
     decoder: Decoder | None = None
-    """auto, torchcodec, pyav or decord."""
+    """auto, torchcodec, pyav, decord or torchcodec_cuda."""
     ema: bool | None = None
     """Test the average of the weights; none: where the run kept one."""
     plot: bool = False

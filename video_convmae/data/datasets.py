@@ -22,7 +22,8 @@ from .decoding import DecodeError
 from .isolation import IsolatedDecoder
 from .records import Record, Records
 from .sampling import Sampling
-from .transforms import Augmentation, view_crops
+from .transforms import Augmentation, Crop, cut, view_crops
+from .windows import Windows, join
 
 
 class Draw(NamedTuple):
@@ -43,11 +44,12 @@ class Fault(NamedTuple):
 class Sample(NamedTuple):
     """R clips, or views, of one record.
 
-    clips: `(R, C, T, H, W)` uint8. visible: `(R, t, h, w)` bool, None without masks. label: -1 where the list has none.
+    clips: `(R, C, T, H, W)` uint8, or R windows for the device to resize. visible: `(R, t, h, w)` bool, None without
+    masks. label: -1 where the list has none.
     index: the record that is shown. faults: records that could not be read.
     """
 
-    clips: Tensor
+    clips: Tensor | Windows
     visible: Tensor | None
     label: int
     index: int
@@ -136,11 +138,17 @@ class Clips(Dataset):
         clips, masks = [], []
         for generator, of_clip in zip(generators, indices):
             crop = self.augmentation.draw(*frames.shape[1:3], generator)
-            clips.append(self.augmentation.apply(frames[np.searchsorted(wanted, of_clip)], crop, self.size))
+            clips.append(self._clip(frames, crop, np.searchsorted(wanted, of_clip)))
             if self.draw_mask is not None:
                 masks.append(self.draw_mask(generator))
         visible = torch.stack(masks) if masks else None
-        return Sample(torch.stack(clips), visible, _label_of(record), index, faults)
+        joined = join(clips) if self.augmentation.on_device else torch.stack(clips)
+        return Sample(joined, visible, _label_of(record), index, faults)
+
+    def _clip(self, frames: np.ndarray, crop: Crop, places: np.ndarray) -> Tensor | Windows:
+        if self.augmentation.on_device:
+            return cut(frames, crop, self.size, self.augmentation.interpolation, places)
+        return self.augmentation.apply(frames, crop, self.size, places)
 
 
 @dataclass(frozen=True)
@@ -215,7 +223,7 @@ class Views(Dataset):
         crops = view_crops(*frames.shape[1:3], self.size, self.views.crops, self.views.crop_share)
         return torch.stack(
             [
-                self.augmentation.apply(frames[np.searchsorted(wanted, segment)], crop, self.size)
+                self.augmentation.apply(frames, crop, self.size, np.searchsorted(wanted, segment))
                 for segment in segments
                 for crop in crops
             ]

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from .datasets import ORDER, Clips, Draw, Fault, Sample, Views, sample_generator
+from .windows import Windows, join
 
 _PATIENCE = 2.0  # seconds that workers have to end before they are killed
 
@@ -35,11 +36,12 @@ class LoaderError(RuntimeError):
 class Batch(NamedTuple):
     """What a task turns into a loss; B counts clips, R of each record side by side.
 
-    clips: `(B, C, T, H, W)` uint8. visible: `(B, t, h, w)` bool, None without masks. labels, records: `(B,)` int64.
+    clips: `(B, C, T, H, W)` uint8, or B windows for the device to resize. visible: `(B, t, h, w)` bool, None without
+    masks. labels, records: `(B,)` int64.
     faults: records that could not be read while this batch was made.
     """
 
-    clips: Tensor
+    clips: Tensor | Windows
     visible: Tensor | None
     labels: Tensor
     records: Tensor
@@ -105,13 +107,24 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Samples -> a batch; the clips of one record stay side by side."""
     repeats = len(samples[0].clips)
     masks = [sample.visible for sample in samples if sample.visible is not None]
+    clips = [sample.clips for sample in samples]
     return Batch(
-        clips=torch.cat([sample.clips for sample in samples]),
+        clips=join(clips, _join) if isinstance(clips[0], Windows) else _join(clips),
         visible=torch.cat(masks) if masks else None,
         labels=torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
         records=torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),
         faults=tuple(fault for sample in samples for fault in sample.faults),
     )
+
+
+def _join(clips: list[Tensor]) -> Tensor:
+    """`torch.cat`; in a worker straight into the memory that it shares with the main process: one copy, not two."""
+    if get_worker_info() is None:
+        return torch.cat(clips)
+    first = clips[0]
+    shared = first.untyped_storage()._new_shared(sum(each.nbytes for each in clips))
+    joined = torch.empty(0, dtype=first.dtype).set_(shared)
+    return torch.cat(clips, out=joined.view(-1, *first.shape[1:]))
 
 
 def load(

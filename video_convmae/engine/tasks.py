@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from video_convmae.data.loader import Batch
 from video_convmae.data.mixing import Mixing
+from video_convmae.data.windows import Windows
 
 
 class Task(Protocol):
@@ -40,8 +41,10 @@ class Pixels(nn.Module):
         self.mean = 255 * torch.tensor(mean, device=device).view(1, -1, 1, 1, 1)
         self.std = 255 * torch.tensor(std, device=device).view(1, -1, 1, 1, 1)
 
-    def normalise(self, clips: Tensor) -> Tensor:
-        """`(B, C, T, H, W)` uint8, on any device -> float32 on this one."""
+    def normalise(self, clips: Tensor | Windows) -> Tensor:
+        """`(B, C, T, H, W)` uint8, on any device, or windows of B clips -> `(B, C, T, H, W)` float32 on this one."""
+        if isinstance(clips, Windows):
+            clips = clips.clips(self.mean.device)
         return (clips.to(self.mean.device, non_blocking=True).float() - self.mean) / self.std
 
     def restore(self, clips: Tensor) -> Tensor:

@@ -1,0 +1,101 @@
+"""tools/benchmark.py loader and packing: what they measure is the loader, and what they write is complete."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import av
+import benchmark_files
+import benchmark_loader
+import clips
+import numpy as np
+import pytest
+
+from tools import benchmark
+from video_convmae.data.records import read_list
+from video_convmae.data.sampling import Sampling
+from video_convmae.data.transforms import Augmentation
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two videos and their list."""
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(2):
+        clips.encode(folder / f"{number}.mp4", 70, size=(96, 128), options={"bf": "3", "g": "50"}, seed=number)
+    (folder / "list.txt").write_text("0.mp4 0\n1.mp4 1\n")
+    return folder
+
+
+def run(folder: Path, out: Path, *options: str) -> dict | list:
+    arguments = [f"--list={folder / 'list.txt'}", f"--root={folder}", "--turns=3", f"--json={out}"]
+    benchmark.main([options[0], *arguments, *options[1:]])
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("options", [(), ("--repeats=2",), ("--views=2x3",), ("--clock=cpu", "--on-device", "--flip")])
+def test_loader_against_videomae(options: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("decord", reason="decord has no wheel here")
+    result = run(folder, tmp_path / "result.json", "loader", "--vs=videomae", "--size=32", *options)
+    keys = {"model", "against", "device", "precision", "threads", "batch", "ratio", "pairs", "ours", "theirs", "commit"}
+    assert keys <= set(result)
+    assert result["against"] == "videomae"
+    assert result["batch"] == (6 if "--views=2x3" in options else 2 if "--repeats=2" in options else 1)
+    assert len(result["pairs"]) == 3
+    for side in ("ours", "theirs", "floor"):
+        assert result[side]["clips_per_second"] > 0
+    shares = result["ours"]["shares"]
+    assert set(shares) == {"decode", "convert", "augment", "collate", "transfer"}
+    assert min(shares.values()) >= 0
+    assert shares["decode"] > shares["collate"]
+
+
+def test_workers_are_measured(folder: Path, tmp_path: Path) -> None:
+    result = run(folder, tmp_path / "result.json", "loader", "--size=32", "--workers=1", "--batch=2")
+    assert result["against"] == "floor"
+    assert result["workers"]["workers"] == 1
+    assert result["workers"]["clips_per_second"] > 0
+
+
+def test_every_side_reads_the_same_frames(folder: Path) -> None:
+    records = read_list(folder / "list.txt", root=folder)
+    case = benchmark_loader.Case(
+        "x", records, Sampling("dense", 4, 3), 32, 2, None, Augmentation(), decoder="pyav", clock="wall"
+    )
+    asked = []
+    stages = benchmark_loader.Stages(case)
+    reader = stages.open
+
+    def noting(record: object) -> object:
+        opened = reader(record)
+        read = opened.read
+        opened.read = lambda indices: (asked.append(np.asarray(indices)), read(indices))[1]
+        return opened
+
+    stages.open = noting
+    for turn in range(5):
+        stages(turn)
+        assert (asked[turn] == np.unique(case.indices(turn, 70))).all()
+
+
+def test_packing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["--only", "keyframe every 16", "fast, half of the frames"]
+    rows = run(folder, tmp_path / "rows.json", "packing", f"--folder={tmp_path}", *only)
+    assert [row["variant"] for row in rows] == ["as it is", *only[1:]]
+    assert all(row["clips_per_second"] > 0 and row["bytes"] > 0 and row["times"] > 0 for row in rows)
+    assert "| as it is |" in capsys.readouterr().out
+
+
+def test_files_are_of_their_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, kind in benchmark_files.KINDS.items():
+        short = {"seconds": (0.5, 0.5), "width": 64, "height": 48}
+        monkeypatch.setitem(benchmark_files.KINDS, name, kind.__class__(**{**kind.__dict__, **short}))
+        path = benchmark_files.make_files(tmp_path, name, 2)
+        made = [(file.name, file.stat().st_mtime_ns) for file in sorted(tmp_path.glob(f"{name}_*"))]
+        assert len(made) == len(read_list(path, root=tmp_path)) == 2
+        benchmark_files.make_files(tmp_path, name, 2)
+        assert made == [(file.name, file.stat().st_mtime_ns) for file in sorted(tmp_path.glob(f"{name}_*"))]
+        with av.open(str(tmp_path / made[0][0])) as video:
+            assert video.streams.video[0].codec_context.name == ("h264" if name == "kinetics" else "vp9")
+            assert len(list(video.decode(video=0))) == round(0.5 * kind.fps[0])

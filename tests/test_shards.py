@@ -1,0 +1,129 @@
+"""Records in tar archives: read like files wherever records are read, and bad ones told apart from bad archives."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+from pathlib import Path
+
+import check_videos
+import clips
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_loader import clips_of
+
+from video_convmae.data import shards
+from video_convmae.data.datasets import Draw
+from video_convmae.data.decoding import DecodeError, decode, open_frames
+from video_convmae.data.records import Record, read_list
+
+NAMES = ("0.mp4", "two words 7.mp4", "folder/a.webm")
+BAD = {"text.mp4": b"not a video\n" * 100, "empty.mp4": b""}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files, an archive of them and of bad ones, and a list of either."""
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "folder").mkdir()
+    for place, name in enumerate(NAMES):
+        clips.encode(folder / name, 24 + place, "libvpx-vp9" if name.endswith("webm") else "libx264", seed=place)
+    with tarfile.open(folder / "shard-000.tar", "w") as archive:
+        for name in NAMES:
+            archive.add(folder / name, name)
+        for name, data in BAD.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    (folder / "files.txt").write_text("".join(f"{name} {i}\n" for i, name in enumerate(NAMES)))
+    (folder / "shards.txt").write_text("".join(f"shard-000.tar#{name} {i}\n" for i, name in enumerate(NAMES)))
+    return folder
+
+
+def test_samples_are_those_of_the_files(folder: Path) -> None:
+    of_files, of_shards = (clips_of(read_list(folder / name, root=folder)) for name in ("files.txt", "shards.txt"))
+    for index in range(len(NAMES)):
+        ours, theirs = of_shards[Draw(1, index)], of_files[Draw(1, index)]
+        assert ours.faults == ()
+        assert ours.label == index
+        assert torch.equal(ours.clips, theirs.clips)
+
+
+def test_pictures(folder: Path, tmp_path: Path) -> None:
+    picture = clips.pictures(1)[0]
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    with tarfile.open(tmp_path / "pictures.tar", "w") as archive:
+        archive.add(tmp_path / "a.png", "a.png")
+    record = Record(f"{tmp_path}/pictures.tar#a.png", format="image")
+    assert (decode(record, [0])[0] == picture).all()
+
+
+@pytest.mark.parametrize(
+    ("member", "error"),
+    [
+        ("text.mp4", "Invalid data"),
+        ("empty.mp4", "is empty (0 bytes)"),
+        ("missing.mp4", "no 'missing.mp4' among the 5 files of the archive"),
+    ],
+)
+def test_bad_members(folder: Path, member: str, error: str) -> None:
+    path = f"{folder}/shard-000.tar#{member}"
+    with pytest.raises(DecodeError, match=re.escape(path)) as caught:
+        open_frames(Record(path), "pyav")
+    assert error in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "noise", "compressed"])
+def test_bad_archives(folder: Path, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.tar"
+    if kind == "compressed":
+        with tarfile.open(path, "w:gz") as archive:
+            archive.add(folder / NAMES[0], NAMES[0])
+    elif kind != "missing":
+        path.write_bytes(np.random.default_rng(0).bytes(4096) if kind == "noise" else b"")
+    with pytest.raises(DecodeError, match=re.escape(f"{path}#{NAMES[0]}: ")) as caught:
+        open_frames(Record(f"{path}#{NAMES[0]}"), "pyav")
+    assert ("No such file" if kind == "missing" else "damaged or cut off") in str(caught.value)
+
+
+def test_an_archive_that_is_cut_off_gives_what_is_before_the_cut(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.tar"
+    data = (folder / "shard-000.tar").read_bytes()
+    second = data.index(NAMES[1].encode())
+    path.write_bytes(data[: second + 512 + 1000])
+    assert decode(Record(f"{path}#{NAMES[0]}"), [0, 20], "pyav").shape == (2, 48, 64, 3)
+    with pytest.raises(DecodeError, match="the archive ends after 1000 of the file's"):
+        open_frames(Record(f"{path}#{NAMES[1]}"), "pyav")
+    with pytest.raises(DecodeError, match="cut off behind them"):
+        open_frames(Record(f"{path}#{NAMES[2]}"), "pyav")
+
+
+def test_an_archive_is_indexed_once_until_it_changes(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(folder / NAMES[0], "a.mp4")
+    shards._index.cache_clear()
+    for _ in range(3):
+        assert shards.read_member(str(path), "a.mp4") == (folder / NAMES[0]).read_bytes()
+    assert shards._index.cache_info().misses == 1
+    with tarfile.open(path, "w") as archive:
+        archive.add(folder / NAMES[1], "b.mp4")
+        archive.add(folder / NAMES[1], "a.mp4")
+    os.utime(path, ns=(1, 1))
+    assert shards.read_member(str(path), "a.mp4") == (folder / NAMES[1]).read_bytes()
+
+
+def test_check_videos_reads_archives(folder: Path, tmp_path: Path) -> None:
+    rows = [f"shard-000.tar#{name} 0" for name in (*NAMES, *BAD, "missing.mp4")] + ["gone.tar#a.mp4 0"]
+    (tmp_path / "list.txt").write_text("\n".join(rows) + "\n")
+    summary = check_videos.check_videos(tmp_path / "list.txt", folder, tmp_path / "out", decoder="pyav")
+    assert (summary["good"], summary["bad"]) == (3, 4)
+    assert summary["codecs"] == {"h264": 2, "vp9": 1}
+    assert (tmp_path / "out" / "clean.txt").read_text().splitlines() == rows[:3]
+    faults = (tmp_path / "out" / "faults.csv").read_text()
+    assert "missing.mp4' among" in faults
+    assert "No such file" in faults
