@@ -25,6 +25,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from video_convmae.kernels import Neighbours
+
 Implementation = Literal["packed", "dense"]
 Grid = tuple[int, int, int]
 
@@ -49,7 +51,8 @@ class Packing:
         batch, *grid = visible.shape
         self.batch, self.grid = batch, (grid[0], grid[1], grid[2])
         self.keep, self.hidden = (index.to(device, non_blocking=True) for index in _split(visible.flatten(1)))
-        self.all_computed = implementation == "dense" or self.hidden.shape[1] == 0
+        self.packed = implementation == "packed"
+        self.all_computed = not self.packed or self.hidden.shape[1] == 0
         # Dense only: which computed tokens the convolutions may see, (B, N, 1, 1).
         masked = self.all_computed and self.hidden.shape[1] > 0
         self.shown = visible.flatten(1)[..., None, None].to(device, non_blocking=True) if masked else None
@@ -81,6 +84,16 @@ class Cells:
         t, h, w = packing.grid
         self.grid: Grid = (t, h * side, w * side)
         self.count = side * side
+        self._neighbours: dict[Grid, Neighbours] = {}
+
+    def neighbours(self, kernel: Grid) -> Neighbours:
+        """Who lies where around each visible token; made for a stage's first block, shared by the others."""
+        if kernel not in self._neighbours:
+            side, device = prod(self.factors), self.packing.keep.device
+            rows = torch.arange(self.count, device=device).view(1, 1, side, side, 1)
+            order = nest(rows, self.factors).flatten().argsort().view(side, side)
+            self._neighbours[kernel] = Neighbours(self.packing.keep, self.packing.grid, order, kernel)
+        return self._neighbours[kernel]
 
     @cached_property
     def rows(self) -> Tensor:
