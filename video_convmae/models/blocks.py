@@ -60,8 +60,8 @@ class DepthwiseConv(nn.Module):
 
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
         """`(B, m, cells, C)` -> the same shape."""
-        if cells.packing.packed:
-            return masked_depthwise(x, self.weight, self.bias, cells.neighbours(tuple(self.weight.shape[2:])))
+        if cells.neighbours is not None:
+            return masked_depthwise(x, self.weight, self.bias, cells.neighbours)
         return cells.from_grid(self._on_grid(cells.to_grid(x)))
 
     def _on_grid(self, x: Tensor) -> Tensor:
