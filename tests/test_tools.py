@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
+import benchmark_scale
+import benchmark_step
 import numpy as np
 import pytest
 import torch
 from clips import encode
 from PIL import Image
 
-from tools import benchmark, benchmark_step, reconstruct
+from tools import benchmark, reconstruct
 from tools.pretrain import pretrain
 from video_convmae import create_autoencoder
 from video_convmae.config import PretrainConfig, parse
@@ -149,3 +151,17 @@ def test_benchmark_counts_what_transformers_embeds() -> None:
     tokens, visible = 8 * 4 * 4, 8 * 2
     assert theirs == ours | {"embeddings": tokens * 1536 * 192}
     assert ours["embeddings"] == visible * 1536 * 192
+
+
+def test_benchmark_scale_draws_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_scale, "SWEEPS", {"frames": ("frames", (), (2, 4)), "ratio": ("hidden", (), (0.5,))})
+    monkeypatch.setattr(benchmark_scale, "measure_point", benchmark_scale._measure_here)  # a process starts slowly
+    plot, numbers = tmp_path / "scale.png", tmp_path / "scale.json"
+    options = ["--image-size=32", "--ratio=0.75", "--batch=1", "--repeats=1", "--vs=dense", "--threads=1"]
+    benchmark.main(["scale", "--frames=4", *options, f"--plot={plot}", f"--json={numbers}"])
+    points = json.loads(numbers.read_text())["points"]
+    assert [(row["sweep"], row["value"]) for row in points[::2]] == [
+        ("frames", 2), ("frames", 4), ("ratio", 0.5), ("ratio", 0.75),
+    ]  # fmt: skip
+    assert all(row["seconds_per_clip"] > 0 and row["fixed_bytes"] > 0 for row in points)
+    assert Image.open(plot).width > 400

@@ -2,8 +2,9 @@
 
     python tools/benchmark.py step --vs dense --json step.json
     python tools/benchmark.py step --vs videomae --device cuda --precision bf16 --batch 64
+    python tools/benchmark.py scale --device cuda --precision bf16 --plot scale.png
 
-`step --help` says what a command does and how it measures.
+`step --help` and `scale --help` say what a command does and how it measures. docs/PERFORMANCE.md has the results.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import benchmark_scale
 import benchmark_step
 import torch
 from benchmark_step import RIVALS
 
 __all__ = ["RIVALS", "main"]
 
-COMMANDS = (benchmark_step,)  # each adds its own subcommand
+COMMANDS = (benchmark_step, benchmark_scale)  # each adds its own subcommand
 
 
 def about(device: str = "cpu") -> dict[str, str]:

@@ -233,16 +233,19 @@ def peak_memory(given: argparse.Namespace, name: str) -> int:
 
 def _peak_memory_here(given: argparse.Namespace, name: str) -> int:
     torch.set_num_threads(given.threads)
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     step = build_step(build(given, name), given)
     for _ in range(2):  # the optimizer's state comes with the first
         step()
-    if given.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return _resident("VmHWM") - before
+    return peak_memory_now(given.device, before)
 
 
-def _resident(field: str) -> int:
+def peak_memory_now(device: str, before: int) -> int:
+    """Bytes that CUDA's allocator has held at most, or that this process has grown by at most since `before`."""
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
     """Bytes of this process now (VmRSS) or at most (VmHWM); `getrusage` would tell a parent's peak too."""
     try:
         status = Path("/proc/self/status").read_text()
