@@ -362,7 +362,7 @@ def test_multiply_adds_of_the_base_model() -> None:
 def test_multiply_adds_with_half_of_the_hidden_tokens_predicted() -> None:
     with torch.device("meta"):
         model = create_autoencoder("base", decoder_ratio=0.5)
-    assert round(sum(model.multiply_adds(160).values()) / 1e9, 1) == 28.5
+    assert round(sum(model.multiply_adds(160).values()) / 1e9, 1) == 28.4
 
 
 @pytest.mark.parametrize("decoder_ratio", [None, 0.3])

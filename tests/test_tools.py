@@ -128,10 +128,10 @@ def test_benchmark_measures_every_kind_of_step(
     rival: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(benchmark_step, "peak_memory", lambda given, name: 1)
-    monkeypatch.setattr(benchmark_step, "matrix_rate", lambda device, precision: 1e9)
+    monkeypatch.setattr(benchmark_step, "matrix_rate", lambda device, precision, clock: 1e9)
     options = {
         "pretrain": ["--decoder-ratio=0.5"],
-        "finetune": ["--task=finetune", "--profile"],
+        "finetune": ["--task=finetune", "--profile", "--clock=cpu"],
         "image": ["--frames=1"],
     }
     result = run_benchmark(tmp_path, f"--vs={rival}", *options[task])

@@ -178,10 +178,11 @@ def conv_stage_bytes(encoder: Encoder, visible: int, dtype: torch.dtype) -> int:
 
 
 class Clock:
-    """Seconds between marks: of the device's events on CUDA, of this process elsewhere."""
+    """Seconds between marks: of the device's events on CUDA, of the wall clock or this process's work elsewhere."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, kind: str = "wall") -> None:
         self._cuda = device.type == "cuda"
+        self._now = time.process_time if kind == "cpu" else time.perf_counter
         self._marks: list[Any] = []
 
     def mark(self) -> None:
@@ -190,7 +191,7 @@ class Clock:
             self._marks.append(torch.cuda.Event(enable_timing=True))
             self._marks[-1].record()
         else:
-            self._marks.append(time.perf_counter())
+            self._marks.append(self._now())
 
     def intervals(self) -> list[float]:
         """Seconds between each mark and the next; waits for the last one."""
@@ -208,7 +209,7 @@ def build_step(side: Side, given: argparse.Namespace) -> Callable[[], list[float
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=given.precision == "bf16")
 
     def step() -> list[float]:
-        clock = Clock(device)
+        clock = Clock(device, given.clock)
         clock.mark()
         with autocast:
             loss = side.loss()
@@ -256,13 +257,13 @@ def resident(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
 
 
-def matrix_rate(device: str, precision: str) -> float:
+def matrix_rate(device: str, precision: str, clock_kind: str = "wall") -> float:
     """Multiply-adds a second that the device reaches in one large matrix product: the best of ten."""
     size = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))
     best = float("inf")
     for _ in range(10):
-        clock = Clock(torch.device(device))
+        clock = Clock(torch.device(device), clock_kind)
         clock.mark()
         a @ b
         clock.mark()
@@ -291,7 +292,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Peak memory of each side by itself; then warm both up and let them take turns."""
     names = ("ours", given.vs)
     memory = [peak_memory(given, name) for name in names]
-    rate = matrix_rate(given.device, given.precision)
+    rate = matrix_rate(given.device, given.precision, given.clock)
     sides = [build(given, name) for name in names]
     steps = [build_step(side, given) for side in sides]
     for _ in range(given.warmup):
@@ -311,6 +312,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "batch": given.batch,
         "compiled": given.compile,
+        "clock": given.clock,
         "ratio": statistics.median(second / first for first, second in whole),
         "pairs": whole,
         "matrix_multiply_adds_per_second": rate,
@@ -379,6 +381,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile each block of ours, as train.compile does"
     )
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=["wall", "cpu"],
+        help="cpu: processor time, which bears other jobs better; on a CPU with one thread",
+    )
     parser.add_argument("--warmup", type=int, default=1, help="steps of each side that do not count")
 
 
@@ -386,6 +394,10 @@ def resolve(given: argparse.Namespace) -> None:
     """Put in what was not given, and set PyTorch's threads."""
     given.mask = given.mask or ("random" if given.frames == 1 else "tube")
     given.ratio = given.ratio if given.ratio is not None else (0.75 if given.frames == 1 else 0.9)
+    if given.clock == "cpu" and (given.threads != 1 or given.device != "cpu"):
+        raise ValueError(
+            f"clock is cpu with {given.threads} threads on {given.device}; expected --threads 1 on the cpu"
+        )
     torch.set_num_threads(given.threads)
 
 
