@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,7 +123,13 @@ def test_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rival", "task"),
-    [("packed", "pretrain"), ("videomae", "image"), ("hf-videomae", "pretrain"), ("hf-videomae", "finetune")],
+    [
+        ("packed", "pretrain"),
+        ("videomae", "image"),
+        ("hf-videomae", "pretrain"),
+        ("hf-videomae", "image"),
+        ("dense", "finetune"),
+    ],
 )
 def test_benchmark_measures_every_kind_of_step(
     rival: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -138,7 +145,8 @@ def test_benchmark_measures_every_kind_of_step(
     assert result["ratio"] > 0
     printed = capsys.readouterr().out
     assert "clips/s" in printed
-    assert ("masked depthwise convolution" in printed) == (task == "finetune")
+    share = re.search(r"masked depthwise convolution: ([\d.]+)% of the step", printed)
+    assert (share is not None and 0 < float(share[1]) < 100) == (task == "finetune" and rival == "dense")
 
 
 def test_benchmark_counts_what_transformers_embeds() -> None:

@@ -331,9 +331,8 @@ def profile(given: argparse.Namespace) -> Iterator[str]:
     events = profiler.key_averages()
     kind = "device" if given.device.startswith("cuda") else "cpu"
     total = sum(getattr(event, f"self_{kind}_time_total") for event in events)
-    own = sum(
-        getattr(e, f"{kind}_time_total") for e in events if e.key in ("_MaskedDepthwise", "_MaskedDepthwiseBackward")
-    )
+    convolution = [event for event in events if event.key.startswith("video_convmae::masked_depthwise")]
+    own = sum(getattr(event, f"{kind}_time_total") for event in convolution)
     yield events.table(sort_by=f"self_{kind}_time_total", row_limit=20, max_name_column_width=50)
     yield f"masked depthwise convolution: {own / total:.1%} of the step"
 

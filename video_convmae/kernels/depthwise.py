@@ -116,7 +116,7 @@ def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Neighb
         raise ValueError(
             f"weight is {tuple(weight.shape)}; expected (C, 1, kt, kh, kw) = {(x.shape[3], 1, *neighbours.kernel)}"
         )
-    return _convolve(x.flatten(0, 1), weight, bias, neighbours.tokens, neighbours.order).view(x.shape)
+    return _convolve(x.flatten(0, 1).contiguous(), weight, bias, neighbours.tokens, neighbours.order).view(x.shape)
 
 
 # Operators of torch.library, so that torch.compile takes them whole.
