@@ -83,3 +83,42 @@ def test_impossible_ratio_is_an_error(ratio: float) -> None:
 def test_impossible_grid_is_an_error() -> None:
     with pytest.raises(ValueError, match="token grid"):
         masking.random((8, 0, 14), 0.5)
+
+
+@given(grid=grids, ratio=ratios, share=st.floats(0.05, 1), seed=seeds, kind=st.sampled_from(sorted(masking.MASKS)))
+def test_predicted_tokens_are_hidden_and_counted(
+    grid: masking.Grid, ratio: float, share: float, seed: int, kind: str
+) -> None:
+    visible = masking.MASKS[kind](grid, ratio, generator(seed))
+    hidden = int((~visible).sum())
+    if int(share * hidden) == 0:
+        with pytest.raises(ValueError, match="predicts none"):
+            masking.running_cell(visible, share)
+        return
+    predicted = masking.running_cell(visible, share)
+    assert int(predicted.sum()) == int(share * hidden)
+    assert not (predicted & visible).any()
+    assert torch.equal(predicted, masking.running_cell(visible, share))
+
+
+def test_running_cells_turn_from_frame_to_frame() -> None:
+    predicted = masking.running_cell(torch.zeros(5, 4, 6, dtype=torch.bool), 0.5)
+    cells = predicted.view(5, 2, 2, 3, 2).sum((2, 4))
+    assert (cells == 2).all()  # two of each cell's four in every frame
+    assert torch.equal(predicted[0], predicted[4])
+    assert torch.equal(predicted[0], ~predicted[2])
+    assert not torch.equal(predicted[0], predicted[1])
+
+
+@pytest.mark.parametrize("kind", masking.MASKS)
+def test_every_token_is_predicted_under_some_mask(kind: str) -> None:
+    shares = torch.zeros(4, 6, 6)
+    for seed in range(300):
+        shares += masking.running_cell(masking.MASKS[kind]((4, 6, 6), 0.75, generator(seed)), 0.5)
+    assert shares.min() > 0
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.01])
+def test_impossible_shares_are_errors(share: float) -> None:
+    with pytest.raises(ValueError, match="share"):
+        masking.running_cell(torch.zeros(1, 2, 2, dtype=torch.bool), share)

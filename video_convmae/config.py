@@ -88,6 +88,8 @@ class ModelConfig(EncoderFields):
     """Compute the visible cells alone, or all of them; the result is the same."""
     decoder: tuple[int, int, int] | None = None
     """Width, depth and heads of the decoder."""
+    decoder_ratio: float | None = None
+    """Share of the hidden tokens that are predicted, in running cells (VideoMAE V2; faster); none: all of them."""
     target: Target | None = None
     """Normalise a patch's pixels: patch, patch_channel, none."""
 

@@ -95,6 +95,43 @@ def complementary(grid: Grid, ratio: float, count: int, generator: torch.Generat
     return visible.view(count, t, h, w)
 
 
+def running_cell(visible: Tensor, ratio: float) -> Tensor:
+    """Which hidden tokens are predicted: cells of 2x2 tokens whose chosen places turn from frame to frame.
+
+    VideoMAE V2 (Wang et al., 2023) drops the other targets: neighbouring tokens tell much the same. Here the places
+    turn clockwise, one a frame. Where the turn begins follows from the mask, so that over many masks every token is a
+    target; and exactly `int(ratio * hidden)` are chosen, so that every clip of a batch has the same number.
+
+    Args:
+        visible: `(t, h, w)` of one sample.
+        ratio: share of the hidden tokens, above 0 and up to 1.
+
+    Returns:
+        `predicted (t, h, w)` bool, no token of which is visible.
+
+    Raises:
+        ValueError: a share outside that range, or so small that nothing is predicted.
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"the share of predicted tokens is {ratio}; expected 0 < share <= 1")
+    hidden = ~visible
+    available = int(hidden.sum())
+    count = int(ratio * available)
+    if count == 0:
+        raise ValueError(f"a share of {ratio} of {available} hidden tokens predicts none; expected at least one")
+    clockwise = torch.tensor([[0, 1], [3, 2]])
+    frame, row, column = torch.meshgrid(*(torch.arange(size) for size in visible.shape), indexing="ij")
+    start = visible.any(0).flatten().nonzero().sum() + visible.any(2).any(1).nonzero().sum()
+    turn = (clockwise[row % 2, column % 2] - frame - start) % 4
+    # What the count cuts off among places of one turn is spread evenly, by multiples of the golden ratio.
+    place = torch.arange(visible.numel(), dtype=torch.float64).view(visible.shape) + start
+    spread = (place * 0.6180339887498949).frac()
+    order = torch.where(hidden, turn + spread, math.inf).flatten().argsort()
+    predicted = torch.zeros(visible.numel(), dtype=torch.bool)
+    predicted[order[:count]] = True
+    return predicted.view(visible.shape)
+
+
 MASKS: dict[str, Mask] = {"tube": tube, "random": random, "frame": frame, "block": block}
 
 

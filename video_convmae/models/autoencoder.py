@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from video_convmae import masking
+
 from . import positions
 from .blocks import AttentionBlock, block_multiply_adds
 from .encoder import (
@@ -24,7 +26,7 @@ from .encoder import (
     init_as_convolution,
     init_as_transformer,
 )
-from .packing import Packing, put_patches, take_patches, take_tokens
+from .packing import Packing, put_patches, split_tokens, take_patches, take_tokens
 from .sizes import size_named
 
 Target = Literal["patch", "patch_channel", "none"]
@@ -32,19 +34,33 @@ Target = Literal["patch", "patch_channel", "none"]
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The decoder in numbers."""
+    """The decoder in numbers.
+
+    ratio: share of the hidden tokens that training predicts, in running cells; None: all of them.
+    """
 
     width: int
     depth: int
     heads: int
     mlp_ratio: float = 4
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"decoder_ratio is {self.ratio}; expected 0 < ratio <= 1, or none for all hidden tokens")
+
+    def predicted(self, hidden: int) -> int:
+        """How many of so many hidden tokens are predicted."""
+        return hidden if self.ratio is None else int(self.ratio * hidden)
 
 
 class AutoencoderOutput(NamedTuple):
     """What a training step needs and what a person wants to look at.
 
-    loss: scalar float32, mean squared error over the hidden patches.
-    prediction, target: `(B, N - n, pixels of a token)`, hidden tokens in ascending order.
+    loss: scalar float32, mean squared error over the predicted patches: the hidden ones, or a part of them with
+        `decoder_ratio`.
+    prediction, target: `(B, N - n, pixels of a token)`, hidden tokens in ascending order; with `decoder_ratio` those
+        that `masking.running_cell` chooses, `(B, int(ratio * (N - n)), pixels of a token)`.
     tokens: `(B, n, D)`, visible tokens in ascending order, after fusion and the final norm.
     """
 
@@ -77,11 +93,16 @@ class Fusion(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Visible tokens and mask tokens, each with its position, through attention to pixels of the hidden tokens."""
+    """Visible tokens and mask tokens, each with its position, through attention to pixels of the hidden tokens.
+
+    With decoder masking (`DecoderConfig.ratio`) mask tokens stand only at the predicted positions, so attention sees
+    fewer of them: the predictions are not those of the whole decoder at the same places.
+    """
 
     def __init__(self, config: DecoderConfig, encoder: EncoderConfig) -> None:
         super().__init__()
         width = config.width
+        self.config = config
         self.encoder_config = encoder
         self.embedding = nn.Linear(encoder.widths[-1], width)
         # One-dimensional, so that the rule "no weight decay on vectors" covers it; the released 3-D one is decayed.
@@ -99,14 +120,15 @@ class Decoder(nn.Module):
             table = positions.TABLES[self.encoder_config.position_table]
             self.positions.copy_(table(self.encoder_config.grid, self.mask_token.numel()))
 
-    def forward(self, tokens: Tensor, packing: Packing) -> Tensor:
-        """Visible tokens `(B, n, D)` -> pixels of the hidden tokens `(B, N - n, pixels)`.
+    def forward(self, tokens: Tensor, packing: Packing, predicted: Tensor | None = None) -> Tensor:
+        """Visible tokens `(B, n, D)` -> pixels of the tokens at `predicted (B, k)`, `(B, k, pixels)`; None: all hidden.
 
         Attention does not mind the order of its tokens, so the hidden ones simply follow the visible ones.
         """
+        predicted = packing.hidden if predicted is None else predicted
         positions = self.positions.expand(packing.batch, -1, -1)
         shown = self.embedding(tokens) + take_tokens(positions, packing.keep)
-        hidden = self.mask_token + take_tokens(positions, packing.hidden)
+        hidden = self.mask_token + take_tokens(positions, predicted)
         x = torch.cat([shown, hidden.to(shown.dtype)], dim=1)
         for block in self.blocks:
             x = block(x)
@@ -114,9 +136,9 @@ class Decoder(nn.Module):
 
     def multiply_adds(self, visible: int) -> int:
         """Multiply-adds for one clip."""
-        tokens = prod(self.encoder_config.grid)
-        linear = visible * self.embedding.weight.numel() + (tokens - visible) * self.prediction.weight.numel()
-        return linear + sum(block_multiply_adds(block, tokens) for block in self.blocks)
+        predicted = self.config.predicted(prod(self.encoder_config.grid) - visible)
+        linear = visible * self.embedding.weight.numel() + predicted * self.prediction.weight.numel()
+        return linear + sum(block_multiply_adds(block, visible + predicted) for block in self.blocks)
 
 
 class FusedEncoder(nn.Module):
@@ -177,7 +199,7 @@ class Autoencoder(FusedEncoder):
             init_as_convolution(self.fusion)
 
     def forward(self, clips: Tensor, visible: Tensor) -> AutoencoderOutput:
-        """Predict the hidden patches.
+        """Predict the hidden patches, or with decoder masking a part of them.
 
         Args:
             clips: `(B, C, T, H, W)` float, normalised as the data is.
@@ -189,17 +211,26 @@ class Autoencoder(FusedEncoder):
         packing = self.encoder.packing(clips, visible)
         if packing.hidden.shape[1] == 0:
             raise ValueError("nothing is hidden, so there is nothing to predict; encode() takes whole clips")
+        predicted = self._predicted(visible, packing)
         tokens = self._encode(clips, packing)
-        prediction = self.decoder(tokens, packing)
+        prediction = self.decoder(tokens, packing, predicted)
         config = self.encoder.config
-        target = patch_target(take_patches(clips, config.tubelet, config.patch, packing.hidden), self.target)
+        target = patch_target(take_patches(clips, config.tubelet, config.patch, predicted), self.target)
         dtype = torch.promote_types(target.dtype, torch.float32)  # at least float32, whatever autocast made of the rest
         loss = F.mse_loss(prediction.to(dtype), target.to(dtype))
         return AutoencoderOutput(loss, prediction, target, tokens)
 
+    def _predicted(self, visible: Tensor, packing: Packing) -> Tensor:
+        """`(B, k)` indices of the tokens that are predicted, ascending."""
+        ratio = self.decoder.config.ratio
+        if ratio is None:
+            return packing.hidden
+        predicted = torch.stack([masking.running_cell(of_clip, ratio) for of_clip in visible.cpu()])
+        return split_tokens(predicted)[0].to(packing.hidden.device, non_blocking=True)
+
     @torch.no_grad()
     def reconstruct(self, clips: Tensor, visible: Tensor) -> Tensor:
-        """Clips `(B, C, T, H, W)` whose hidden patches are the model's.
+        """Clips `(B, C, T, H, W)` whose hidden patches are the model's, all of them, with decoder masking too.
 
         With a normalised target the model predicts no patch mean or variance: those of the original are put back, and
         whoever shows the result must say so.
@@ -269,7 +300,8 @@ def create_autoencoder(
         image_size: pixels, one number or (height, width).
         msd: the multi-scale fusion.
         implementation: `packed` or `dense`.
-        **overrides: any field of `EncoderConfig`; `decoder=(width, depth, heads)`; `decoder_mlp_ratio`; `target`.
+        **overrides: any field of `EncoderConfig`; `decoder=(width, depth, heads)`; `decoder_mlp_ratio`;
+            `decoder_ratio`, the share of the hidden tokens that training predicts (default: all); `target`.
 
     Raises:
         ValueError: an unknown size or a number that does not fit.
@@ -277,7 +309,8 @@ def create_autoencoder(
     """
     named = size_named(size)
     width, depth, heads = overrides.pop("decoder", named.image_decoder if num_frames == 1 else named.video_decoder)
-    decoder = DecoderConfig(width, depth, heads, overrides.pop("decoder_mlp_ratio", 4))
+    mlp_ratio, ratio = overrides.pop("decoder_mlp_ratio", 4), overrides.pop("decoder_ratio", None)
+    decoder = DecoderConfig(width, depth, heads, mlp_ratio, ratio)
     target = overrides.pop("target", "patch" if num_frames == 1 else "patch_channel")
     encoder = encoder_config(size, num_frames, image_size, implementation=implementation, **overrides)
     return Autoencoder(encoder, decoder, msd=msd, target=target)

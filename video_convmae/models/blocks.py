@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from video_convmae.kernels import masked_depthwise
+
 from .packing import Cells
 
 
@@ -36,10 +38,10 @@ class PatchEmbedding(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution over (t, H, W), zero padding, on channels-last grids.
+    """Depthwise convolution over (t, H, W) whose hidden cells are zeros; zero padding.
 
-    A kernel of kt frames is kt two-dimensional convolutions whose outputs are shifted in time and summed: 0.32 s, where
-    `conv3d` takes 0.57 s, forward and backward, on 1x8x56x56x256 float32 with two cores (AMD EPYC, Zen 4).
+    Packed features go through kernels/depthwise.py and never see a dense grid. `dense` is the reference: the grid and
+    PyTorch's own convolution.
     """
 
     def __init__(self, channels: int, kernel: tuple[int, int, int]) -> None:
@@ -56,8 +58,18 @@ class DepthwiseConv(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, t, H, W, C)` -> the same shape."""
+    def forward(self, x: Tensor, cells: Cells) -> Tensor:
+        """`(B, m, cells, C)` -> the same shape."""
+        if cells.neighbours is not None:
+            return masked_depthwise(x, self.weight, self.bias, cells.neighbours)
+        return cells.from_grid(self._on_grid(cells.to_grid(x)))
+
+    def _on_grid(self, x: Tensor) -> Tensor:
+        """`(B, t, H, W, C)` -> the same shape.
+
+        A kernel of kt frames is kt two-dimensional convolutions whose outputs are shifted in time and summed: 0.32 s,
+        where `conv3d` takes 0.57 s, forward and backward, on 1x8x56x56x256 float32 with two cores (AMD EPYC, Zen 4).
+        """
         batch, t, height, width, channels = x.shape
         kt, kh, kw = self.weight.shape[2:]
         frames = x.reshape(batch * t, height, width, channels).permute(0, 3, 1, 2)  # channels-last in memory
@@ -96,8 +108,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, cells: Cells) -> Tensor:
         """`(B, m, cells, C)` -> the same shape."""
-        y = cells.to_grid(self.proj_in(self.norm1(x)))
-        y = cells.from_grid(self.depthwise(y))
+        y = self.depthwise(self.proj_in(self.norm1(x)), cells)
         x = x + self.drop_path(self.proj_out(y))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 

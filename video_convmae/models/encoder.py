@@ -73,6 +73,11 @@ class EncoderConfig:
         return self.num_frames // self.tubelet, height // self.patch, width // self.patch
 
     @property
+    def kernel(self) -> tuple[int, int, int]:
+        """Of the depthwise convolutions, (kt, kh, kw)."""
+        return self.temporal_kernel, self.spatial_kernel, self.spatial_kernel
+
+    @property
     def clip_shape(self) -> tuple[int, int, int, int]:
         """(C, T, H, W) of one clip."""
         return (self.channels, self.num_frames, *self.image_size)
@@ -133,7 +138,6 @@ class Encoder(nn.Module):
         self.config = config
         stages, last = len(config.widths), len(config.widths) - 1
         rates = iter(torch.linspace(0, config.drop_path, sum(config.depths), device="cpu").tolist())
-        kernel = (config.temporal_kernel, config.spatial_kernel, config.spatial_kernel)
 
         inputs = [config.channels * config.tubelet, *config.widths[:-1]]
         self.embeddings = nn.ModuleList(
@@ -141,7 +145,8 @@ class Encoder(nn.Module):
         )
         self.conv_stages = nn.ModuleList(
             nn.ModuleList(
-                ConvBlock(config.widths[i], kernel, config.mlp_ratio, next(rates)) for _ in range(config.depths[i])
+                ConvBlock(config.widths[i], config.kernel, config.mlp_ratio, next(rates))
+                for _ in range(config.depths[i])
             )
             for i in range(last)
         )
@@ -196,7 +201,7 @@ class Encoder(nn.Module):
         pyramid = []
         for stage, blocks in enumerate(self.conv_stages):
             x = self.embeddings[stage](x)
-            cells = packing.cells(config.later_strides(stage))
+            cells = packing.cells(config.later_strides(stage), config.kernel)
             for block in blocks:
                 x = block(x, cells)
             pyramid.append(x)

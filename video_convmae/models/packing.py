@@ -25,6 +25,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from video_convmae.kernels import Neighbours, find_neighbours
+
 Implementation = Literal["packed", "dense"]
 Grid = tuple[int, int, int]
 
@@ -48,8 +50,9 @@ class Packing:
             raise ValueError(f"visible is {visible.dtype} {tuple(visible.shape)}; expected bool (B, t, h, w)")
         batch, *grid = visible.shape
         self.batch, self.grid = batch, (grid[0], grid[1], grid[2])
-        self.keep, self.hidden = (index.to(device, non_blocking=True) for index in _split(visible.flatten(1)))
-        self.all_computed = implementation == "dense" or self.hidden.shape[1] == 0
+        self.keep, self.hidden = (index.to(device, non_blocking=True) for index in split_tokens(visible))
+        self.packed = implementation == "packed"
+        self.all_computed = not self.packed or self.hidden.shape[1] == 0
         # Dense only: which computed tokens the convolutions may see, (B, N, 1, 1).
         masked = self.all_computed and self.hidden.shape[1] > 0
         self.shown = visible.flatten(1)[..., None, None].to(device, non_blocking=True) if masked else None
@@ -66,21 +69,34 @@ class Packing:
         """`(B, m, ...)` over the computed tokens -> `(B, n, ...)` over the visible ones."""
         return x if self.shown is None else take_tokens(x, self.keep)
 
-    def cells(self, factors: tuple[int, ...]) -> Cells:
-        """The way between packed cells and the dense grid of a stage whose later strides are `factors`."""
-        return Cells(self, factors)
+    def cells(self, factors: tuple[int, ...], kernel: Grid | None = None) -> Cells:
+        """The cells of a stage whose later strides are `factors`, for depthwise convolutions of one kernel."""
+        return Cells(self, factors, kernel)
 
 
 class Cells:
-    """One stage's cells: packed `(B, m, cells, C)` <-> dense `(B, t, H, W, C)`, hidden positions zero."""
+    """One stage's cells: packed `(B, m, cells, C)` <-> dense `(B, t, H, W, C)`, hidden positions zero.
 
-    def __init__(self, packing: Packing, factors: tuple[int, ...]) -> None:
+    Args:
+        packing: of the batch.
+        factors: strides of the later stages.
+        kernel: of the stage's depthwise convolutions, which find in `neighbours` who lies around each visible token.
+    """
+
+    def __init__(self, packing: Packing, factors: tuple[int, ...], kernel: Grid | None = None) -> None:
         self.packing = packing
         self.factors = factors
         side = prod(factors)
         t, h, w = packing.grid
         self.grid: Grid = (t, h * side, w * side)
         self.count = side * side
+        self.neighbours = self._neighbours(kernel) if packing.packed and kernel else None
+
+    def _neighbours(self, kernel: Grid) -> Neighbours:
+        side, device = prod(self.factors), self.packing.keep.device
+        places = torch.arange(self.count, device=device).view(1, 1, side, side, 1)
+        order = nest(places, self.factors).flatten().argsort().view(side, side)
+        return find_neighbours(self.packing.keep, self.packing.grid, order, kernel)
 
     @cached_property
     def rows(self) -> Tensor:
@@ -176,8 +192,9 @@ def patch_cells(patches: Tensor, factors: tuple[int, ...]) -> Tensor:
     return nest(cells, factors).view(*patches.shape[:2], side * side, -1)
 
 
-def _split(visible: Tensor) -> tuple[Tensor, Tensor]:
-    """`(B, N)` bool -> indices of the visible `(B, n)` and of the hidden `(B, N - n)` tokens, ascending."""
+def split_tokens(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """`(B, t, h, w)` bool -> indices of the visible `(B, n)` and of the hidden `(B, N - n)` tokens, ascending."""
+    visible = visible.flatten(1)
     counts = visible.sum(1).tolist()
     if min(counts) != max(counts) or counts[0] == 0:
         raise ValueError(
