@@ -82,7 +82,7 @@ def test_a_shrunken_copy_takes_two_steps(path: Path, videos: Path, tmp_path: Pat
         device="cpu",
         model=replace(config.model, size=size, num_frames=frames, image_size=32, strides=None, decoder=None),
         data=replace(config.data, train=str(videos / images), root=str(videos), decoder="pyav", workers=0),
-        train=replace(config.train, batch_size=2, accumulate=1, epochs=1, log_every=1),
+        train=replace(config.train, batch_size=2, accumulate=1, effective_batch=2, epochs=1, log_every=1),
     )
     assert pretrain(small) == 2
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -125,7 +125,7 @@ def test_a_shrunken_classifier_takes_two_steps(path: Path, videos: Path, tmp_pat
             decoder="pyav",
             workers=0,
         ),
-        train=replace(config.train, batch_size=2, accumulate=1, epochs=1, log_every=1),
+        train=replace(config.train, batch_size=2, accumulate=1, effective_batch=2, epochs=1, log_every=1),
         validate=replace(config.validate, precision="fp32"),
         test=replace(config.test, precision="fp32"),
     )
