@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_pretrain import ENVIRONMENT, ROOT, command, log, videos  # noqa: F401, the fixture
+from test_pretrain import ENVIRONMENT, ROOT, command, log
 
 pytest.importorskip("submitit", reason='submitit is not installed: pip install -e ".[slurm]"')
 
@@ -144,14 +144,14 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
         process.wait(10)
 
 
-def local(videos: Path, folder: Path, *edits: str) -> list[str]:  # noqa: F811
+def local(videos: Path, folder: Path, *edits: str) -> list[str]:
     """submit.py's command line for the debug run on two CPU processes."""
     submit = [sys.executable, str(ROOT / "tools" / "submit.py"), "--cluster=local", "--processes-per-node=2"]
     _, *script = command(videos, folder / "run", *edits)
     return [*submit, f"--logs={folder / 'logs'}", "--max-restarts=0", "--", *script]
 
 
-def test_a_local_job_runs_to_its_end(videos: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_local_job_runs_to_its_end(videos: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         local(videos, tmp_path, "--train.epochs=1"), env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
@@ -164,7 +164,7 @@ def test_a_local_job_runs_to_its_end(videos: Path, tmp_path: Path) -> None:  # n
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["step"] == 4
 
 
-def test_a_local_job_that_fails(videos: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_local_job_that_fails(videos: Path, tmp_path: Path) -> None:
     arguments = local(videos, tmp_path, "--train.epoch_count=1")
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
@@ -174,7 +174,7 @@ def test_a_local_job_that_fails(videos: Path, tmp_path: Path) -> None:  # noqa: 
 
 @needs_proc
 @pytest.mark.faults
-def test_a_local_job_is_preempted_and_goes_on(videos: Path, tmp_path: Path, start: Callable) -> None:  # noqa: F811
+def test_a_local_job_is_preempted_and_goes_on(videos: Path, tmp_path: Path, start: Callable) -> None:
     """The signal goes to every process of the job, as Slurm sends it."""
     job = start(local(videos, tmp_path, "--train.epochs=6"), env=ENVIRONMENT, stdout=subprocess.PIPE)
     controller = int(job.stdout.readline().split()[1].rstrip(","))
@@ -193,7 +193,7 @@ def test_a_local_job_is_preempted_and_goes_on(videos: Path, tmp_path: Path, star
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_a_local_job_that_is_stopped_saves(
     ending: signal.Signals,
-    videos: Path,  # noqa: F811
+    videos: Path,
     tmp_path: Path,
     start: Callable,
 ) -> None:
@@ -258,7 +258,7 @@ def signal_all(tasks: list[subprocess.Popen], number: signal.Signals) -> None:
 def test_a_job_on_two_nodes_saves_and_is_queued_again_unless_it_was_cancelled(
     number: signal.Signals,
     state: str,
-    videos: Path,  # noqa: F811
+    videos: Path,
     tmp_path: Path,
     start: Callable,
 ) -> None:

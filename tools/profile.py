@@ -25,8 +25,11 @@ def main() -> None:
     from video_convmae.engine.log import Trace
 
     recipes = {"pretrain": (PretrainConfig, pretrain), "finetune": (FinetuneConfig, finetune)}
-    if sys.argv[1:2] in ([], ["-h"], ["--help"]) or sys.argv[1] not in recipes:
-        sys.exit(f"{__doc__}\nfirst argument: {' or '.join(recipes)}; then that recipe's own (--help lists them)")
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(f"{__doc__}\nusage: profile.py pretrain|finetune [ARGUMENTS]; profile.py pretrain --help lists them")
+        return
+    if sys.argv[1:2] not in [[recipe] for recipe in recipes]:
+        sys.exit(f"the first argument is {sys.argv[1:2]}; expected {' or '.join(recipes)}")
     kind, carry_out = recipes[sys.argv[1]]
     config = parse(kind, ["--log.trace=3", *sys.argv[2:]])
     if (Path(config.output) / "checkpoints").exists():
