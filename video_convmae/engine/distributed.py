@@ -169,7 +169,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         store = self._store()
-        while not self._ended.wait(self._beat):
+        while True:
             what, since = _doing
             now = time.time()
             with contextlib.suppress(RuntimeError):  # the store's process is gone: there is nobody left to tell
@@ -177,6 +177,8 @@ class Watchdog:
                     store.set(f"rank {self._group.rank}", json.dumps([what, since, now]))
             if now - since > self.patience:
                 self._end(store, what, now - since)
+            if self._ended.wait(self._beat):
+                return
 
     def _store(self) -> dist.Store | None:
         """The store that torchrun or rank 0 keeps for the group, by a connection of this thread's own."""
