@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from video_convmae.data.datasets import STEP, Fault, sample_generator
+from video_convmae.data.datasets import STEP, sample_generator
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.loader import Batch, LoaderError
 from video_convmae.models import files
@@ -31,6 +30,7 @@ from .distributed import Parallel, Processes
 from .log import BadRecords, LogConfig, NoLog, RankLog, RunLog, Stopwatch, TooManyBadRecords, Trace
 from .optim import Average, Optimization, clip_gradients
 from .tasks import Task, autocast
+from .window import Window
 
 
 @dataclass(frozen=True)
@@ -133,105 +133,6 @@ class State:
         """What is measured and published: the average where there is one, whole, on the CPU. All processes call it."""
         tensors = self.model.state_dict() if self.ema is None else self.ema.tensors
         return {name: distributed.whole(tensor).detach().cpu() for name, tensor in tensors.items()}
-
-
-class Window:
-    """What happened since the last logged step; losses and norms stay on the device until then.
-
-    Args:
-        stopwatch: times the phases of a step.
-    """
-
-    def __init__(self, stopwatch: Stopwatch) -> None:
-        self.stopwatch = stopwatch
-        self.records: list[list[int]] = []
-        self.faults: list[Fault] = []
-        self._losses: list[Tensor] = []
-        self._norms: list[Tensor] = []
-        self._clips = 0
-        self._waited = 0.0
-        self._started = time.perf_counter()
-        self._named: dict[str, list[Tensor]] = {}
-        self._values: list[list[float]] = []
-        self._own_losses: list[float] = []
-        self.own: dict[str, float | int | None] = {}
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; the time until it is there counts as waiting for data."""
-        start = time.perf_counter()
-        batch = next(batches)
-        self._waited += time.perf_counter() - start
-        self._clips += len(batch.clips)
-        self.faults += batch.faults
-        return batch
-
-    def note(self, values: dict[str, Tensor]) -> None:
-        """What a task wants logged of one forward pass."""
-        for name, value in values.items():
-            self._named.setdefault(name, []).append(value)
-
-    def add(self, records: list[int], loss: Tensor, norm: Tensor) -> None:
-        """A step was done."""
-        self.records.append(records)
-        self._losses.append(loss)
-        self._norms.append(norm.to(loss.dtype))
-
-    def summary(self, step: int, optimization: Optimization, group: Processes) -> dict[str, float | int | None]:
-        """The logged values: means over the window's steps and over the ranks. Here the host waits for the device."""
-        values = torch.stack([torch.stack(self._losses), torch.stack(self._norms)])
-        self._own_losses = values[0].tolist()
-        self._values = distributed.mean_over_ranks(values).tolist()
-        named = {name: float(distributed.mean_over_ranks(torch.stack(v).mean())) for name, v in self._named.items()}
-        seconds = time.perf_counter() - self._started
-        schedule = optimization.schedule
-        self.own = {
-            "step": step,
-            "loss": _finite_mean(self._own_losses),
-            "data_wait": self._waited / seconds,
-            "bad_records": len(self.faults),
-        }
-        phases = self.stopwatch.take(len(self))
-        if phases:
-            phases = {"seconds_data": self._waited / len(self)} | phases
-            self.own |= phases
-            every = distributed.gather(phases)
-            phases = {name: sum(of[name] for of in every) / group.count for name in phases}
-        return {
-            "step": step,
-            "epoch": step / optimization.steps_per_epoch,
-            "loss": _finite_mean(self._values[0]),
-            "lr": schedule.lr(step - 1),
-            "grad_norm": _finite_mean(self._values[1]),
-            "clips_per_second": self._clips * group.count / seconds,
-            "data_wait": self._waited / seconds,
-            "seconds_per_step": seconds / len(self.records),
-            "eta_seconds": (schedule.steps - step) * seconds / len(self.records),
-            **phases,
-            **named,
-        }
-
-    def complaint(self, step: int, config: TrainConfig, group: Processes) -> str | None:
-        """What was not finite: steps, and the records of the ranks whose own loss it was. Call after `summary`.
-
-        fp16's loss scale finds its size by overflowing gradients, so there the loss alone counts.
-        """
-        losses, norms = self._values
-        first = step - len(losses) + 1
-        broken = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        if config.precision != "fp16":
-            broken = [i for i, norm in enumerate(norms) if i in broken or not math.isfinite(norm)]
-        if not broken:  # means over the ranks: all of them know
-            return None
-        own = [
-            f"step {first + i}: loss {self._own_losses[i]}, gradient norm {norms[i]}, rank {group.rank}'s "
-            f"records {self.records[i]}"
-            for i in broken
-            if math.isfinite(losses[i]) or not math.isfinite(self._own_losses[i])
-        ]
-        return "not finite at " + "; ".join(line for lines in distributed.gather(own) for line in lines)
 
 
 @dataclass(frozen=True)
@@ -555,7 +456,7 @@ class _Run:
         seconds = distributed.take_communication_seconds(self.task.model)
         if seconds is not None:
             values["seconds_communication"] = window.own["seconds_communication"] = seconds / len(window)
-        if complaint := window.complaint(state.step, self.config, group):
+        if complaint := window.complaint(state.step, self.config.precision, group):
             if self.config.on_nonfinite == "stop":
                 raise NonFiniteLoss(f"{complaint}; the newest checkpoint is from before")
             self.log.say(f"{complaint}; skipped")
@@ -591,9 +492,3 @@ class _Run:
 
     def _saved(self) -> str:
         return f"The state after step {self.state.step} is saved; the same command goes on from there"
-
-
-def _finite_mean(values: list[float]) -> float | None:
-    """The mean of what is finite; None (JSON knows no NaN) where nothing is."""
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else None
