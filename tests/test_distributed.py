@@ -35,7 +35,7 @@ def test_every_recipe_wrapped_in_every_way_equals_the_bare_model(ranks: int, cap
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     recipes = {line["recipe"] for line in lines}
     assert recipes == {"pretrain", "finetune", "probe, linear", "probe, attentive"}
-    assert len(lines) == 9 * 4 - 2
+    assert len(lines) == 8 * 4 - 2
     with capsys.disabled():
         print("\n\nrecipe             way                    relative difference of loss, gradient, weights")
         for line in lines:
@@ -45,8 +45,6 @@ def test_every_recipe_wrapped_in_every_way_equals_the_bare_model(ranks: int, cap
         compressed = "bf16" in line["way"]
         for name in ("loss", "norm", "gradient", "weights", "average"):
             assert line[name] < (1e-2 if compressed else 1e-5), line
-        assert all(seconds > 0 for seconds in line["seconds"] if "timed" in line["way"])
-        assert any(line["seconds"]) == ("timed" in line["way"])
         assert (line["gradient"] > 1e-4) == compressed  # or nothing would have been compressed
 
 
@@ -69,7 +67,9 @@ def test_a_sharded_run_takes_the_steps_of_one_process(videos: Path, tmp_path: Pa
     for line in lines:
         phases = [line[f"seconds_{phase}"] for phase in ("data", "forward", "backward", "optimizer")]
         assert 0 < sum(phases) <= 1.05 * line["seconds_per_step"]
-    assert ("seconds_communication" in lines[ends[1] - 1]) == ("compress" in edits[0])  # under fsdp it is not measured
+    communication = [line["seconds_communication"] for line in lines]
+    assert communication[: ends[0]] == [0] * ends[0]  # one process
+    assert all(0 < seconds < 10 for seconds in communication[ends[0] : ends[1]])
     ours, theirs = model_of(dealt), model_of(tmp_path / "whole")
     assert ours.keys() == theirs.keys()
     published, _ = load_autoencoder(dealt / "model.safetensors")

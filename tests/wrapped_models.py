@@ -43,7 +43,6 @@ WAYS = {
     "ddp, accumulated": {"accumulates": True},
     "ddp, checkpointed": {"activation_checkpointing": True},
     "ddp, bf16 gradients": {"compress_gradients": True},
-    "ddp, timed": {"time_communication": True},
     "fsdp": {"parallel": "fsdp"},
     "fsdp, accumulated": {"parallel": "fsdp", "accumulates": True},
     "fsdp, checkpointed": {"parallel": "fsdp", "activation_checkpointing": True},
@@ -72,7 +71,7 @@ def steps(name: str, group: distributed.Processes, way: dict | None) -> dict[str
     average = Average(bare, 0.5)
     parts = 2 if way and way.get("accumulates") else 1
     ranks = 1 if way is None else group.count
-    result: dict[str, list] = {"loss": [], "norm": [], "gradient": [], "weights": [], "average": [], "seconds": []}
+    result: dict[str, list] = {"loss": [], "norm": [], "gradient": [], "weights": [], "average": []}
     for step in range(STEPS):
         loss = torch.zeros(())
         for part in range(parts):
@@ -92,7 +91,6 @@ def steps(name: str, group: distributed.Processes, way: dict | None) -> dict[str
         optimizer.step()
         optimizer.zero_grad()
         average.update(bare)
-        result["seconds"].append(distributed.take_communication_seconds(wrapped))
     result["weights"] = [distributed.whole(t).clone() for t in bare.state_dict().values()]
     result["average"] = [distributed.whole(t).clone() for t in average.tensors.values()]
     return result
@@ -114,7 +112,7 @@ def main() -> None:
                 if "BatchNorm" in str(RECIPES[name][0]()) and "accumulates" in way:
                     continue  # its statistics are those of one forward pass
                 wrapped = steps(name, group, way)
-                line = {"recipe": name, "way": title, "ranks": group.count, "seconds": wrapped["seconds"]}
+                line = {"recipe": name, "way": title, "ranks": group.count}
                 for value in ("loss", "norm"):
                     pairs = zip(wrapped[value], bare[value])
                     line[value] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)

@@ -88,7 +88,6 @@ def carry_out(
         parallel=config.train.parallel,
         compress_gradients=config.train.compress_gradients,
         accumulates=share.accumulate > 1,
-        time_communication=config.log.profile,
     )
     bare = distributed.unwrap(wrapped)
     optimization = build_optimization(bare, config.optim, share.global_batch, config.train.epochs, steps_per_epoch)

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -265,7 +265,6 @@ def wrap(
     parallel: Parallel = "ddp",
     compress_gradients: bool = False,
     accumulates: bool = False,
-    time_communication: bool = False,
 ) -> nn.Module:
     """Checkpoint, compile, and replicate or shard a model, in that order.
 
@@ -282,7 +281,6 @@ def wrap(
         compress_gradients: send gradients as bfloat16.
         accumulates: whether a step has several backward passes. DDP's static graph, which spares each pass a search,
             is for one: with `no_sync` in its first pass PyTorch 2.14 fails an internal assertion.
-        time_communication: measure how long gradients are on their way (`take_communication_seconds`); DDP only.
     """
     for block in [module for module in model.modules() if isinstance(module, blocks)]:
         if activation_checkpointing:  # of the method, not in a module around the block: parameters keep their names
@@ -301,12 +299,8 @@ def wrap(
         static_graph=not accumulates,
         broadcast_buffers=False,  # tables are constant, running statistics come from the same numbers on all ranks
     )
-    hook = bf16_compress_hook if compress_gradients else allreduce_hook
-    if time_communication:
-        replica.communication = CommunicationTimer(hook, group.device)
-        replica.register_comm_hook(replica.communication, _timed)
-    elif compress_gradients:
-        replica.register_comm_hook(None, hook)
+    if compress_gradients:
+        replica.register_comm_hook(None, bf16_compress_hook)
     return replica
 
 
@@ -317,59 +311,21 @@ def _shard(model: nn.Module, blocks: tuple[type[nn.Module], ...], compress: bool
     return fully_shard(model, mp_policy=policy)
 
 
-class CommunicationTimer:
-    """Notes when each bucket of DDP's gradients leaves and when it is back, averaged.
+def communication_seconds(recorded: torch.profiler.profile) -> float:
+    """Seconds of a recording in which processes exchanged gradients or weights; what overlaps counts once.
 
-    Most of that time passes beside the backward pass. Where buckets are on their way at the same time it counts once.
-
-    Args:
-        hook: DDP's communication hook that is timed.
-        device: where the gradients are.
+    Most of that time passes beside the forward and backward pass.
     """
-
-    def __init__(self, hook: Callable, device: torch.device) -> None:
-        self._hook = hook
-        self._on_cuda = device.type == "cuda"
-        self._spans: list[tuple[Any, Any]] = []
-
-    def start(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """Start averaging a bucket."""
-        start = self._now()
-
-        def note(future: torch.futures.Future[Tensor]) -> Tensor:
-            self._spans.append((start, self._now()))
-            return future.value()
-
-        return self._hook(None, bucket).then(note)
-
-    def take_seconds(self) -> float:
-        """Seconds since the last call in which a bucket was on its way. On CUDA, after a synchronisation."""
-        spans, self._spans = self._spans, []
-        if self._on_cuda and spans:
-            first = spans[0][0]
-            spans = [(first.elapsed_time(start) / 1e3, first.elapsed_time(end) / 1e3) for start, end in spans]
-        total, until = 0.0, float("-inf")
-        for start, end in sorted(spans):
-            total += max(0.0, end - max(start, until))
-            until = max(until, end)
-        return total
-
-    def _now(self) -> float | torch.cuda.Event:
-        if not self._on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def _timed(timer, bucket):  # no annotations: DDP refuses those that are strings, as all are here
-    return timer.start(bucket)
-
-
-def take_communication_seconds(model: nn.Module) -> float | None:
-    """Seconds since the last call in which gradients were on their way; None where they are not timed."""
-    timer = getattr(model, "communication", None)
-    return None if timer is None else timer.take_seconds()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in recorded.events()
+        if event.name.startswith(("gloo:", "ncclDevKernel"))  # on CUDA the kernels: nccl: alone is their launch
+    )
+    total, until = 0.0, float("-inf")
+    for start, end in spans:
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total / 1e6
 
 
 class SyncedBatchNorm(nn.BatchNorm1d):

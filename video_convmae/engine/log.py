@@ -20,16 +20,22 @@ from tqdm import tqdm
 
 from video_convmae.data.datasets import Fault
 
+from . import distributed
+
 
 @dataclass(frozen=True)
 class LogConfig:
     """What is logged besides the usual; how often, says train.log_every."""
 
     profile: bool = False
-    """Split the time of a step into data wait, forward, backward, optimizer and, under ddp, communication, most of
-    which passes beside the backward pass."""
+    """Split the time of a step into data wait, forward, backward, optimizer and communication, most of which passes
+    beside the others. For the last, torch.profiler records one step of each logged window."""
     trace: int = 0
     """Steps, after the first few, that each rank records in logs/trace_rank_NNNN.json.gz for ui.perfetto.dev."""
+
+    def __post_init__(self) -> None:
+        if self.profile and self.trace:
+            raise ValueError("log.profile and log.trace are both on; expected one: PyTorch records for one at a time")
 
 
 class TooManyBadRecords(RuntimeError):
@@ -151,6 +157,17 @@ class Stopwatch:
     def __init__(self, device: torch.device, on: bool) -> None:
         self._on_cuda, self._on = device.type == "cuda", on
         self._spans: dict[str, list[tuple[Any, Any]]] = {}
+        self._communication: float | None = None
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """A context for one step; the first is recorded for what the processes send each other."""
+        if not self._on or self._communication is not None:
+            yield
+            return
+        with torch.profiler.profile() as recorded:
+            yield
+        self._communication = distributed.communication_seconds(recorded)
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -166,8 +183,11 @@ class Stopwatch:
 
     def take(self, steps: int) -> dict[str, float]:
         """`seconds_PHASE` a step, since the last call; on CUDA after a synchronisation."""
+        if not self._on:
+            return {}
         spans, self._spans = self._spans, {}
-        return {f"seconds_{phase}": sum(map(self._seconds, each)) / steps for phase, each in spans.items()}
+        seconds = {f"seconds_{phase}": sum(map(self._seconds, each)) / steps for phase, each in spans.items()}
+        return seconds | {"seconds_communication": self._communication}
 
     def _now(self) -> float | torch.cuda.Event:
         if not self._on_cuda:

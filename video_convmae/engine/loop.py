@@ -344,11 +344,13 @@ class _Run:
         while state.step < steps:
             torch.manual_seed(sample_generator(seed, state.step, self.group.rank, STEP).initial_seed())
             try:
-                loss, records = self._accumulate_gradients(batches)
+                with self.window.stopwatch.step():
+                    loss, records = self._accumulate_gradients(batches)
+                    norm = self._update()
             except _StopRequested:
                 self._leave()
                 return
-            self.window.add(records, loss, self._update())
+            self.window.add(records, loss, norm)
             self.log.step()
             self.trace.step()
             validates = self.validator is not None and self.validator.is_due()
@@ -453,9 +455,6 @@ class _Run:
         state, window, group = self.state, self.window, self.group
         distributed.doing(f"logs step {state.step}")
         values = window.summary(state.step, self.optimization, group)
-        seconds = distributed.take_communication_seconds(self.task.model)
-        if seconds is not None:
-            values["seconds_communication"] = window.own["seconds_communication"] = seconds / len(window)
         if complaint := window.complaint(state.step, self.config.precision, group):
             if self.config.on_nonfinite == "stop":
                 raise NonFiniteLoss(f"{complaint}; the newest checkpoint is from before")
