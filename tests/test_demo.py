@@ -15,6 +15,8 @@ METRICS = {
     "scratch": {"top1": 0.9, "top5": 1.0},
 }
 
+MEASURED = {"top5": 1.0, "seconds": 1.0, "device": "a processor", "commit": "abc"}
+
 
 def test_the_demo_says_which_model_won() -> None:
     assert "did not help in so short a time: -10.0%" in report(METRICS)
@@ -31,15 +33,15 @@ def test_a_demo_that_has_not_learned_says_what_failed() -> None:
 def test_a_study_knows_what_it_has_measured(tmp_path: Path) -> None:
     results = Results(tmp_path, {})
     for seed, top1 in enumerate((0.5, 0.6, 0.7)):
-        results.add("VideoConvMAE-MSD", 320, seed, {"top1": top1, "top5": 1.0})
-    results.add("VideoMAE (plain ViT)", 96, 0, {"top1": 0.4, "top5": 1.0})
+        results.add(MEASURED | {"model": "VideoConvMAE-MSD", "labelled": 320, "seed": seed, "top1": top1})
+    results.add(MEASURED | {"model": "VideoMAE (plain ViT)", "labelled": 96, "seed": 0, "top1": 0.4})
     again = Results(tmp_path, {})
     assert again.has("VideoConvMAE-MSD", 320, 2)
     assert not again.has("VideoConvMAE-MSD", 96, 0)
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert lines[0] == "| model | top-1, 320 labelled clips | top-1, 96 labelled clips |"
-    assert "| VideoConvMAE-MSD | 60.0% ± 10.0% (3) | - |" in lines
-    assert "| VideoMAE (plain ViT) | - | 40.0% (1) |" in lines
+    assert lines[0] == "| model | top-1, 96 labelled clips | top-1, 320 labelled clips |"
+    assert "| VideoConvMAE-MSD | - | 60.0% ± 10.0% (3) |" in lines
+    assert "| VideoMAE (plain ViT) | 40.0% (1) | - |" in lines
 
 
 @pytest.mark.parametrize("name", ENTRIES)

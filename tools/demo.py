@@ -37,7 +37,7 @@ from video_convmae.runs import load_autoencoder
 CONFIGS = Path(__file__).parent.parent / "configs" / "debug"
 MOST = 0.9  # of the better baseline's error
 LEAST = 0.5  # of the clips; one in eight is chance
-LABELLED = 320  # of the training clips; pretraining sees them all
+LABELLED = 80  # of the training clips; pretraining sees them all
 
 
 def main() -> None:

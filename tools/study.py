@@ -1,28 +1,34 @@
-"""The study: does pretraining help, and does the hybrid? The demo's task at length, for several models and seeds.
+"""The study: does pretraining help, and does the hybrid? The demo's task for several models and seeds.
 
-    make study                                           # hours on a CPU, minutes on a GPU
-    python tools/study.py --output runs/study --seeds 3 --pretrain-epochs 40 --finetune-epochs 40 --device cuda
+    make study                                           # an hour and a half on two CPU cores
+    python tools/study.py --output runs/study --seeds 5 --labelled 40 80 160 320 --pretrain-epochs 96 --device cuda
 
 Each model is pretrained on all clips of camera motion, finetuned on the labelled ones and tested on photographs that no
-training clip shows; "from scratch" is finetuned alone, for as many steps. Written after each run: results.json, and
-table.md with mean and standard deviation over the seeds. A study that was interrupted goes on with the same command.
+training clip shows; "from scratch" is finetuned alone. Every finetuning takes as many steps, whatever the number of
+labelled clips. On a CPU each core works on a model of its own. Written as they are done: results.json, and table.md
+with mean and standard deviation over the seeds. A study that was interrupted goes on with the same command.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import multiprocessing
+import os
 import statistics
-import subprocess
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from demo import LABELLED, accuracy_of, finetune_on, pretrain_on
+from benchmark import about
+from demo import CONFIGS, LABELLED, accuracy_of, finetune_on, pretrain_on
 from make_motion_clips import make_motion_clips
 
+from video_convmae.config import FinetuneConfig, parse
 from video_convmae.engine.log import write_text
 
 
@@ -51,7 +57,9 @@ ENTRIES = {
     "VideoMAE (plain ViT)": Entry(model=PLAIN),
     "from scratch (hybrid)": Entry(pretraining=None),
     "from scratch (plain ViT)": Entry(model=PLAIN, pretraining=None),
+    "VideoConvMAE-MSD, tubes hidden": Entry(pretraining=("--mask.kind=tube", "--mask.ratio=0.75")),
 }
+Row = dict[str, Any]  # model, seed, labelled, top1, top5, seconds, device, commit
 
 
 def main() -> None:
@@ -60,39 +68,59 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model (default %(default)s)")
     parser.add_argument("--pretrain-epochs", type=float, help="passes over the clips; none: the demo's")
-    parser.add_argument("--finetune-epochs", type=float, help="passes over the labelled clips; none: the demo's")
-    parser.add_argument("--labelled", type=int, nargs="+", default=[LABELLED], help="labelled clips, one study each")
+    parser.add_argument("--finetune-steps", type=int, default=400, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--labelled", type=int, nargs="+", default=[LABELLED, 4 * LABELLED], help="labelled clips")
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda")
     given = parser.parse_args()
-    data = given.output / "data"
-    make_motion_clips(data)
-    results = Results(
-        given.output, {"pretrain_epochs": given.pretrain_epochs, "finetune_epochs": given.finetune_epochs}
-    )
-    for labelled in given.labelled:
-        for seed in range(given.seeds):
-            for name in ENTRIES:
-                if not results.has(name, labelled, seed):
-                    results.add(name, labelled, seed, run_once(name, labelled, seed, data, given))
+    if given.device == "auto":
+        given.device = "cuda" if torch.cuda.is_available() else "cpu"
+    make_motion_clips(given.output / "data")
+    settings = {name: getattr(given, name) for name in ("pretrain_epochs", "finetune_steps")}
+    results = Results(given.output, settings)
+    for row in measure(given, results):
+        results.add(row)
+        print(
+            f"{row['model']}, seed {row['seed']}, {row['labelled']} labelled clips: top-1 {row['top1']:.1%}", flush=True
+        )
     print(results.table())
 
 
-def run_once(name: str, labelled: int, seed: int, data: Path, given: argparse.Namespace) -> dict[str, float]:
-    """Pretrain, finetune and test one model with one seed; its accuracies and the seconds it took."""
-    print(f"\n{name}, seed {seed}, {labelled} labelled clips", flush=True)
-    entry, started = ENTRIES[name], time.perf_counter()
-    shared = [*entry.model, f"--seed={seed}", f"--device={given.device}"]
+def measure(given: argparse.Namespace, results: Results) -> Iterator[Row]:
+    """The rows that are missing, as they come: a GPU takes one model after the other, a CPU one a core."""
+    processes = 1 if given.device == "cuda" else os.cpu_count()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = []
+        for seed in range(given.seeds):
+            for name in ENTRIES:
+                missing = [labelled for labelled in given.labelled if not results.has(name, labelled, seed)]
+                if missing:
+                    futures.append(pool.submit(run, name, seed, missing, given))
+        for future in as_completed(futures):
+            yield from future.result()
+
+
+def run(name: str, seed: int, labelled: list[int], given: argparse.Namespace) -> list[Row]:
+    """Pretrain a model, then finetune and test it on so many labelled clips; a row for each number."""
+    entry, started, data = ENTRIES[name], time.perf_counter(), given.output / "data"
+    edits = [*entry.model, f"--seed={seed}", f"--device={given.device}"]
     folder = given.output / "runs" / f"{list(ENTRIES).index(name)}_{seed}"
     weights = None
     if entry.pretraining is not None:
         weights = folder / "pretrain"
-        if not (weights / "metrics.json").exists():  # the same for any number of labelled clips
+        if not (weights / "metrics.json").exists():
             epochs = [f"--train.epochs={given.pretrain_epochs}"] if given.pretrain_epochs else []
-            pretrain_on(data, weights, *shared, *entry.pretraining, *epochs)
-    epochs = [f"--train.epochs={given.finetune_epochs}"] if given.finetune_epochs else []
-    finetune_on(data, labelled, folder / f"finetune_{labelled}", weights, *shared, *epochs)
-    accuracy = accuracy_of(folder / f"finetune_{labelled}")
-    return accuracy | {"seconds": time.perf_counter() - started}
+            pretrain_on(data, weights, *edits, *entry.pretraining, *epochs)
+    batch = parse(FinetuneConfig, [f"--config={CONFIGS / 'finetune_demo.yaml'}"]).train.batch_size
+    rows = []
+    for number in labelled:
+        epochs = given.finetune_steps * batch / number
+        length = [f"--train.epochs={epochs}", f"--validate.every={epochs / 4}"]
+        target = folder / f"finetune_{number}"
+        finetune_on(data, number, target, weights, *edits, *length)
+        seconds = time.perf_counter() - started
+        rows.append({"model": name, "seed": seed, "labelled": number, **accuracy_of(target), "seconds": seconds})
+    return [row | about(given.device) for row in rows]
 
 
 class Results:
@@ -105,22 +133,21 @@ class Results:
         known = json.loads(self._path.read_text()) if self._path.exists() else {"rows": [], "settings": settings}
         if known["settings"] != settings:
             raise SystemExit(f"{self._path} is of {known['settings']}, asked for is {settings}: give another --output")
-        self.rows = known["rows"]
+        self.rows: list[Row] = known["rows"]
 
     def has(self, name: str, labelled: int, seed: int) -> bool:
         """Whether this run is done."""
         return any((row["model"], row["labelled"], row["seed"]) == (name, labelled, seed) for row in self.rows)
 
-    def add(self, name: str, labelled: int, seed: int, values: dict[str, float]) -> None:
-        """Take a run in."""
-        about = {"commit": commit(), "machine": machine()}
-        self.rows.append({"model": name, "labelled": labelled, "seed": seed, **values, **about})
+    def add(self, row: Row) -> None:
+        """Take a row in."""
+        self.rows.append(row)
         write_text(self._path, json.dumps({"rows": self.rows, "settings": self._settings}, indent=1) + "\n")
         write_text(self._folder / "table.md", self.table() + "\n")
 
     def table(self) -> str:
         """Top-1, mean and standard deviation over the seeds; a column for each number of labelled clips."""
-        numbers = list(dict.fromkeys(row["labelled"] for row in self.rows))
+        numbers = sorted({row["labelled"] for row in self.rows})
         heads = " | ".join(f"top-1, {number} labelled clips" for number in numbers)
         lines = [f"| model | {heads} |", "|---" * (len(numbers) + 1) + "|"]
         for name in ENTRIES:
@@ -130,20 +157,8 @@ class Results:
                 spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.1%}{spread} ({len(values)})" if values else "-")
             lines.append(f"| {name} | {' | '.join(cells)} |")
-        where = dict.fromkeys(f"{row['machine']}, commit {row['commit']}" for row in self.rows)
+        where = dict.fromkeys(f"{row['device']}, commit {row['commit']}" for row in self.rows)
         return "\n".join([*lines, "", f"{'; '.join(where)}; {self._settings}"])
-
-
-def machine() -> str:
-    """What the study runs on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The commit that is measured; "unknown" outside of a repository."""
-    command = ["git", "describe", "--always", "--dirty"]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
