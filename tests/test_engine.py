@@ -28,7 +28,7 @@ from video_convmae.engine.loop import NonFiniteLoss, StopSignal, TrainConfig, tr
 from video_convmae.engine.optim import OptimConfig, Schedule, build_optimization, parameter_groups
 from video_convmae.engine.tasks import Pixels
 from video_convmae.models import files
-from video_convmae.models.blocks import AttentionBlock, ConvBlock
+from video_convmae.runs import BLOCKS, CHECKPOINTED
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -329,8 +329,8 @@ def test_a_non_finite_step_can_be_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compile_blocks", [False, True])
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_wrapping_changes_neither_values_nor_names(activation_checkpointing: bool, compile_blocks: bool) -> None:
+@pytest.mark.parametrize("checkpointed", CHECKPOINTED)
+def test_wrapping_changes_neither_values_nor_names(checkpointed: str, compile_blocks: bool) -> None:
     """Compilation itself is left out (it wants a C++ compiler): this holds the wiring."""
 
     def build() -> nn.Module:
@@ -342,8 +342,8 @@ def test_wrapping_changes_neither_values_nor_names(activation_checkpointing: boo
     wrapped = distributed.wrap(
         model,
         ALONE,
-        (ConvBlock, AttentionBlock),
-        activation_checkpointing=activation_checkpointing,
+        BLOCKS,
+        checkpointed=CHECKPOINTED[checkpointed],
         compile_blocks=compile_blocks,
     )
     clips, visible = torch.randn(2, 3, 4, 32, 32), torch.tensor([True, False, False, True] * 4).view(2, 2, 2, 2)

@@ -19,8 +19,8 @@ from video_convmae.data.mixing import Mixing, MixingConfig
 from video_convmae.engine import distributed
 from video_convmae.engine.optim import Average, OptimConfig, build_optimization, clip_gradients
 from video_convmae.engine.tasks import Classification, Pixels, Pretraining, Task
-from video_convmae.models.blocks import AttentionBlock, ConvBlock
 from video_convmae.models.classifier import create_probe
+from video_convmae.runs import BLOCKS, CHECKPOINTED
 
 RECORDS, STEPS, CLASSES = 8, 2, 5
 SHAPE = {"num_frames": 4, "image_size": 32}
@@ -41,11 +41,11 @@ for kind in ("linear", "attentive"):
 WAYS = {
     "ddp": {},
     "ddp, accumulated": {"accumulates": True},
-    "ddp, checkpointed": {"activation_checkpointing": True},
+    "ddp, checkpointed": {"checkpointed": CHECKPOINTED["all"]},
     "ddp, bf16 gradients": {"compress_gradients": True},
     "fsdp": {"parallel": "fsdp"},
     "fsdp, accumulated": {"parallel": "fsdp", "accumulates": True},
-    "fsdp, checkpointed": {"parallel": "fsdp", "activation_checkpointing": True},
+    "fsdp, checkpointed": {"parallel": "fsdp", "checkpointed": CHECKPOINTED["all"]},
     "fsdp, bf16 gradients": {"parallel": "fsdp", "compress_gradients": True},
 }
 
@@ -64,8 +64,7 @@ def steps(name: str, group: distributed.Processes, way: dict | None) -> dict[str
     build, task_of = RECIPES[name]
     torch.manual_seed(0)
     model = build()
-    blocks = (ConvBlock, AttentionBlock)
-    wrapped = model if way is None else distributed.wrap(model, group, blocks, **way)
+    wrapped = model if way is None else distributed.wrap(model, group, BLOCKS, **way)
     task, bare = task_of(wrapped), distributed.unwrap(wrapped)
     optimizer = build_optimization(bare, OptimConfig(lr=1e-3, warmup_epochs=0), RECORDS, 1, STEPS).optimizer
     average = Average(bare, 0.5)

@@ -32,9 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from video_convmae import create_autoencoder, create_classifier, masking
-from video_convmae.models.blocks import AttentionBlock, ConvBlock
+from video_convmae.engine.distributed import Processes, wrap
 from video_convmae.models.encoder import Encoder
 from video_convmae.models.sizes import size_named
+from video_convmae.runs import BLOCKS, CHECKPOINTED
 
 CLASSES = 400
 RIVALS = {  # of ours, for --vs: size and arguments of the other model, from those of the first
@@ -88,11 +89,9 @@ def _build_ours(given: argparse.Namespace, name: str) -> Side:
         clips, masks, encoder = _clips(given, model.encoder.config.clip_shape), _masks(given, model.grid), model.encoder
         visible = int(masks[0].sum())
         multiply_adds, loss = model.multiply_adds(visible), lambda: model(clips, masks).loss
-    if given.compile:
-        for block in model.modules():
-            if isinstance(block, (ConvBlock, AttentionBlock)):
-                block.compile()
-    return Side(model.to(device), loss, multiply_adds, conv_stage_bytes(encoder, visible, DTYPES[given.precision]))
+    alone, checkpointed = Processes(0, 1, device), CHECKPOINTED[given.checkpoint if name == "ours" else "none"]
+    wrap(model.to(device), alone, BLOCKS, checkpointed=checkpointed, compile_blocks=given.compile)
+    return Side(model, loss, multiply_adds, conv_stage_bytes(encoder, visible, DTYPES[given.precision]))
 
 
 def _build_peer(given: argparse.Namespace, name: str) -> Side:
@@ -312,6 +311,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "batch": given.batch,
         "compiled": given.compile,
+        "checkpointed": given.checkpoint,
         "clock": given.clock,
         "ratio": statistics.median(second / first for first, second in whole),
         "pairs": whole,
@@ -379,6 +379,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch on the CPU")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile each block of ours, as train.compile does"
+    )
+    parser.add_argument(
+        "--checkpoint", default="none", choices=CHECKPOINTED, help="as train.activation_checkpointing; ours alone"
     )
     parser.add_argument(
         "--clock",

@@ -39,6 +39,9 @@ from video_convmae.models.files import read, run_config
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
+BLOCKS = (ConvBlock, AttentionBlock)  # what is compiled and sharded one by one
+CHECKPOINTED = {"none": (), "conv": (ConvBlock,), "all": BLOCKS}  # by train.activation_checkpointing
+
 
 def resolved(config: Config) -> Config:
     """The configuration with what it leaves open decided, once, before anything is read: `decoder: auto`, and the
@@ -82,8 +85,8 @@ def carry_out(
     wrapped = distributed.wrap(
         model.to(group.device),
         group,
-        (ConvBlock, AttentionBlock),
-        activation_checkpointing=config.train.activation_checkpointing,
+        BLOCKS,
+        checkpointed=CHECKPOINTED[config.train.activation_checkpointing],
         compile_blocks=config.train.compile,
         parallel=config.train.parallel,
         compress_gradients=config.train.compress_gradients,

@@ -260,7 +260,7 @@ def wrap(
     group: Processes,
     blocks: tuple[type[nn.Module], ...],
     *,
-    activation_checkpointing: bool = False,
+    checkpointed: tuple[type[nn.Module], ...] = (),
     compile_blocks: bool = False,
     parallel: Parallel = "ddp",
     compress_gradients: bool = False,
@@ -274,8 +274,8 @@ def wrap(
     Args:
         model: on its device.
         group: the processes that share the work.
-        blocks: the classes whose instances are checkpointed, compiled and sharded one by one.
-        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        blocks: the classes whose instances are compiled and sharded one by one.
+        checkpointed: the classes whose activations are computed again in the backward pass instead of being kept.
         compile_blocks: torch.compile each block.
         parallel: ddp keeps all weights on each device; fsdp shards weights, gradients and optimizer over the devices.
         compress_gradients: send gradients as bfloat16.
@@ -283,7 +283,7 @@ def wrap(
             is for one: with `no_sync` in its first pass PyTorch 2.14 fails an internal assertion.
     """
     for block in [module for module in model.modules() if isinstance(module, blocks)]:
-        if activation_checkpointing:  # of the method, not in a module around the block: parameters keep their names
+        if isinstance(block, checkpointed):  # the method: with a module around the block, names would change
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if compile_blocks:
             block.compile()

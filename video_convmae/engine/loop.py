@@ -52,8 +52,9 @@ class TrainConfig:
     """Several devices: ddp keeps all weights on each; fsdp shards weights, gradients and optimizer (large, huge)."""
     compress_gradients: bool = False
     """Send gradients between devices as bfloat16: half the bytes."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, a third more arithmetic."""
+    activation_checkpointing: Literal["none", "conv", "all"] = "none"
+    """Blocks that compute their activations again in the backward pass instead of keeping them: those of the
+    convolutional stages, or all, which is a third more arithmetic."""
     compile: bool = False
     """torch.compile each block."""
     ema: float | None = None
