@@ -162,7 +162,7 @@ def test_benchmark_counts_what_transformers_embeds() -> None:
 
 
 def test_benchmark_scale_draws_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_scale, "SWEEPS", {"frames": ("frames", (), (2, 4)), "ratio": ("hidden", (), (0.5,))})
+    monkeypatch.setattr(benchmark_scale, "SWEEPS", {"frames": ("frames", (2, 4)), "ratio": ("hidden", (0.5,))})
     monkeypatch.setattr(benchmark_scale, "measure_point", benchmark_scale._measure_here)  # a process starts slowly
     plot, numbers = tmp_path / "scale.png", tmp_path / "scale.json"
     options = ["--image-size=32", "--ratio=0.75", "--batch=1", "--repeats=1", "--vs=dense", "--threads=1"]
