@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from math import prod
@@ -14,10 +15,13 @@ import torch.nn.functional as F
 from kernel_cases import CASES, MASKS, Case, differences, neighbours_of, tensors_of, tolerance
 from torch import Tensor
 
+from video_convmae import create_autoencoder
+from video_convmae.engine.distributed import Processes, wrap
 from video_convmae.kernels import Neighbours, masked_depthwise, tiles
 from video_convmae.kernels.depthwise import passes_for
 from video_convmae.models.blocks import ConvBlock
 from video_convmae.models.packing import Packing, nest, unnest
+from video_convmae.runs import BLOCKS
 
 GEOMETRIES = {
     "16 cells": Case((3, 3, 4), (2, 2), (3, 5, 5)),
@@ -130,6 +134,38 @@ def test_a_compiled_block_is_the_same_and_takes_new_masks_without_being_compiled
             results.append((y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])))
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
     assert len(frames) == 1
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_results_lie_in_memory_as_a_compiled_step_expects(name: str) -> None:
+    case = GEOMETRIES[name]
+    neighbours, _ = neighbours_of(case)
+    x, weight, bias, gradient = (tensor.detach() for tensor in tensors_of(case, neighbours))
+    x, gradient, table = x.flatten(0, 1), gradient.flatten(0, 1), (neighbours.tokens, neighbours.order)
+    operators, only = torch.ops.video_convmae, "test_faketensor"
+    torch.library.opcheck(operators.masked_depthwise.default, (x, weight, bias, *table), test_utils=only)
+    arguments = (x, gradient, *table, list(case.kernel))
+    torch.library.opcheck(operators.masked_depthwise_weight_gradient.default, arguments, test_utils=only)
+    results = (
+        operators.masked_depthwise(x, weight, bias, *table),
+        operators.masked_depthwise_weight_gradient(*arguments),
+    )
+    assert all(result.is_contiguous() for result in results)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_model_that_is_really_compiled_has_the_same_gradients() -> None:
+    models = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = create_autoencoder("tiny", num_frames=4, image_size=32)
+        models.append(wrap(model, Processes(0, 1, torch.device("cpu")), BLOCKS, compile_blocks=compiled))
+    clips, visible = torch.randn(2, 3, 4, 32, 32), torch.tensor([True, False, False, True] * 4).view(2, 2, 2, 2)
+    for model in models:
+        model(clips, visible).loss.backward()
+    for ours, theirs in zip(*(model.parameters() for model in models)):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_the_table_names_neighbours() -> None:

@@ -119,7 +119,8 @@ def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Neighb
     return _convolve(x.flatten(0, 1).contiguous(), weight, bias, neighbours.tokens, neighbours.order).view(x.shape)
 
 
-# Operators of torch.library, so that torch.compile takes them whole.
+# Operators of torch.library, so that torch.compile takes them whole. It reads their results in the layout that the fake
+# ones promise, hence contiguous().
 
 
 @torch.library.custom_op(
@@ -130,7 +131,7 @@ def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Neighb
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, order: Tensor) -> Tensor:
     """`(M, S², C)` -> the same."""
     kt, kh, kw = weight.shape[2:]
-    return passes_for(x).convolve(x, weight, bias, Neighbours(tokens, order, (kt, kh, kw)))
+    return passes_for(x).convolve(x, weight, bias, Neighbours(tokens, order, (kt, kh, kw))).contiguous()
 
 
 @torch.library.custom_op(
@@ -141,7 +142,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, or
 def _weight_gradient(x: Tensor, gradient: Tensor, tokens: Tensor, order: Tensor, kernel: list[int]) -> Tensor:
     """`x` and the output's gradient, `(M, S², C)` -> `(C, 1, kt, kh, kw)`, float32 at least."""
     kt, kh, kw = kernel
-    return passes_for(x).weight_gradient(x, gradient, Neighbours(tokens, order, (kt, kh, kw)))
+    return passes_for(x).weight_gradient(x, gradient, Neighbours(tokens, order, (kt, kh, kw))).contiguous()
 
 
 @_convolve.register_fake
