@@ -85,7 +85,7 @@ def main() -> None:
 
 def measure(given: argparse.Namespace, results: Results) -> Iterator[Row]:
     """The rows that are missing, as they come: a GPU takes one model after the other, a CPU one a core."""
-    processes = 1 if given.device == "cuda" else os.cpu_count()
+    processes = 1 if given.device.startswith("cuda") else os.cpu_count()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = []
