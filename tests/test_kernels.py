@@ -8,6 +8,7 @@ import subprocess
 import sys
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,40 @@ def test_the_triton_kernels_equal_the_reference_in_the_interpreter() -> None:
     script = folder / "kernel_cases.py"
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_the_triton_kernels_compile_for_a_gpu(
+    architecture: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To machine code, with the arguments that they are launched with; that needs the compiler, not the GPU."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction, mangle_type
+
+    triton_depthwise = pytest.importorskip("video_convmae.kernels.triton_depthwise")
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = []
+
+    def compile_instead(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, num_warps: int, **constants: Any):
+        given = dict(zip(kernel.arg_names, args)) | constants
+        signature = {name: "constexpr" if name in constants else mangle_type(given[name]) for name in kernel.arg_names}
+        source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): constants[name] for name in constants})
+        compiled.append(triton.compile(source, target, {"num_warps": num_warps}).asm["cubin"])
+
+    monkeypatch.setattr(JITFunction, "run", compile_instead)
+    for case in (GEOMETRIES["16 cells"], GEOMETRIES["frames 1"]):
+        case = case._replace(channels=256, dtype=dtype)
+        neighbours, _ = neighbours_of(case)
+        x, weight, bias, gradient = tensors_of(case, neighbours)
+        x, gradient = x.flatten(0, 1), gradient.flatten(0, 1)
+        triton_depthwise.convolve(x, weight, bias, neighbours)
+        triton_depthwise.convolve(gradient, weight, None, neighbours)
+        triton_depthwise.weight_gradient(x, gradient, neighbours)
+    assert len(compiled) == 6
+    assert all(compiled)
 
 
 @pytest.mark.gpu

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from benchmark_files import KINDS, make_files
 from benchmark_loader import Case, Ours
-from pack_videos import PRESETS, Settings, pack_videos
+from encode_video import PRESETS, Settings
+from pack_videos import pack_videos
 
 from video_convmae.data.records import read_list
 from video_convmae.data.sampling import Sampling

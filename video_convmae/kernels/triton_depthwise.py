@@ -83,8 +83,8 @@ def weight_gradient(x: Tensor, gradient: Tensor, neighbours: Neighbours) -> Tens
         neighbours.stored(),
         sums,
         count,
-        per_part,
         channels,
+        PER_PART=per_part,
         COLUMNS=triton.next_power_of_2(kw),
         CHANNELS=width,
         **_shape(neighbours),
@@ -151,9 +151,10 @@ def _convolve(x, taps, bias, tokens, order, stored, out, count, channels,
 
 
 @triton.jit
-def _weight_gradient(x, gradient, tokens, order, stored, sums, count, per_part, channels,
-                     COLUMNS: tl.constexpr, SIDE: tl.constexpr, CELLS: tl.constexpr, REACH: tl.constexpr,
-                     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+def _weight_gradient(x, gradient, tokens, order, stored, sums, count, channels,
+                     PER_PART: tl.constexpr, COLUMNS: tl.constexpr, SIDE: tl.constexpr, CELLS: tl.constexpr,
+                     REACH: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+                     CHANNELS: tl.constexpr):  # fmt: skip
     tap_row, part = tl.program_id(0), tl.program_id(1)
     dt, dy = tap_row // KH, tap_row % KH
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -164,8 +165,8 @@ def _weight_gradient(x, gradient, tokens, order, stored, sums, count, per_part, 
     row, column = at // SIDE, at % SIDE
     taps = tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS, CHANNELS), dtype=tl.float32)
-    for index in range(per_part):
-        token = part * per_part + index
+    for index in range(PER_PART):  # a constant: the interpreter of Triton 3.6 cannot loop to a tensor under NumPy 2.4
+        token = part * PER_PART + index
         here = (cell < SIDE * SIDE) & (token < count)
         rows = (token.to(tl.int64) * (SIDE * SIDE) + cell) * channels
         g = tl.load(gradient + rows[:, None] + channel[None, :], mask=here[:, None] & inside[None, :], other=0.0)
