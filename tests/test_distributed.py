@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -134,3 +135,22 @@ def test_an_effective_batch_that_cannot_be_is_an_error() -> None:
     assert share_of(config_of(mixes=True, batch_size=10, effective_batch=54), three, None).per_device == 6
     with pytest.raises(ValueError, match="mixup and cutmix take pairs"):
         share_of(config_of(mixes=True, batch_size=10, effective_batch=45), three, None)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+def test_a_process_on_the_cpu_keeps_the_memory_of_freed_tensors() -> None:
+    """Tensors above 32 MB, which glibc maps anew by default: 12,288 pages each."""
+    program = """
+import resource, torch
+from video_convmae.engine.distributed import processes
+with processes("cpu"):
+    for count in range(5):
+        tensors = [torch.ones(3, 2**22) for _ in range(2)]
+        del tensors
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        if count == 0:
+            before = faults
+print(faults - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000

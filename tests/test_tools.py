@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def run_benchmark(tmp_path: Path, *arguments: str) -> dict:
 
 
 def test_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
-    """Peak memory is measured in processes of its own, which start slowly: once here, below without."""
+    """Each side in a process of its own, which starts slowly: once here, below without."""
     result = run_benchmark(tmp_path, "--vs=dense")
     assert {"model", "against", "device", "precision", "threads", "batch", "ratio", "pairs", "commit"} <= set(result)
     assert result["against"] == "dense"
@@ -134,7 +135,7 @@ def test_benchmark_writes_what_it_measured(tmp_path: Path) -> None:
 def test_benchmark_measures_every_kind_of_step(
     rival: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(benchmark_step, "peak_memory", lambda given, name: 1)
+    monkeypatch.setattr(benchmark_step, "own_process", lambda: ThreadPoolExecutor(1))
     monkeypatch.setattr(benchmark_step, "matrix_rate", lambda device, precision, clock: 1e9)
     options = {
         "pretrain": ["--decoder-ratio=0.5"],

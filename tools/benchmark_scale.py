@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_step import PEERS, RIVALS, build, build_step, peak_memory_now, resident, resolve
+from benchmark_step import PEERS, RIVALS, Runner, own_process, resolve
 from benchmark_step import add_options as add_step_options
 
 SWEEPS = {  # what is varied: its name in a picture, its values
@@ -40,27 +38,23 @@ MIDDLE = {  # where nothing is varied
 def measure_point(given: argparse.Namespace, name: str) -> dict[str, float]:
     """One side's step at one point, in a process of its own; memory that does not suffice makes a point without
     numbers."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as executor:
-        return executor.submit(_measure_here, given, name).result()
+    with own_process() as process:
+        return process.submit(_measure_here, given, name).result()
 
 
 def _measure_here(given: argparse.Namespace, name: str) -> dict[str, float]:
-    torch.set_num_threads(given.threads)
-    before = resident("VmRSS")
-    side = build(given, name)
+    runner = Runner(given, name)
     point = {
-        "multiply_adds": sum(side.multiply_adds.values()),
-        "fixed_bytes": 16 * sum(parameter.numel() for parameter in side.model.parameters()),
+        "multiply_adds": sum(runner.side.multiply_adds.values()),
+        "fixed_bytes": 16 * sum(parameter.numel() for parameter in runner.side.model.parameters()),
     }
-    step = build_step(side, given)
     try:
-        seconds = [sum(step()) for _ in range(given.warmup + given.repeats)][given.warmup :]
+        seconds = [sum(runner.step()) for _ in range(given.warmup + given.repeats)][given.warmup :]
     except torch.OutOfMemoryError:
         return point
     return point | {
         "seconds_per_clip": statistics.median(seconds) / given.batch,
-        "peak_memory_bytes": peak_memory_now(given.device, before),
+        "peak_memory_bytes": runner.peak_memory(),
     }
 
 

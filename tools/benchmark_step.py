@@ -6,22 +6,25 @@
     python tools/benchmark.py step --decoder-ratio 0.5 --vs packed              # against the whole decoder
     python tools/benchmark.py step --task finetune --vs hf-videomae --profile   # nothing hidden
 
-A step is forward, backward and a fused AdamW update on random clips that lie on the device. The two sides take turns,
-one step each, so that a machine whose speed drifts slows both; the ratio is the median over the pairs. Peak memory is
-that of a process in which one side alone does two steps: what CUDA's allocator held, or on a CPU what the process grew
-by. Multiply-adds and bytes are counted by formula; a step is counted as three forward passes.
+A step is forward, backward and a fused AdamW update on random clips that lie on the device. Each side has a process of
+its own, and they take turns, one step each, so that a machine whose speed drifts slows both; the ratio is the median
+over the pairs. Peak memory is what CUDA's allocator held in that process, or on a CPU what it grew by. Ours keeps freed
+memory, as the trainer does; transformers' runs as a user gets it (MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000
+before the command gives it the same). Multiply-adds and bytes are counted by formula; a step is counted as three
+forward passes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -32,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from video_convmae import create_autoencoder, create_classifier, masking
-from video_convmae.engine.distributed import Processes, wrap
+from video_convmae.engine.distributed import Processes, keep_freed_memory, wrap
 from video_convmae.models.encoder import Encoder
 from video_convmae.models.sizes import size_named
 from video_convmae.runs import BLOCKS, CHECKPOINTED
@@ -223,26 +226,53 @@ def build_step(side: Side, given: argparse.Namespace) -> Callable[[], list[float
     return step
 
 
-def peak_memory(given: argparse.Namespace, name: str) -> int:
-    """Bytes that two steps of one side take, in a process of its own that starts empty."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as executor:
-        options = argparse.Namespace(**{key: value for key, value in vars(given).items() if key != "run"})
-        return executor.submit(_peak_memory_here, options, name).result()
+def own_process() -> Executor:
+    """A process that starts empty, for one side."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
-def _peak_memory_here(given: argparse.Namespace, name: str) -> int:
-    torch.set_num_threads(given.threads)
-    before = resident("VmRSS")
-    step = build_step(build(given, name), given)
-    for _ in range(2):  # the optimizer's state comes with the first
-        step()
-    return peak_memory_now(given.device, before)
+class Runner:
+    """One side at work in this process, which is like the trainer's or, for a peer, like any other.
+
+    Args:
+        given: the options.
+        name: as in `build`.
+    """
+
+    def __init__(self, given: argparse.Namespace, name: str) -> None:
+        torch.set_num_threads(given.threads)
+        if name in PEERS:
+            importlib.import_module("transformers.models.videomae.modeling_videomae")  # its code is not counted below
+        elif not given.device.startswith("cuda"):
+            keep_freed_memory()
+        self._device, self._before = given.device, resident("VmRSS")
+        self.side = build(given, name)
+        self.step = build_step(self.side, given)
+
+    def peak_memory(self) -> int:
+        """Bytes that CUDA's allocator has held at most, or that this process has grown by at most."""
+        if self._device.startswith("cuda"):
+            return torch.cuda.max_memory_allocated()
+        return resident("VmHWM") - self._before
 
 
-def peak_memory_now(device: str, before: int) -> int:
-    """Bytes that CUDA's allocator has held at most, or that this process has grown by at most since `before`."""
-    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident("VmHWM") - before
+_runners: dict[str, Runner] = {}  # of this process, by name
+
+
+def _start(given: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Build a side and warm it up; returns what is counted of it."""
+    runner = _runners[name] = Runner(given, name)
+    for _ in range(given.warmup):
+        runner.step()
+    return {"multiply_adds": runner.side.multiply_adds, "conv_stage_bytes_per_clip": runner.side.conv_bytes}
+
+
+def _step(name: str) -> list[float]:
+    return _runners[name].step()
+
+
+def _end(name: str) -> int:
+    return _runners.pop(name).peak_memory()
 
 
 def resident(field: str) -> int:
@@ -270,36 +300,38 @@ def matrix_rate(device: str, precision: str, clock_kind: str = "wall") -> float:
     return size**3 / best
 
 
-def describe(side: Side, seconds: list[list[float]], memory: int, rate: float, batch: int) -> dict[str, Any]:
+def describe(
+    counted: dict[str, Any], seconds: list[list[float]], memory: int, rate: float, batch: int
+) -> dict[str, Any]:
     """What one side reached; `seconds` are of forward, backward and optimizer, step by step."""
     whole = statistics.median(sum(step) for step in seconds)
     parts = [statistics.median(part) for part in zip(*seconds)]
-    total = sum(side.multiply_adds.values())
+    total = sum(counted["multiply_adds"].values())
     return {
         "clips_per_second": batch / whole,
         "seconds_per_step": whole,
         **dict(zip(("forward_seconds", "backward_seconds", "optimizer_seconds"), parts)),
         "peak_memory_bytes": memory,
         "forward_multiply_adds_per_clip": total,
-        "multiply_adds": side.multiply_adds,
-        "conv_stage_bytes_per_clip": side.conv_bytes,
+        **counted,
         "share_of_matrix_rate": 3 * total * batch / whole / rate,
     }
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of each side by itself; then warm both up and let them take turns."""
+    """Start each side in its process, warmed up, and let them take turns."""
     names = ("ours", given.vs)
-    memory = [peak_memory(given, name) for name in names]
+    options = argparse.Namespace(**{key: value for key, value in vars(given).items() if key != "run"})
     rate = matrix_rate(given.device, given.precision, given.clock)
-    sides = [build(given, name) for name in names]
-    steps = [build_step(side, given) for side in sides]
-    for _ in range(given.warmup):
-        for step in steps:
-            step()
-    pairs = [[step() for step in steps] for _ in range(given.repeats)]
+    with own_process() as first, own_process() as second:
+        processes = dict(zip(names, (first, second)))
+        counted = [process.submit(_start, options, name).result() for name, process in processes.items()]
+        pairs = [
+            [process.submit(_step, name).result() for name, process in processes.items()] for _ in range(given.repeats)
+        ]
+        memory = [process.submit(_end, name).result() for name, process in processes.items()]
     ours, theirs = (
-        describe(side, [pair[i] for pair in pairs], memory[i], rate, given.batch) for i, side in enumerate(sides)
+        describe(counted[i], [pair[i] for pair in pairs], memory[i], rate, given.batch) for i in range(len(names))
     )
     whole = [[sum(parts) for parts in pair] for pair in pairs]
     hidden = "nothing hidden" if given.task == "finetune" else f"{given.mask} {given.ratio}"
@@ -323,7 +355,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 def profile(given: argparse.Namespace) -> Iterator[str]:
     """Lines that say where one step of ours spends its time, and the depthwise convolution's share of it."""
-    step = build_step(build(given, "ours"), given)
+    step = Runner(given, "ours").step
     for _ in range(max(1, given.warmup)):
         step()
     with torch.profiler.profile() as profiler:

@@ -7,9 +7,11 @@ activation checkpointing of each block, compilation of each block, then DDP or F
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
+import platform
 import sys
 import threading
 import time
@@ -80,6 +82,8 @@ def processes(device: str = "auto", patience: float = PATIENCE) -> Iterator[Proc
     on_cuda = chosen.startswith("cuda")
     if on_cuda:
         torch.cuda.set_device(chosen)
+    else:
+        keep_freed_memory()
     group = Processes(int(os.environ.get("RANK", 0)), count, torch.device(chosen))
     with contextlib.ExitStack() as stack:
         attempt = ""
@@ -92,6 +96,20 @@ def processes(device: str = "auto", patience: float = PATIENCE) -> Iterator[Proc
             stack.callback(dist.destroy_process_group)
         stack.enter_context(Watchdog(group, patience, attempt))
         yield group
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory of freed tensors for the next ones (glibc; nothing is done elsewhere).
+
+    By default glibc maps every tensor above 32 MB anew and returns the free end of its heap, and the kernel fills the
+    same pages with zeros again in each step: at 8 clips of 16x224x224 every fourth second of a step of the base model
+    (docs/PERFORMANCE.md). The peak stays what it is; the process holds it until it ends.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
 
 
 def _agree_on_attempt(store: dist.Store, group: Processes, patience: float) -> str:
