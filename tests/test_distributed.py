@@ -139,18 +139,16 @@ def test_an_effective_batch_that_cannot_be_is_an_error() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
 def test_a_process_on_the_cpu_keeps_the_memory_of_freed_tensors() -> None:
-    """Tensors above 32 MB, which glibc maps anew by default: 12,288 pages each."""
+    """Tensors above 32 MB, which glibc maps anew by default: each time 12,288 pages."""
     program = """
 import resource, torch
 from video_convmae.engine.distributed import processes
 with processes("cpu"):
-    for count in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(30):
         tensors = [torch.ones(3, 2**22) for _ in range(2)]
         del tensors
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        if count == 1:  # settled
-            before = faults
-print(faults - before)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1000
+    assert int(done.stdout) < 10 * 12_288  # of 60 tensors; small objects between them make the heap grow at first
