@@ -103,7 +103,7 @@ def keep_freed_memory() -> None:
 
     By default glibc maps every tensor above 32 MB anew and returns the free end of its heap, and the kernel fills the
     same pages with zeros again in each step: at 8 clips of 16x224x224 every fourth second of a step of the base model
-    (docs/PERFORMANCE.md). The peak stays what it is; the process holds it until it ends.
+    (docs/PERFORMANCE.md). The peak is 1 to 7% higher, and the process holds it until it ends.
     """
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
