@@ -146,7 +146,7 @@ def test_benchmark_measures_every_kind_of_step(
     assert result["ratio"] > 0
     printed = capsys.readouterr().out
     assert "clips/s" in printed
-    share = re.search(r"masked depthwise convolution: ([\d.]+)% of the step", printed)
+    share = re.search(r"masked depthwise convolution: ([\d.]+)% of them", printed)
     assert (share is not None and 0 < float(share[1]) < 100) == (task == "finetune" and rival == "dense")
 
 
