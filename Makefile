@@ -20,13 +20,13 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 demo: $(VENV)/.demo
-	$(BIN)/python tools/demo.py --output runs/demo
+	$(BIN)/python -m tools.study.demo --output runs/demo
 
 demo-image: $(VENV)/.demo
-	$(BIN)/python tools/demo_image.py --output runs/demo-image
+	$(BIN)/python -m tools.study.demo_image --output runs/demo-image
 
 study: $(VENV)/.demo
-	$(BIN)/python tools/study.py --output runs/study
+	$(BIN)/python -m tools.study --output runs/study
 
 clean:
 	rm -rf $(VENV) runs/demo runs/demo-image

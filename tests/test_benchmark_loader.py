@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import av
-import benchmark_files
-import benchmark_loader
 import clips
 import numpy as np
 import pytest
 
-from tools import benchmark
+from video_convmae.benchmark import files as benchmark_files
+from video_convmae.benchmark import loader as benchmark_loader
+from video_convmae.benchmark import main as benchmark
 from video_convmae.data.records import read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation

@@ -16,12 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from video_convmae.data.isolation import IsolatedDecoder
+from tools.study.clips import write_h264
+from video_convmae.data.decoding.process import IsolatedDecoder
 from video_convmae.data.records import Record, class_names
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import check_videos as tool
-from make_motion_clips import write_h264
+from video_convmae.prepare import check as tool
 
 GOOD = ("plain.mp4", "two words, a comma.mp4", 'déjà "vu" 7.webm')
 

@@ -15,15 +15,15 @@ import torch
 from clips import encode, pictures
 from PIL import Image
 
-from tools.finetune import finetune
-from tools.pretrain import pretrain
 from video_convmae import create_autoencoder, create_classifier
+from video_convmae.cli.finetune import finetune
+from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import FinetuneConfig, ModelConfig, PretrainConfig, from_plain, parse, plain, write_yaml
 from video_convmae.data.records import ListError, Record, Records
 from video_convmae.engine import checkpoint
 from video_convmae.models.classifier import Probe
-from video_convmae.models.released import release
 from video_convmae.runs import load_autoencoder, load_classifier
+from video_convmae.weights.released import release
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -25,7 +25,7 @@ from PIL import Image
 
 from video_convmae.data import decoding
 from video_convmae.data.decoding import DecodeError, FrameReader, decode, open_frames, resolve
-from video_convmae.data.isolation import DecodeTimeout, IsolatedDecoder
+from video_convmae.data.decoding.process import DecodeTimeout, IsolatedDecoder
 from video_convmae.data.records import Record
 
 DECODERS = ["pyav", "torchcodec", "decord"]
@@ -559,7 +559,7 @@ def test_decord_without_pyav(made: Callable[[str], Path], monkeypatch: pytest.Mo
 
 
 def test_decoding_needs_no_torch() -> None:
-    program = "import sys, video_convmae.data.isolation as i; i.resolve('pyav'); print('torch' in sys.modules)"
+    program = "import sys, video_convmae.data.decoding.process as i; i.resolve('pyav'); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
 

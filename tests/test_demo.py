@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from demo import not_learned, report
-from study import ENTRIES, Results
+
+from tools.study.__main__ import ENTRIES, Results
+from tools.study.demo import not_learned, report
 
 METRICS = {
     "seconds": 300.0,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import demo_image
+from tools.study import demo_image
 from video_convmae.data.decoding import open_frames
 from video_convmae.data.records import Record, read_list
 

@@ -16,7 +16,7 @@ from test_pretrain import ENVIRONMENT, ROOT, command, log, model_of, run
 from video_convmae.config import DataConfig, FinetuneConfig, LabelledDataConfig, PretrainConfig
 from video_convmae.engine import checkpoint
 from video_convmae.engine.distributed import Processes
-from video_convmae.engine.loop import TrainConfig
+from video_convmae.engine.trainer import TrainConfig
 from video_convmae.runs import load_autoencoder, share_of
 
 

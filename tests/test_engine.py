@@ -24,11 +24,11 @@ from video_convmae.engine import checkpoint, distributed
 from video_convmae.engine.checkpoint import CheckpointError, Saver
 from video_convmae.engine.distributed import Processes
 from video_convmae.engine.log import BadRecords, RunLog, TooManyBadRecords
-from video_convmae.engine.loop import NonFiniteLoss, StopSignal, TrainConfig, train
 from video_convmae.engine.optim import OptimConfig, Schedule, build_optimization, parameter_groups
 from video_convmae.engine.tasks import Pixels
-from video_convmae.models import files
+from video_convmae.engine.trainer import NonFiniteLoss, StopSignal, TrainConfig, train
 from video_convmae.runs import BLOCKS, CHECKPOINTED
+from video_convmae.weights import files
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 

@@ -16,13 +16,13 @@ import torch
 from clips import encode
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 
-from tools.evaluate import run, summary
-from tools.finetune import finetune
+from video_convmae.cli.evaluate import run, summary
+from video_convmae.cli.finetune import finetune
 from video_convmae.config import EvaluateConfig, FinetuneConfig, parse
 from video_convmae.data.sampling import dense_views
 from video_convmae.data.transforms import view_crops
 from video_convmae.engine import checkpoint
-from video_convmae.engine.evaluate import Progress, partial_folder
+from video_convmae.engine.evaluation import Progress, partial_folder
 from video_convmae.predictor import load
 
 ROOT = Path(__file__).parent.parent
@@ -182,14 +182,14 @@ def test_an_interrupted_test_goes_on_from_what_was_scored(
 
     arguments = options(trained, videos, tmp_path, "--workers=0", name="with_bad.txt")
     with monkeypatch.context() as patch:
-        patch.setattr("video_convmae.engine.evaluate._score", interrupting(4))
+        patch.setattr("video_convmae.engine.evaluation._score", interrupting(4))
         with pytest.raises(Interrupted):
             run(parse(EvaluateConfig, arguments))
     assert not (tmp_path / "metrics.json").exists()
     for path in (tmp_path / "partial").rglob("*.rows"):  # the kill came while a row was written
         path.write_bytes(path.read_bytes()[:-3])
     with monkeypatch.context() as patch:
-        patch.setattr("video_convmae.engine.evaluate._score", interrupting(100))
+        patch.setattr("video_convmae.engine.evaluation._score", interrupting(100))
         metrics = run(parse(EvaluateConfig, arguments))
     assert metrics["videos_per_second"] == pytest.approx((len(seen) - 8) / metrics["seconds"])
     # The chunk with the bad record is tried again, the one with the torn row is scored again.

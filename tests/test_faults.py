@@ -32,7 +32,7 @@ from test_pretrain import ENVIRONMENT, command, log, model_of
 
 from video_convmae import masking
 from video_convmae.data.datasets import Clips, Draw
-from video_convmae.data.isolation import IsolatedDecoder
+from video_convmae.data.decoding.process import IsolatedDecoder
 from video_convmae.data.loader import Batches, LoaderError, Share, load
 from video_convmae.data.records import read_list
 from video_convmae.data.sampling import Sampling
@@ -555,7 +555,7 @@ def descendants(pid: int) -> set[int]:
 
 def decoding(pids: set[int]) -> set[int]:
     """Those of them that are decoding processes."""
-    return {pid for pid in pids if "video_convmae.data.isolation" in _read(pid, "cmdline")}
+    return {pid for pid in pids if "video_convmae.data.decoding.process" in _read(pid, "cmdline")}
 
 
 def workers_of(pid: int) -> set[int]:

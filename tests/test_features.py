@@ -16,10 +16,9 @@ from clips import encode, pictures
 from PIL import Image
 from torch import nn
 
-from tools import plots, show_features
-from tools.evaluate import run as evaluate
-from tools.extract_features import FeaturesConfig, run
 from video_convmae import create_classifier, create_probe, load
+from video_convmae.cli.evaluate import run as evaluate
+from video_convmae.cli.features import FeaturesConfig, run
 from video_convmae.config import (
     ClassifierConfig,
     DataConfig,
@@ -34,9 +33,11 @@ from video_convmae.config import (
 from video_convmae.data.datasets import ViewConfig
 from video_convmae.data.records import Record, Records
 from video_convmae.engine import checkpoint, features
-from video_convmae.engine.evaluate import Evaluation, Kept, ProtocolConfig
-from video_convmae.models.files import save
-from video_convmae.models.released import release
+from video_convmae.engine.evaluation import Evaluation, Kept, ProtocolConfig
+from video_convmae.visualize import accuracy as plots
+from video_convmae.visualize import features as show_features
+from video_convmae.weights.files import save
+from video_convmae.weights.released import release
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}

@@ -16,8 +16,8 @@ import pytest
 import torch
 from clips import encode
 
-from tools.finetune import finetune
 from video_convmae import create_autoencoder, create_classifier
+from video_convmae.cli.finetune import finetune
 from video_convmae.config import FinetuneConfig, parse, run_tool
 from video_convmae.data.mixing import MixingConfig
 from video_convmae.engine import checkpoint

@@ -21,9 +21,9 @@ import clips
 import numpy as np
 import pytest
 
-from video_convmae.data import isolation
 from video_convmae.data.decoding import DecodeError, decode, open_frames
-from video_convmae.data.isolation import DecodeTimeout, IsolatedDecoder
+from video_convmae.data.decoding import process as isolation
+from video_convmae.data.decoding.process import DecodeTimeout, IsolatedDecoder
 from video_convmae.data.records import Record
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with FIFOs")
@@ -208,7 +208,7 @@ def test_an_interrupt_while_waiting(clip: Record, hang: Record, decoder: Isolate
 
 PARENT = """
 import sys
-from video_convmae.data.isolation import IsolatedDecoder
+from video_convmae.data.decoding.process import IsolatedDecoder
 from video_convmae.data.records import Record
 good, last = sys.argv[1:]
 decoder = IsolatedDecoder("pyav", 600.0)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from video_convmae import masking
 from video_convmae.data.datasets import Clips, Draw, Sample
 from video_convmae.data.decoding import DecodeError
-from video_convmae.data.isolation import IsolatedDecoder
+from video_convmae.data.decoding.process import IsolatedDecoder
 from video_convmae.data.loader import Batches, Share, collate, epoch_order, load
 from video_convmae.data.records import Record, Records, read_list
 from video_convmae.data.sampling import Sampling

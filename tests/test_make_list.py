@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -14,9 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from video_convmae.data.records import ListError, read_list
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import make_list as tool
+from video_convmae.prepare import lists as tool
 
 ODD_NAMES = (
     "plain",

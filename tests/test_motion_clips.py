@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,10 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tools.study import clips as tool
 from video_convmae.data.records import read_list
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import make_motion_clips as tool
 
 SMALL = {"train": 16, "validation": 8, "size": 32, "seconds": 1.0, "fps": 12, "seed": 3}
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import av
 import clips
 import numpy as np
-import pack_videos as tool
 import pytest
 
 from video_convmae.data.decoding import DecodeError, decode, open_frames
 from video_convmae.data.records import Record, read_list
+from video_convmae.prepare import pack as tool
 
 ROOT = Path(__file__).parent.parent
 ROWS = [

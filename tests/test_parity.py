@@ -25,10 +25,10 @@ from video_convmae import create_autoencoder, create_classifier
 from video_convmae.engine.optim import parameter_groups
 from video_convmae.models.autoencoder import Autoencoder, patch_target
 from video_convmae.models.classifier import Classifier
-from video_convmae.models.layouts import CONVMAE, VIDEOMAE, Layout, to_layout
 from video_convmae.models.packing import take_patches, take_tokens
-from video_convmae.models.released import sizes_of, weights_of
-from video_convmae.models.weights import load_weights
+from video_convmae.weights.layouts import CONVMAE, VIDEOMAE, Layout, to_layout
+from video_convmae.weights.load import load_weights
+from video_convmae.weights.released import sizes_of, weights_of
 
 ROOT = Path(__file__).parent.parent
 NAMED = os.environ.get("PARITY_DIR") or None  # empty is as good as unset

@@ -16,20 +16,20 @@ from clips import encode, pictures
 from PIL import Image
 
 import video_convmae
-from tools import predict
-from tools.evaluate import run as evaluate
-from tools.finetune import finetune
-from tools.pretrain import pretrain
 from video_convmae import create_autoencoder, create_classifier, predictor
+from video_convmae.cli import predict
+from video_convmae.cli.evaluate import run as evaluate
+from video_convmae.cli.finetune import finetune
+from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig, parse
 from video_convmae.data.datasets import ViewConfig
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.records import ListError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
-from video_convmae.models.files import save
-from video_convmae.models.released import release
-from video_convmae.models.weights import load_weights
+from video_convmae.weights.files import save
+from video_convmae.weights.load import load_weights
+from video_convmae.weights.released import release
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("juggling", "sawing wood", "tap dancing", "welding")

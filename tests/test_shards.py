@@ -8,7 +8,6 @@ import re
 import tarfile
 from pathlib import Path
 
-import check_videos
 import clips
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from video_convmae.data import shards
 from video_convmae.data.datasets import Draw
 from video_convmae.data.decoding import DecodeError, decode, open_frames
 from video_convmae.data.records import Record, read_list
+from video_convmae.prepare import check as check_videos
 
 NAMES = ("0.mp4", "two words 7.mp4", "folder/a.webm")
 BAD = {"text.mp4": b"not a video\n" * 100, "empty.mp4": b""}

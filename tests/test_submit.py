@@ -19,7 +19,8 @@ from test_pretrain import ENVIRONMENT, ROOT, command, log
 pytest.importorskip("submitit", reason='submitit is not installed: pip install -e ".[slurm]"')
 
 import submitit
-from submit import LEAVE, Launch, build_executor, main, minutes, read
+
+from video_convmae.cli.submit import LEAVE, Launch, build_executor, main, minutes, read
 
 SCRIPT = str(ROOT / "tools" / "pretrain.py")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in Linux's /proc")

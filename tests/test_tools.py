@@ -10,18 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
-import benchmark_scale
-import benchmark_step
 import numpy as np
 import pytest
 import torch
 from clips import encode
 from PIL import Image
 
-from tools import benchmark, reconstruct
-from tools.pretrain import pretrain
 from video_convmae import create_autoencoder
+from video_convmae.benchmark import main as benchmark
+from video_convmae.benchmark import scale as benchmark_scale
+from video_convmae.benchmark import step as benchmark_step
+from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import PretrainConfig, parse
+from video_convmae.visualize import reconstruct
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import convert_weights
 import numpy as np
 import pytest
 import timm
@@ -17,13 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from video_convmae import create_autoencoder, create_classifier, masking
+from video_convmae.cli import convert as convert_weights
 from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier, Probe, create_probe
 from video_convmae.models.encoder import Encoder
-from video_convmae.models.files import read, save
-from video_convmae.models.released import release, sizes_of, weights_of
-from video_convmae.models.weights import Inflation, inflate, load_weights, model_from
+from video_convmae.weights.files import read, save
+from video_convmae.weights.load import Inflation, inflate, load_weights, model_from
+from video_convmae.weights.released import release, sizes_of, weights_of
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {"widths": (8, 12, 24), "depths": (1, 2, 2), "heads": 2, "decoder": (16, 2, 2)}

@@ -10,12 +10,12 @@ import torch
 from test_loader import clips, videos  # noqa: F401
 from test_pretrain import ROOT
 
-from tools.pretrain import pretrain
+from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import PretrainConfig, parse
 from video_convmae.data.datasets import Draw
 from video_convmae.data.loader import Batches, Share, collate, load
+from video_convmae.data.ragged import Windows
 from video_convmae.data.transforms import Augmentation
-from video_convmae.data.windows import Windows
 from video_convmae.engine.tasks import Pixels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -1,30 +1,7 @@
-"""Pretrain a masked autoencoder on a list of videos or images.
+"""`video-convmae pretrain`, from a clone."""
 
-    python tools/pretrain.py --config configs/video/pretrain_k400_base.yaml --data.train train.txt --output runs/k400
-    torchrun --nproc_per_node 8 tools/pretrain.py --config ...
+import sys
 
-The same command on the same folder goes on with the run.
-"""
+from video_convmae.cli import main
 
-from __future__ import annotations
-
-import torch
-
-from video_convmae.config import PretrainConfig, run_tool
-from video_convmae.engine import distributed
-from video_convmae.engine.tasks import Pretraining
-from video_convmae.runs import carry_out, resolved
-
-
-def pretrain(config: PretrainConfig) -> int:
-    """Run a configuration; returns the steps done."""
-    config = resolved(config)
-    with distributed.processes(config.device, config.hang_timeout) as group:
-        torch.manual_seed(config.seed)
-        model = config.model.autoencoder()
-        clips = config.data.clips(config.data.records(), model.encoder.config, config.seed, config.mask)
-        return carry_out(config, group, model, clips, Pretraining)
-
-
-if __name__ == "__main__":
-    run_tool(PretrainConfig, pretrain)
+sys.exit(main("pretrain"))

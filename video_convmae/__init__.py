@@ -13,7 +13,7 @@ _HOMES = {
     "create_classifier": "video_convmae.models.classifier",
     "create_probe": "video_convmae.models.classifier",
     "load": "video_convmae.predictor",
-    "load_weights": "video_convmae.models.weights",
+    "load_weights": "video_convmae.weights.load",
 }
 __all__ = ["create_autoencoder", "create_classifier", "create_probe", "load", "load_weights", "masking"]
 

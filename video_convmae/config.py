@@ -25,22 +25,22 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from video_convmae.data.datasets import Clips, ViewConfig, Views
 from video_convmae.data.decoding import Decoder
-from video_convmae.data.isolation import IsolatedDecoder
+from video_convmae.data.decoding.process import IsolatedDecoder
 from video_convmae.data.mixing import MixingConfig
 from video_convmae.data.records import ListError, ListFormat, Records, class_names, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
 from video_convmae.engine import checkpoint
 from video_convmae.engine.distributed import PATIENCE
-from video_convmae.engine.evaluate import ProtocolConfig
+from video_convmae.engine.evaluation import ProtocolConfig
 from video_convmae.engine.log import LogConfig
-from video_convmae.engine.loop import TrainConfig
 from video_convmae.engine.optim import OptimConfig
+from video_convmae.engine.trainer import TrainConfig
 from video_convmae.masking import MASKS
 from video_convmae.models.autoencoder import Autoencoder, Target, create_autoencoder
 from video_convmae.models.classifier import Classifier, Probe, ProbeKind, create_classifier, create_probe
 from video_convmae.models.encoder import EncoderConfig
-from video_convmae.models.weights import Inflation, LoadReport, load_weights
+from video_convmae.weights.load import Inflation, LoadReport, load_weights
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -457,14 +457,14 @@ def parse(kind: type[Config], arguments: Sequence[str] | None = None) -> Config:
     return kind(**{name: value for name, value in values.items() if name != "config"})
 
 
-def run_tool(kind: type[Config], program: Callable[[Config], Any]) -> None:
+def run_tool(kind: type[Config], program: Callable[[Config], Any], arguments: Sequence[str] | None = None) -> None:
     """Read the command line and run a tool; what its user can mend ends it with one line.
 
     An error that this package raises itself (a list, a setting, a file that is not there) is worded for that. One that
     comes from elsewhere is a fault of the package, and keeps its traceback.
     """
     try:
-        program(parse(kind))
+        program(parse(kind, arguments))
     except (ValueError, FileNotFoundError, ImportError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if Path(__file__).parent not in Path(frame.f_code.co_filename).parents:

@@ -26,17 +26,17 @@ from video_convmae.config import (
 )
 from video_convmae.data.datasets import ViewConfig, Views
 from video_convmae.data.decoding import DecodeError, Decoder, resolve
-from video_convmae.data.isolation import IsolatedDecoder
+from video_convmae.data.decoding.process import IsolatedDecoder
 from video_convmae.data.records import IMAGE_SUFFIXES, ListError, ListFormat, Record, Records, class_names
 from video_convmae.data.transforms import Augmentation
 from video_convmae.engine import checkpoint
-from video_convmae.engine.evaluate import ProtocolConfig
+from video_convmae.engine.evaluation import ProtocolConfig
 from video_convmae.engine.tasks import Pixels
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier, Probe
-from video_convmae.models.released import folded, weights_of
-from video_convmae.models.weights import model_from
 from video_convmae.runs import load_autoencoder, load_classifier, run_kind
+from video_convmae.weights.load import model_from
+from video_convmae.weights.released import folded, weights_of
 
 
 class Prediction(NamedTuple):

@@ -27,15 +27,15 @@ from video_convmae.data.loader import Batch, Batches, Share, load
 from video_convmae.data.records import Records
 from video_convmae.engine import checkpoint, distributed
 from video_convmae.engine.distributed import Processes
-from video_convmae.engine.evaluate import partial_folder, score_list
+from video_convmae.engine.evaluation import partial_folder, score_list
 from video_convmae.engine.log import BadRecords, write_text
-from video_convmae.engine.loop import Validation, train
 from video_convmae.engine.optim import build_optimization
 from video_convmae.engine.tasks import Pixels, Task
+from video_convmae.engine.trainer import Validation, train
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.blocks import AttentionBlock, ConvBlock
 from video_convmae.models.classifier import Classifier, Probe
-from video_convmae.models.files import read, run_config
+from video_convmae.weights.files import read, run_config
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 

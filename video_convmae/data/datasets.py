@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .decoding import DecodeError
-from .isolation import IsolatedDecoder
+from .decoding.process import IsolatedDecoder
+from .ragged import Windows, join
 from .records import Record, Records
 from .sampling import Sampling
 from .transforms import Augmentation, Crop, cut, view_crops
-from .windows import Windows, join
 
 
 class Draw(NamedTuple):

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Sampler, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from .datasets import ORDER, Clips, Draw, Fault, Sample, Views, sample_generator
-from .windows import Windows, join
+from .ragged import Windows, join
 
 _PATIENCE = 2.0  # seconds that workers have to end before they are killed
 

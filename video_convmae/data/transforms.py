@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from .windows import Windows
+from .ragged import Windows
 
 # Erased pixels become normal noise in normalised space; clips are bytes here, so the noise is shaped to ImageNet's.
 _MEAN = 255 * torch.tensor([0.485, 0.456, 0.406])

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from video_convmae.models.files import read_shards
+from video_convmae.weights.files import read_shards
 
 from . import distributed
 

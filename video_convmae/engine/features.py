@@ -33,7 +33,7 @@ from video_convmae.models.classifier import Classifier, Probe
 
 from . import distributed
 from .distributed import Processes
-from .evaluate import Kept, ProtocolConfig, in_order, score_chunks
+from .evaluation import Kept, ProtocolConfig, in_order, score_chunks
 from .tasks import Pixels
 
 Kind = Literal["pooled", "tokens"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from video_convmae.data.loader import Batch
 from video_convmae.data.mixing import Mixing
-from video_convmae.data.windows import Windows
+from video_convmae.data.ragged import Windows
 
 
 class Task(Protocol):

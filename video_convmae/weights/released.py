@@ -16,10 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import positions
-from .autoencoder import Autoencoder
-from .classifier import Classifier
-from .encoder import EncoderConfig, encoder_config
+from video_convmae.models import positions
+from video_convmae.models.autoencoder import Autoencoder
+from video_convmae.models.classifier import Classifier
+from video_convmae.models.encoder import EncoderConfig, encoder_config
+from video_convmae.models.sizes import SIZES, Size
+
 from .files import read
 from .layouts import (
     CONVMAE,
@@ -38,7 +40,6 @@ from .layouts import (
     to_our_values,
     translate,
 )
-from .sizes import SIZES, Size
 
 PARTS = ("encoder", "norm", "fusion", "decoder", "head")  # of a model; the encoder is all that is always needed
 WRITTEN = {"convmae": CONVMAE, "videomae": VIDEOMAE, "huggingface": HUGGING_FACE}

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import about
-from demo import CONFIGS, LABELLED, accuracy_of, finetune_on, pretrain_on
-from make_motion_clips import make_motion_clips
+from video_convmae.benchmark.main import about
 
+from tools.study.clips import make_motion_clips
+from tools.study.demo import CONFIGS, LABELLED, accuracy_of, finetune_on, pretrain_on
 from video_convmae.config import FinetuneConfig, parse
 from video_convmae.engine.log import write_text
 

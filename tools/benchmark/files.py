@@ -15,9 +15,10 @@ from pathlib import Path
 
 import av
 import numpy as np
-from make_motion_clips import PHOTOGRAPHS, photograph
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from tools.study.clips import PHOTOGRAPHS, photograph
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import positions
-from .autoencoder import Autoencoder, FusedEncoder, create_autoencoder
-from .classifier import Classifier, Probe, create_classifier
-from .encoder import Encoder, EncoderConfig
+from video_convmae.models import positions
+from video_convmae.models.autoencoder import Autoencoder, FusedEncoder, create_autoencoder
+from video_convmae.models.classifier import Classifier, Probe, create_classifier
+from video_convmae.models.encoder import Encoder, EncoderConfig
+
 from .layouts import NO_CLS, Geometry, Tensors, matches
 from .released import PARTS, POSITIONS, Weights, embeddings, fixed_grids, folded, sizes_of, weights_of, what
 

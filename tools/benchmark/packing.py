@@ -19,14 +19,14 @@ from tempfile import gettempdir
 from typing import Any
 
 import torch
-from benchmark_files import KINDS, make_files
-from benchmark_loader import Case, Ours
-from encode_video import PRESETS, Settings
-from pack_videos import pack_videos
+from video_convmae.benchmark.files import KINDS, make_files
+from video_convmae.benchmark.loader import Case, Ours
 
 from video_convmae.data.records import read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
+from video_convmae.prepare.encode import PRESETS, Settings
+from video_convmae.prepare.pack import pack_videos
 
 FAST = PRESETS["fast"]
 

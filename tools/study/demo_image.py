@@ -27,17 +27,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evaluate import run as evaluate
-from finetune import finetune
 from PIL import Image
-from pretrain import pretrain
 from sklearn.datasets import load_digits
 
+from video_convmae.cli.evaluate import run as evaluate
+from video_convmae.cli.finetune import finetune
+from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig, parse
 from video_convmae.engine.log import write_text
 
 CONFIGS = {
-    kind: Path(__file__).parent.parent / "configs" / "debug" / f"{kind}_digits.yaml"
+    kind: Path(__file__).parents[2] / "configs" / "debug" / f"{kind}_digits.yaml"
     for kind in ("pretrain", "finetune", "probe")
 }
 MODELS = {"finetuned": "finetune", "probed": "probe", "scratch": "finetune"}  # and how each is trained

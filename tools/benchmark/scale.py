@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_step import PEERS, RIVALS, Runner, own_process, resolve
-from benchmark_step import add_options as add_step_options
+from video_convmae.benchmark.step import PEERS, RIVALS, Runner, own_process, resolve
+from video_convmae.benchmark.step import add_options as add_step_options
 
 SWEEPS = {  # what is varied: its name in a picture, its values
     "frames": ("frames", (8, 16, 32, 64)),

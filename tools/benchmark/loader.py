@@ -34,15 +34,15 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from benchmark_files import KINDS, make_files
 from PIL import Image
 from torch import Tensor
+from video_convmae.benchmark.files import KINDS, make_files
 
 from video_convmae import masking
 from video_convmae.data import decoding
 from video_convmae.data.datasets import CLIP, Clips, Draw, ViewConfig, Views, sample_generator
 from video_convmae.data.decoding import DecodeError, Decoder, FrameReader, open_frames, resolve
-from video_convmae.data.isolation import IsolatedDecoder
+from video_convmae.data.decoding.process import IsolatedDecoder
 from video_convmae.data.loader import Batches, Share, collate, load
 from video_convmae.data.records import Record, Records, read_list
 from video_convmae.data.sampling import Sampling

@@ -23,7 +23,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from .packing import nest, unnest
+from video_convmae.models.packing import nest, unnest
 
 Tensors: TypeAlias = "dict[str, Tensor]"
 Rows: TypeAlias = "tuple[tuple[str, str], ...]"

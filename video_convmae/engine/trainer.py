@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from video_convmae.data.datasets import STEP, sample_generator
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.loader import Batch, LoaderError
-from video_convmae.models import files
+from video_convmae.weights import files
 
 from . import checkpoint, distributed
 from .checkpoint import CheckpointError, Saver
 from .distributed import Parallel, Processes
 from .log import BadRecords, LogConfig, NoLog, RankLog, RunLog, Stopwatch, TooManyBadRecords, Trace
+from .metrics import Window
 from .optim import Average, Optimization, clip_gradients
 from .tasks import Task, autocast
-from .window import Window
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from video_convmae.engine.evaluate import Evaluation
+from video_convmae.engine.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

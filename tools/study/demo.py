@@ -20,21 +20,29 @@ import time
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import matplotlib.pyplot as plt
-from finetune import finetune
-from make_motion_clips import make_motion_clips
 from PIL import Image, ImageDraw
-from pretrain import pretrain
-from reconstruct import caption, draw_masks, hidden_error, middle_clips, reconstruct, write_picture, write_video
 
 import video_convmae
+from tools.study.clips import make_motion_clips
+from video_convmae.cli import evaluate
+from video_convmae.cli.finetune import finetune
+from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig, parse
 from video_convmae.data.records import read_list
 from video_convmae.engine.log import write_text
 from video_convmae.runs import load_autoencoder
+from video_convmae.visualize.reconstruct import (
+    caption,
+    draw_masks,
+    hidden_error,
+    middle_clips,
+    reconstruct,
+    write_picture,
+    write_video,
+)
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "debug"
+CONFIGS = Path(__file__).parents[2] / "configs" / "debug"
 MOST = 0.9  # of the better baseline's error
 LEAST = 0.5  # of the clips; one in eight is chance
 LABELLED = 80  # of the training clips; pretraining sees them all

@@ -1,0 +1,3 @@
+from video_convmae.benchmark.main import main
+
+__all__ = ["main"]

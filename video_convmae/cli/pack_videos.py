@@ -1,0 +1,3 @@
+from video_convmae.prepare.pack import main
+
+__all__ = ["main"]

@@ -1,0 +1,33 @@
+"""Pretrain a masked autoencoder on a list of videos or images.
+
+    python tools/pretrain.py --config configs/video/pretrain_k400_base.yaml --data.train train.txt --output runs/k400
+    torchrun --nproc_per_node 8 tools/pretrain.py --config ...
+
+The same command on the same folder goes on with the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from video_convmae.config import PretrainConfig, run_tool
+from video_convmae.engine import distributed
+from video_convmae.engine.tasks import Pretraining
+from video_convmae.runs import carry_out, resolved
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Run a configuration; returns the steps done."""
+    config = resolved(config)
+    with distributed.processes(config.device, config.hang_timeout) as group:
+        torch.manual_seed(config.seed)
+        model = config.model.autoencoder()
+        clips = config.data.clips(config.data.records(), model.encoder.config, config.seed, config.mask)
+        return carry_out(config, group, model, clips, Pretraining)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    run_tool(PretrainConfig, pretrain, arguments)

@@ -1,0 +1,3 @@
+from video_convmae.visualize.reconstruct import main
+
+__all__ = ["main"]

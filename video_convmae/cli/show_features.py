@@ -1,0 +1,3 @@
+from video_convmae.visualize.features import main
+
+__all__ = ["main"]

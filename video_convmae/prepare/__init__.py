@@ -1,0 +1,1 @@
+"""What is done to files once, before training: lists, checking, packing."""

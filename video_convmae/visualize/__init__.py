@@ -1,0 +1,1 @@
+"""Pictures: accuracy, reconstructions, features."""
