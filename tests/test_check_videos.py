@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from tools.study.clips import write_h264
-from video_convmae.data.decoding.process import IsolatedDecoder
+from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.records import Record, class_names
 from video_convmae.prepare import check as tool
 
@@ -239,7 +239,7 @@ def test_full_reads_every_frame_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open = staticmethod(Reader)
 
     monkeypatch.setattr(tool, "CHUNK_BYTES", 7 * 48 * 32 * 3)
-    with IsolatedDecoder("pyav") as decoder:
+    with ReaderProcess("pyav") as decoder:
         record = Record(str(tmp_path / "clip.mp4"))
         result = tool.check_record(record, tool.Check("pyav", 60.0, full=True), Opener())
     assert result.error is None

@@ -187,9 +187,9 @@ def test_heads_start_with_the_deviation_that_was_asked_for() -> None:
     settings = {"num_classes": 200, **VIDEO}
     for model, deviation in [
         (create_classifier("tiny", **settings), 0.02),
-        (create_classifier("tiny", head_init=2e-5, **settings), 2e-5),
+        (create_classifier("tiny", head_init_std=2e-5, **settings), 2e-5),
         (probe(num_classes=200), 0.01),
-        (probe("attentive", num_classes=200, head_init=0.1), 0.1),
+        (probe("attentive", num_classes=200, head_init_std=0.1), 0.1),
     ]:
         linear = model.head if isinstance(model.head, nn.Linear) else model.head.linear
         assert linear.weight.std().item() == pytest.approx(deviation, rel=0.05)
@@ -201,7 +201,7 @@ def test_heads_start_with_the_deviation_that_was_asked_for() -> None:
     [
         ({"num_classes": 0}, "num_classes is 0; expected 1"),
         ({"kind": "quadratic"}, "kind is 'quadratic'; expected one of linear, attentive, knn"),
-        ({"head_init": 0.0}, "head_init is 0.0; expected a deviation above 0"),
+        ({"head_init": 0.0}, "head_init_std is 0.0; expected a deviation above 0"),
     ],
 )
 def test_impossible_heads_are_errors(wrong: dict, message: str) -> None:
@@ -216,7 +216,7 @@ def test_impossible_heads_are_errors(wrong: dict, message: str) -> None:
 
 def test_dropout_before_the_head_is_there_in_training_alone() -> None:
     torch.manual_seed(3)
-    model = create_classifier("tiny", num_classes=3, head_init=1.0, head_dropout=0.5, **VIDEO)
+    model = create_classifier("tiny", num_classes=3, head_init_std=1.0, head_dropout=0.5, **VIDEO)
     clips = clips_for(model, 2)
     assert not torch.equal(model.train()(clips), model(clips))
     plain = create_classifier("tiny", num_classes=3, **VIDEO)

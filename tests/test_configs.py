@@ -18,7 +18,7 @@ from PIL import Image
 from video_convmae import create_autoencoder, create_classifier
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.pretrain import pretrain
-from video_convmae.config import FinetuneConfig, ModelConfig, PretrainConfig, from_plain, parse, plain, write_yaml
+from video_convmae.config import AutoencoderConfig, FinetuneConfig, PretrainConfig, from_plain, parse, plain, write_yaml
 from video_convmae.data.records import ListError, Record, Records
 from video_convmae.engine import checkpoint
 from video_convmae.models.classifier import Probe
@@ -202,11 +202,11 @@ def test_the_numbers_of_the_image_probe_are_the_recipes() -> None:
     assert (augmentation.crop, augmentation.area, augmentation.flip) == ("random_resized", (0.08, 1.0), True)
     assert (augmentation.rand_augment, augmentation.erasing) == (None, 0.0)
     assert (mixing.mixup, mixing.cutmix, mixing.smoothing, config.model.drop_path) == (0.0, 0.0, 0.0, 0.0)
-    assert (config.test.segments, config.test.crops, config.test.crop_share) == (1, 1, 0.875)
-    assert config.validate.crop_share == 0.875
+    assert (config.test.segments, config.test.crops, config.test.crop_pct) == (1, 1, 0.875)
+    assert config.validate.crop_pct == 0.875
     with torch.device("meta"):
         head = config.model.build(1000).head
-    assert (head.head_init, head.norm.affine, head.norm.eps) == (0.01, False, 1e-6)
+    assert (head.head_init_std, head.norm.affine, head.norm.eps) == (0.01, False, 1e-6)
 
 
 RECIPES = [p for p in FINETUNING if p.name.startswith("finetune") and "own" not in p.name and p.parent.name != "debug"]
@@ -334,7 +334,9 @@ def test_every_field_is_explained(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_a_model_configuration_says_what_it_overrides() -> None:
-    model = ModelConfig(size="tiny", num_frames=8, image_size=64, strides=(2, 2, 2), decoder=(48, 1, 3)).autoencoder()
+    model = AutoencoderConfig(
+        size="tiny", num_frames=8, image_size=64, strides=(2, 2, 2), decoder=(48, 1, 3)
+    ).autoencoder()
     assert model.grid == (4, 8, 8)
     assert model.decoder.mask_token.numel() == 48
     assert model.target == "patch_channel"
@@ -364,7 +366,7 @@ def test_pretraining_starts_from_a_finetuned_classifier(
     path = ROOT / "configs" / "debug" / "pretrain.yaml"
     with pytest.raises(ValueError, match="pos_embed is not the fixed sincos table") as error:
         pretrain(load(path, *edits))
-    option, value = re.search(r"(--init.leave_out) (\[positions\])", str(error.value)).groups()
+    option, value = re.search(r"(--init.exclude) (\[positions\])", str(error.value)).groups()
     assert pretrain(load(path, *edits, f"{option}={value}")) == 2
     assert "left out as asked: positions" in capsys.readouterr().out
     trained = checkpoint.load(checkpoint.find(tmp_path / "run"))["model"]

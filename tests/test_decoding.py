@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from video_convmae.data import decoding
-from video_convmae.data.decoding import DecodeError, FrameReader, decode, open_frames, resolve
-from video_convmae.data.decoding.process import DecodeTimeout, IsolatedDecoder
+from video_convmae.data.decoding import DecodeError, FrameReader, decode, open_frames, resolve_reader
+from video_convmae.data.decoding.process import DecodeTimeout, ReaderProcess
 from video_convmae.data.records import Record
 
 DECODERS = ["pyav", "torchcodec", "decord"]
@@ -82,13 +82,13 @@ def ffmpeg_libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", params=DECODERS)
-def isolated(request: pytest.FixtureRequest, ffmpeg_libraries: Path) -> Iterator[IsolatedDecoder]:
+def isolated(request: pytest.FixtureRequest, ffmpeg_libraries: Path) -> Iterator[ReaderProcess]:
     """Each decoder in a child process: there torchcodec can be given an FFmpeg, and no bad file can hang the tests."""
     if importlib.util.find_spec({"pyav": "av"}.get(request.param, request.param)) is None:
         pytest.skip(f"{request.param} is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LD_LIBRARY_PATH", os.pathsep.join([str(ffmpeg_libraries), os.environ.get("LD_LIBRARY_PATH", "")]))
-        with IsolatedDecoder(request.param, timeout=60.0) as decoder:
+        with ReaderProcess(request.param, timeout=60.0) as decoder:
             try:
                 decoder.open(Record(str(Path(__file__).parent), format="image"))
             except DecodeError:  # a folder is no image, but the child has started
@@ -139,7 +139,7 @@ def assert_frames(reader: FrameReader, frames: list[av.VideoFrame], tolerance: i
 
 
 @pytest.mark.parametrize("name", [name for name in clips.GOOD if "interlaced" not in name])
-def test_frames_are_those_of_ffmpeg(name: str, isolated: IsolatedDecoder, made: Callable[[str], Path]) -> None:
+def test_frames_are_those_of_ffmpeg(name: str, isolated: ReaderProcess, made: Callable[[str], Path]) -> None:
     path = made(name)
     with isolated.open(Record(str(path))) as reader:
         assert_frames(reader, sequence(path), tolerance=2 if "mpeg4" in name else 0)
@@ -156,7 +156,7 @@ def test_every_frame_alone(made: Callable[[str], Path]) -> None:
 
 
 def test_interlaced_colours_are_those_of_the_ffmpeg_program(
-    isolated: IsolatedDecoder, made: Callable[[str], Path]
+    isolated: ReaderProcess, made: Callable[[str], Path]
 ) -> None:
     """The program converts with a filter, frame by frame; PyAV's `to_ndarray` would go by fields."""
     path = made("h264 interlaced.mp4")
@@ -177,14 +177,14 @@ def test_interlaced_colours_are_those_of_the_ffmpeg_program(
 
 
 @pytest.mark.parametrize(("degrees", "turns"), [(90, -1), (180, 2), (270, 1)])
-def test_pictures_are_upright(degrees: int, turns: int, isolated: IsolatedDecoder, made: Callable[[str], Path]) -> None:
+def test_pictures_are_upright(degrees: int, turns: int, isolated: ReaderProcess, made: Callable[[str], Path]) -> None:
     with isolated.open(Record(str(made("h264.mp4")))) as reader:
         plain = reader.read([7, 33])
     with isolated.open(Record(str(made(f"rotated {degrees}.mp4")))) as reader:
         assert (reader.read([7, 33]) == np.rot90(plain, turns, axes=(1, 2))).all()
 
 
-def test_an_edit_list_hides_frames(isolated: IsolatedDecoder, made: Callable[[str], Path]) -> None:
+def test_an_edit_list_hides_frames(isolated: ReaderProcess, made: Callable[[str], Path]) -> None:
     with isolated.open(Record(str(made("h264.mp4")))) as reader:
         plain = reader.read(range(25, 45))
     with isolated.open(Record(str(made("edit list.mp4")))) as reader:
@@ -194,7 +194,7 @@ def test_an_edit_list_hides_frames(isolated: IsolatedDecoder, made: Callable[[st
 
 @pytest.mark.parametrize("name", ["h264.mp4", "vp9.webm", "open GOP.mkv", "rotated 90.mp4", "h264 raw.h264"])
 def test_members_of_an_archive_are_read_like_files(
-    name: str, isolated: IsolatedDecoder, made: Callable[[str], Path], tmp_path: Path
+    name: str, isolated: ReaderProcess, made: Callable[[str], Path], tmp_path: Path
 ) -> None:
     path = made(name)
     with tarfile.open(tmp_path / "shard-000.tar", "w") as archive:
@@ -238,7 +238,7 @@ REFUSED = {"special/tsna.ts", "decord/corrupted.mp4"}
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=ON_THIS_MACHINE)
 @pytest.mark.parametrize("name", [name for name in shared(*GOOD_FOLDERS) if name not in REFUSED] or ["none"])
-def test_real_clips(name: str, isolated: IsolatedDecoder) -> None:
+def test_real_clips(name: str, isolated: ReaderProcess) -> None:
     path = SHARED / name
     frames, wanted = _some_frames(path)
     with isolated.open(Record(str(path))) as reader:
@@ -283,7 +283,7 @@ OPENED |= {"bitflip200.webm", *ORIGINALS}
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=ON_THIS_MACHINE)
 @pytest.mark.parametrize("name", [Path(name).name for name in shared("bad")] or ["none"])
-def test_bad_files_give_right_frames_or_an_error(name: str, isolated: IsolatedDecoder) -> None:
+def test_bad_files_give_right_frames_or_an_error(name: str, isolated: ReaderProcess) -> None:
     path = SHARED / "bad" / name
     if name not in OPENED:
         with pytest.raises(DecodeError, match=re.escape(str(path))) as caught:
@@ -354,7 +354,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("kind", SPOILED)
-def test_what_is_no_video_is_refused(kind: str, isolated: IsolatedDecoder, tmp_path: Path) -> None:
+def test_what_is_no_video_is_refused(kind: str, isolated: ReaderProcess, tmp_path: Path) -> None:
     path = _spoiled(kind, tmp_path)
     with pytest.raises(DecodeError, match=re.escape(f"{path}: ")) as caught:
         isolated.open(Record(str(path)))
@@ -375,7 +375,7 @@ def test_no_permission(tmp_path: Path) -> None:
         os.seteuid(user)
 
 
-def test_a_truncated_file_is_not_padded(isolated: IsolatedDecoder, tmp_path: Path) -> None:
+def test_a_truncated_file_is_not_padded(isolated: ReaderProcess, tmp_path: Path) -> None:
     path = clips.encode(tmp_path / "clip.mp4", container={"movflags": "faststart"}, options={"g": "20"})
     whole = [rgb(frame) for frame in sequence(path)]
     clips.cut(path, 0.6)
@@ -391,7 +391,7 @@ def test_a_truncated_file_is_not_padded(isolated: IsolatedDecoder, tmp_path: Pat
             reader.read([count - 1, count])
 
 
-def test_damage_in_the_middle(isolated: IsolatedDecoder, tmp_path: Path) -> None:
+def test_damage_in_the_middle(isolated: ReaderProcess, tmp_path: Path) -> None:
     """Frames before and behind the damage are right; asking again and again never gives a damaged one."""
     path = clips.encode(tmp_path / "clip.mp4", 90, options={"g": "30", "bf": "0"}, size=(120, 160))
     whole = [rgb(frame) for frame in sequence(path)]
@@ -410,7 +410,7 @@ def test_damage_in_the_middle(isolated: IsolatedDecoder, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("indices", [[-1], [60], [3, 1000], []])
-def test_indices_out_of_range(indices: list[int], isolated: IsolatedDecoder, made: Callable[[str], Path]) -> None:
+def test_indices_out_of_range(indices: list[int], isolated: ReaderProcess, made: Callable[[str], Path]) -> None:
     with isolated.open(Record(str(made("h264.mp4")))) as reader:
         with pytest.raises(DecodeError, match=r"h264.mp4: "):
             reader.read(indices)
@@ -512,27 +512,27 @@ def _absent(patch: pytest.MonkeyPatch, *modules: str) -> None:
 def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchcodec", sys)
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", sys)
-    assert resolve("auto") == "torchcodec"
+    assert resolve_reader("auto") == "torchcodec"
     _absent(monkeypatch, "torchcodec.decoders")
-    assert resolve("auto") == "pyav"
+    assert resolve_reader("auto") == "pyav"
     _absent(monkeypatch, "av")
     with pytest.warns(UserWarning, match="pip install av"):
-        assert resolve("auto") == "decord"
+        assert resolve_reader("auto") == "decord"
     _absent(monkeypatch, "decord")
     with pytest.raises(ImportError, match=r"pip install av") as caught:
-        resolve("auto")
+        resolve_reader("auto")
     assert all(name in str(caught.value) for name in DECODERS)
 
 
 def test_a_named_decoder_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     _absent(monkeypatch, "torchcodec.decoders", "decord")
-    assert resolve("pyav") == "pyav"
+    assert resolve_reader("pyav") == "pyav"
     with pytest.raises(ImportError, match="FFmpeg's shared libraries"):
-        resolve("torchcodec")
+        resolve_reader("torchcodec")
     with pytest.raises(ImportError, match="pip install decord"):
-        resolve("decord")
+        resolve_reader("decord")
     with pytest.raises(ValueError, match="expected one of auto, torchcodec, pyav, decord"):
-        resolve("opencv")
+        resolve_reader("opencv")
     with pytest.raises(ImportError, match="pip install decord"):  # not a DecodeError: no record is to blame
         open_frames(Record("clip.mp4"), "decord")
 
@@ -543,10 +543,10 @@ def test_decoding_on_a_gpu_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "torchcodec", sys)
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", sys)
     with pytest.raises(ImportError, match=r"torchcodec_cuda.*NVIDIA GPU.*torch finds no CUDA device"):
-        resolve("torchcodec_cuda")
-    assert resolve("auto") == "torchcodec"
+        resolve_reader("torchcodec_cuda")
+    assert resolve_reader("auto") == "torchcodec"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve("torchcodec_cuda") == "torchcodec_cuda"
+    assert resolve_reader("torchcodec_cuda") == "torchcodec_cuda"
 
 
 def test_decord_without_pyav(made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,7 +559,9 @@ def test_decord_without_pyav(made: Callable[[str], Path], monkeypatch: pytest.Mo
 
 
 def test_decoding_needs_no_torch() -> None:
-    program = "import sys, video_convmae.data.decoding.process as i; i.resolve('pyav'); print('torch' in sys.modules)"
+    program = (
+        "import sys, video_convmae.data.decoding.process as i; i.resolve_reader('pyav'); print('torch' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
 

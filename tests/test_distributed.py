@@ -15,9 +15,9 @@ from test_pretrain import ENVIRONMENT, ROOT, command, log, model_of, run
 
 from video_convmae.config import DataConfig, FinetuneConfig, LabelledDataConfig, PretrainConfig
 from video_convmae.engine import checkpoint
-from video_convmae.engine.distributed import Processes
+from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.trainer import TrainConfig
-from video_convmae.runs import load_autoencoder, share_of
+from video_convmae.runs import load_autoencoder, plan_batches
 
 
 def torchrun(count: int, *program: str) -> list[str]:
@@ -59,7 +59,7 @@ def test_a_sharded_run_takes_the_steps_of_one_process(videos: Path, tmp_path: Pa
     whole = run(videos, tmp_path / "whole", "--train.batch_size=4", *common, *[e for e in edits if "ema" in e])
     dealt = tmp_path / "dealt"
     parts = [(1, 3, "--train.batch_size=4"), (2, 8, "--train.batch_size=2"), (1, 12, "--train.batch_size=4")]
-    ends = [stop_after(last, videos, dealt, batch, *common, *edits, processes=n) for n, last, batch in parts[:2]]
+    ends = [stop_after(last, videos, dealt, batch, *common, *edits, init_distributed=n) for n, last, batch in parts[:2]]
     lines = run(videos, dealt, parts[2][2], *common, *edits)
     rel = 1e-2 if "compress" in edits[0] else 1e-4
     assert [line["step"] for line in lines] == [line["step"] for line in whole]
@@ -84,16 +84,16 @@ def test_a_sharded_run_takes_the_steps_of_one_process(videos: Path, tmp_path: Pa
         )
 
 
-def stop_after(last: int, videos: Path, output: Path, *edits: str, processes: int) -> int:
+def stop_after(last: int, videos: Path, output: Path, *edits: str, init_distributed: int) -> int:
     """Run until a step is logged, then ask to stop; the step after which it did. torchrun passes SIGTERM on."""
-    process = subprocess.Popen(command(videos, output, *edits, processes=processes), env=ENVIRONMENT)
+    process = subprocess.Popen(command(videos, output, *edits, init_distributed=init_distributed), env=ENVIRONMENT)
     deadline = time.monotonic() + 120
     while not ((output / "log.jsonl").exists() and len(log(output)) >= last):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
     process.terminate()
-    assert (process.wait(60) == 0) == (processes == 1)  # torchrun says that it was stopped
+    assert (process.wait(60) == 0) == (init_distributed == 1)  # torchrun says that it was stopped
     return log(output)[-1]["step"]
 
 
@@ -121,20 +121,20 @@ def config_of(mixes: bool = False, **train: object) -> PretrainConfig | Finetune
 )
 def test_the_effective_batch_stays(ranks: int, train: dict, begun: int | None, expected: tuple[int, int]) -> None:
     before = None if begun is None else {"train": {"effective_batch": begun}}
-    share = share_of(config_of(**train), Processes(0, ranks, torch.device("cpu")), before)
+    share = plan_batches(config_of(**train), DistInfo(0, ranks, torch.device("cpu")), before)
     assert (share.per_device, share.accumulate) == expected
     assert share.global_batch == (begun or train.get("effective_batch") or ranks * expected[0] * expected[1])
 
 
 def test_an_effective_batch_that_cannot_be_is_an_error() -> None:
-    three = Processes(0, 3, torch.device("cpu"))
+    three = DistInfo(0, 3, torch.device("cpu"))
     with pytest.raises(ValueError, match="is 32, which cannot be dealt evenly to 3 devices"):
-        share_of(config_of(batch_size=8), three, {"train": {"effective_batch": 32}})
+        plan_batches(config_of(batch_size=8), three, {"train": {"effective_batch": 32}})
     with pytest.raises(ValueError, match="is 64 and the run in run began with 32"):
-        share_of(config_of(effective_batch=64), three, {"train": {"effective_batch": 32}})
-    assert share_of(config_of(mixes=True, batch_size=10, effective_batch=54), three, None).per_device == 6
+        plan_batches(config_of(effective_batch=64), three, {"train": {"effective_batch": 32}})
+    assert plan_batches(config_of(mixes=True, batch_size=10, effective_batch=54), three, None).per_device == 6
     with pytest.raises(ValueError, match="mixup and cutmix take pairs"):
-        share_of(config_of(mixes=True, batch_size=10, effective_batch=45), three, None)
+        plan_batches(config_of(mixes=True, batch_size=10, effective_batch=45), three, None)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")

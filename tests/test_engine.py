@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from video_convmae import create_autoencoder
-from video_convmae.data.datasets import Fault
+from video_convmae.data.datasets import BadRecord
 from video_convmae.data.loader import Batch
 from video_convmae.engine import checkpoint, distributed
 from video_convmae.engine.checkpoint import CheckpointError, Saver
-from video_convmae.engine.distributed import Processes
+from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.log import BadRecords, RunLog, TooManyBadRecords
 from video_convmae.engine.optim import OptimConfig, Schedule, build_optimization, parameter_groups
-from video_convmae.engine.tasks import Pixels
+from video_convmae.engine.tasks import Normalizer
 from video_convmae.engine.trainer import NonFiniteLoss, StopSignal, TrainConfig, train
 from video_convmae.runs import BLOCKS, CHECKPOINTED
 from video_convmae.weights import files
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = DistInfo(0, 1, torch.device("cpu"))
 
 
 def test_the_schedule_rises_linearly_and_falls_as_a_half_cosine() -> None:
@@ -210,10 +210,10 @@ def test_a_resumed_run_takes_up_its_log(tmp_path: Path) -> None:
 def test_bad_records_are_written_once_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "bad_records.jsonl"
     bad = BadRecords(path, records=100, max_fraction=0.02)
-    assert bad.add([Fault(3, "a.mp4", "a.mp4: broken"), Fault(3, "a.mp4", "again")], write=True) == [
-        Fault(3, "a.mp4", "a.mp4: broken")
+    assert bad.add([BadRecord(3, "a.mp4", "a.mp4: broken"), BadRecord(3, "a.mp4", "again")], write=True) == [
+        BadRecord(3, "a.mp4", "a.mp4: broken")
     ]
-    assert bad.add([Fault(7, "b.mp4", "b.mp4: empty")], write=False)
+    assert bad.add([BadRecord(7, "b.mp4", "b.mp4: empty")], write=False)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"index": 3, "path": "a.mp4", "error": "a.mp4: broken"}
     ]
@@ -222,7 +222,7 @@ def test_bad_records_are_written_once_and_counted(tmp_path: Path) -> None:
     resumed = BadRecords(path, records=100, max_fraction=0.02)
     assert len(resumed) == 1
     with pytest.raises(TooManyBadRecords, match=r"3 of 100 .*max_bad_fraction 0.02(.|\n)*a.mp4: broken"):
-        resumed.add([Fault(8, "c", "c: gone"), Fault(9, "d", "d: gone")], write=True)
+        resumed.add([BadRecord(8, "c", "c: gone"), BadRecord(9, "d", "d: gone")], write=True)
     assert len(path.read_text().splitlines()) == 3
 
 
@@ -339,7 +339,7 @@ def test_wrapping_changes_neither_values_nor_names(checkpointed: str, compile_bl
 
     bare, model = build(), build()
     names = list(model.state_dict())
-    wrapped = distributed.wrap(
+    wrapped = distributed.parallelize(
         model,
         ALONE,
         BLOCKS,
@@ -360,7 +360,7 @@ def test_wrapping_changes_neither_values_nor_names(checkpointed: str, compile_bl
 
 
 def test_pixels_go_there_and_back() -> None:
-    pixels = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), torch.device("cpu"))
+    pixels = Normalizer((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), torch.device("cpu"))
     clips = torch.randint(0, 256, (2, 3, 4, 8, 8), dtype=torch.uint8)
     floats = pixels.normalise(clips)
     assert torch.allclose(floats[:, 0], (clips[:, 0] / 255 - 0.485) / 0.229, atol=1e-5)

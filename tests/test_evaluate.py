@@ -62,7 +62,7 @@ def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "--data.decoder=pyav",
                 "--data.workers=0",
                 "--model.image_size=32",
-                "--model.head_init=0.5",
+                "--model.head_init_std=0.5",
                 "--device=cpu",
                 "--train.epochs=1",
                 f"--output={output}",

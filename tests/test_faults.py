@@ -31,9 +31,9 @@ from test_loader import clips_of
 from test_pretrain import ENVIRONMENT, command, log, model_of
 
 from video_convmae import masking
-from video_convmae.data.datasets import Clips, Draw
-from video_convmae.data.decoding.process import IsolatedDecoder
-from video_convmae.data.loader import Batches, LoaderError, Share, load
+from video_convmae.data.datasets import ClipDataset, SampleKey
+from video_convmae.data.decoding.process import ReaderProcess
+from video_convmae.data.loader import BatchPlan, LoaderError, ResumableBatchSampler, load
 from video_convmae.data.records import read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.engine import checkpoint
@@ -141,8 +141,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def data(folder: Path, name: str, **changes: object) -> Clips:
-    decoder = IsolatedDecoder("pyav", timeout=TIMEOUT)
+def data(folder: Path, name: str, **changes: object) -> ClipDataset:
+    decoder = ReaderProcess("pyav", timeout=TIMEOUT)
     return clips_of(read_list(folder / f"{name}.txt", root=folder), **{"decoder": decoder, **changes})
 
 
@@ -154,10 +154,12 @@ def _what_happens(folder: Path, names: list[str]) -> dict[str, str]:
     torch.set_num_threads(1)
     _permissions_bind()
     happened = {}
-    decoder = IsolatedDecoder("pyav", timeout=TIMEOUT)
+    decoder = ReaderProcess("pyav", timeout=TIMEOUT)
     for name in names:
         (folder / "one.txt").write_text(f"{name}\ngood 0.mp4")
-        samples = [data(folder, "one", decoder=decoder)[Draw(epoch, 0)] for epoch in range(1 if "never" in name else 4)]
+        samples = [
+            data(folder, "one", decoder=decoder)[SampleKey(epoch, 0)] for epoch in range(1 if "never" in name else 4)
+        ]
         errors = [fault.error for sample in samples for fault in sample.faults[:1]]
         happened[name] = errors[0].removeprefix(f"{folder}/") if errors else "shown, as far as it goes"
     return happened
@@ -189,7 +191,7 @@ def test_good_samples_do_not_feel_bad_rows_anywhere(folder: Path) -> None:
     assert not set(rows) <= set(places)
     assert list(data(folder, "mixed").records.lines) == list(range(len(mended)))
     for row in set(rows) & set(places):
-        ours, theirs = commented[Draw(2, places[row])], mended[Draw(2, row)]
+        ours, theirs = commented[SampleKey(2, places[row])], mended[SampleKey(2, row)]
         assert ours.index == places[row]
         assert ours.label == theirs.label == row
         assert torch.equal(ours.clips, theirs.clips)
@@ -205,8 +207,8 @@ def test_good_samples_do_not_feel_bad_rows_anywhere(folder: Path) -> None:
 def test_an_epoch_over_a_list_with_bad_files(start_method: str, workers: int, folder: Path, tmp_path: Path) -> None:
     """Each bad one is reported once; the good samples are those of the lists in which no row is bad."""
     mixed, commented = data(folder, "mixed"), data(folder, "commented")
-    share, count = Share(10), len(mixed)
-    batches = Batches(count, share, seed=1, first_step=0, last_step=count // 10)
+    share, count = BatchPlan(10), len(mixed)
+    batches = ResumableBatchSampler(count, share, seed=1, first_step=0, last_step=count // 10)
     bad_records = BadRecords(tmp_path / "bad_records.jsonl", count, max_fraction=0.2)
     compared, files = 0, len(os.listdir("/proc/self/fd"))
     places = {int(label): index for index, label in enumerate(commented.records.labels)}
@@ -215,7 +217,7 @@ def test_an_epoch_over_a_list_with_bad_files(start_method: str, workers: int, fo
             bad_records.add(batch.faults, write=True)
             for place, draw in enumerate(draws):
                 if draw.index in places:  # a good one
-                    alone = commented[Draw(0, places[draw.index])]
+                    alone = commented[SampleKey(0, places[draw.index])]
                     assert int(batch.records[place]) == draw.index
                     assert torch.equal(batch.clips[place], alone.clips[0])
                     assert torch.equal(batch.visible[place], alone.visible[0])
@@ -234,7 +236,7 @@ def test_a_file_that_vanishes_during_the_run(folder: Path, tmp_path: Path) -> No
         encode(tmp_path / f"{i}.mp4", 20)
     (tmp_path / "some.txt").write_text("\n".join(f"{i}.mp4" for i in range(8)))
     some = data(tmp_path, "some")
-    batches = Batches(8, Share(1), seed=0, first_step=0, last_step=16)
+    batches = ResumableBatchSampler(8, BatchPlan(1), seed=0, first_step=0, last_step=16)
     last = list(batches)[-1][0].index
     shown, faults = [], []
     for step, batch in enumerate(load(some, batches, 2)):
@@ -339,7 +341,7 @@ def test_a_killed_worker_ends_the_run(
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_worker_that_dies_is_an_error_of_the_loader(start_method: str, good: Path) -> None:
     """Not one that is raised wherever the main process happens to be: only where it asks for a batch."""
-    loaded = load(data(good, "list"), Batches(16, Share(1), 0, 0, 160), 2, start_method=start_method)
+    loaded = load(data(good, "list"), ResumableBatchSampler(16, BatchPlan(1), 0, 0, 160), 2, start_method=start_method)
     next(loaded)
     victim = max(workers_of(os.getpid()))
     os.kill(victim, signal.SIGBUS)
@@ -467,7 +469,7 @@ def test_memory_and_files_stay_flat(folder: Path, tmp_path: Path, capsys: pytest
     (tmp_path / "list.txt").write_text("\n".join([*rows, *(f"{folder / name} 0" for name in faults)]))
     draw_mask = partial(masking.tube, (8, 4, 4), 0.75)
     mixed = data(tmp_path, "list", sampling=Sampling("dense", 16, 2), size=(64, 64), draw_mask=draw_mask)
-    batches = Batches(len(mixed), Share(10), seed=0, first_step=0, last_step=2000)
+    batches = ResumableBatchSampler(len(mixed), BatchPlan(10), seed=0, first_step=0, last_step=2000)
     table = []
     for step, batch in enumerate(load(mixed, batches, 2), start=1):
         assert len(batch.clips) == 10

@@ -20,12 +20,12 @@ from video_convmae import create_classifier, create_probe, load
 from video_convmae.cli.evaluate import run as evaluate
 from video_convmae.cli.features import FeaturesConfig, run
 from video_convmae.config import (
+    AutoencoderConfig,
     ClassifierConfig,
     DataConfig,
     EvaluateConfig,
     FinetuneConfig,
     LabelledDataConfig,
-    ModelConfig,
     PretrainConfig,
     parse,
     plain,
@@ -33,7 +33,7 @@ from video_convmae.config import (
 from video_convmae.data.datasets import ViewConfig
 from video_convmae.data.records import Record, Records
 from video_convmae.engine import checkpoint, features
-from video_convmae.engine.evaluation import Evaluation, Kept, ProtocolConfig
+from video_convmae.engine.evaluation import ChunkStore, Evaluation, ProtocolConfig
 from video_convmae.visualize import accuracy as plots
 from video_convmae.visualize import features as show_features
 from video_convmae.weights.files import save
@@ -66,9 +66,9 @@ def runs(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     test = ProtocolConfig(2, 3, batch_size=2, precision="fp32")
     labelled = LabelledDataConfig(**data, num_classes=CLASSES, labels=("a", "b", "some $ signs"))
     configs = {
-        "pretrained": PretrainConfig("", DataConfig(**data), ModelConfig(**SHAPE)),
-        "classifier": FinetuneConfig("", labelled, ClassifierConfig(**SHAPE, head_init=0.1), test=test),
-        "linear": FinetuneConfig("", labelled, ClassifierConfig(**SHAPE, probe="linear", head_init=0.1), test=test),
+        "pretrained": PretrainConfig("", DataConfig(**data), AutoencoderConfig(**SHAPE)),
+        "classifier": FinetuneConfig("", labelled, ClassifierConfig(**SHAPE, head_init_std=0.1), test=test),
+        "linear": FinetuneConfig("", labelled, ClassifierConfig(**SHAPE, probe="linear", head_init_std=0.1), test=test),
         "attentive": FinetuneConfig("", labelled, ClassifierConfig(**SHAPE, probe="attentive"), test=test),
     }
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def test_features_of_images_with_published_weights(runs: dict[str, Path], videos
     table = features.read(path)
     assert table.features.shape == (1, WIDTH)
     assert table.labels.tolist() == [-1]
-    assert table.about["crop_share"] == 0.875
+    assert table.about["crop_pct"] == 0.875
 
 
 def test_the_file_is_numpys_and_holds_no_pickle(runs: dict[str, Path], videos: Path, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_rows_that_are_not_there_are_an_error(tmp_path: Path) -> None:
     records = Records([Record("a.mp4"), Record("b.mp4")])
     with pytest.raises(RuntimeError, match=r"features of 2 of 2 records are not in .*same file system"):
         features.write(tmp_path, (4,), records, tmp_path / "features.npz", {})
-    assert Kept(tmp_path, (4,), 0).records() == set()
+    assert ChunkStore(tmp_path, (4,), 0).records() == set()
 
 
 # Pictures of features and evidence

@@ -149,7 +149,13 @@ def test_a_finetuned_model_is_finetuned_for_other_classes_and_sizes(
 
 def test_validation_scores_the_average_of_the_weights(videos: Path, tmp_path: Path) -> None:
     """With a decay of 1 the average is what the run started with: it scores the same at every validation."""
-    edits = ("--train.ema=1", "--optim.lr=3e-3", "--optim.layer_decay=1", "--train.epochs=4", "--model.head_init=0.1")
+    edits = (
+        "--train.ema=1",
+        "--optim.lr=3e-3",
+        "--optim.layer_decay=1",
+        "--train.epochs=4",
+        "--model.head_init_std=0.1",
+    )
     run(videos, tmp_path, *PLAIN, *edits)
     assert len({line["val_top1"] for line in log(tmp_path) if "val_top1" in line}) == 1
     average, _ = load_classifier(tmp_path)
@@ -384,6 +390,6 @@ def test_left_and_right_are_found_however_words_are_joined(videos: Path, tmp_pat
 
 def test_parts_of_a_file_may_be_left_out(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run(videos, tmp_path / "first", "--train.epochs=1")
-    start = (f"--init.weights={tmp_path / 'first'}", "--init.leave_out=[head]", "--optim.lr=0", "--train.epochs=1")
+    start = (f"--init.weights={tmp_path / 'first'}", "--init.exclude=[head]", "--optim.lr=0", "--train.epochs=1")
     run(videos, tmp_path / "second", *start)
     assert "left out as asked: head" in capsys.readouterr().out

@@ -23,7 +23,7 @@ import pytest
 
 from video_convmae.data.decoding import DecodeError, decode, open_frames
 from video_convmae.data.decoding import process as isolation
-from video_convmae.data.decoding.process import DecodeTimeout, IsolatedDecoder
+from video_convmae.data.decoding.process import DecodeTimeout, ReaderProcess
 from video_convmae.data.records import Record
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with FIFOs")
@@ -41,8 +41,8 @@ def hang(tmp_path: Path) -> Record:
 
 
 @pytest.fixture
-def decoder() -> Iterator[IsolatedDecoder]:
-    with IsolatedDecoder("pyav", timeout=30.0) as decoder:
+def decoder() -> Iterator[ReaderProcess]:
+    with ReaderProcess("pyav", timeout=30.0) as decoder:
         yield decoder
 
 
@@ -74,7 +74,7 @@ def in_half_a_second(action: Callable[[], None]) -> threading.Timer:
 # ---- the same frames and errors as without --------------------------------------------------------------------------
 
 
-def test_frames_are_the_same(clip: Record, decoder: IsolatedDecoder) -> None:
+def test_frames_are_the_same(clip: Record, decoder: ReaderProcess) -> None:
     with open_frames(clip, "pyav") as direct, decoder.open(clip) as reader:
         assert len(reader) == len(direct) == 60
         assert reader.decoder == "pyav"
@@ -85,7 +85,7 @@ def test_frames_are_the_same(clip: Record, decoder: IsolatedDecoder) -> None:
             assert frames.flags.writeable
 
 
-def test_errors_pass_through(clip: Record, decoder: IsolatedDecoder, tmp_path: Path) -> None:
+def test_errors_pass_through(clip: Record, decoder: ReaderProcess, tmp_path: Path) -> None:
     with pytest.raises(DecodeError, match=r"gone.mp4: .*No such file"):
         decoder.open(Record(str(tmp_path / "gone.mp4")))
     child = decoder._child.process.pid
@@ -96,7 +96,7 @@ def test_errors_pass_through(clip: Record, decoder: IsolatedDecoder, tmp_path: P
     assert decoder._child.process.pid == child  # an error is no reason for a new one
 
 
-def test_pictures_and_odd_names(decoder: IsolatedDecoder, tmp_path: Path) -> None:
+def test_pictures_and_odd_names(decoder: ReaderProcess, tmp_path: Path) -> None:
     from PIL import Image
 
     image = clips.pictures(1)[0]
@@ -106,7 +106,7 @@ def test_pictures_and_odd_names(decoder: IsolatedDecoder, tmp_path: Path) -> Non
         assert (reader.read([0, 0]) == image).all()
 
 
-def test_only_the_latest_record_is_open(clip: Record, decoder: IsolatedDecoder) -> None:
+def test_only_the_latest_record_is_open(clip: Record, decoder: ReaderProcess) -> None:
     first = decoder.open(clip)
     second = decoder.open(clip)
     with pytest.raises(DecodeError, match="no longer open"):
@@ -120,17 +120,17 @@ def test_only_the_latest_record_is_open(clip: Record, decoder: IsolatedDecoder) 
 
 def test_unknown_and_missing_decoders(clip: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="expected one of auto"):
-        IsolatedDecoder("opencv")
+        ReaderProcess("opencv")
     (tmp_path / "decord.py").write_text("raise ImportError('not here')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError, match="pip install decord"):
-        IsolatedDecoder("decord").open(clip)
+        ReaderProcess("decord").open(clip)
 
 
 def test_a_child_that_does_not_start(clip: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="ended with exit code 1") as caught:
-        IsolatedDecoder("pyav").open(clip)
+        ReaderProcess("pyav").open(clip)
     assert not isinstance(caught.value, DecodeError)  # no record is to blame
 
 
@@ -140,7 +140,7 @@ def test_a_child_that_does_not_start(clip: Record, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", ["pyav", "decord"])
 def test_a_hang_is_ended(name: str, clip: Record, hang: Record) -> None:
     pytest.importorskip({"pyav": "av"}.get(name, name))
-    with IsolatedDecoder(name, timeout=0.5) as decoder:
+    with ReaderProcess(name, timeout=0.5) as decoder:
         assert decoder.open(clip).read([0]).shape == (1, 48, 64, 3)
         child = decoder._child.process.pid
         start = time.monotonic()
@@ -156,7 +156,7 @@ def test_a_hang_while_reading(clip: Record, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     os.mkfifo(folder / "1.png")
-    with IsolatedDecoder("pyav", timeout=0.5) as decoder:
+    with ReaderProcess("pyav", timeout=0.5) as decoder:
         reader = decoder.open(Record(str(folder), 0, 1, "frames"))
         with pytest.raises(DecodeTimeout, match="folder: "):
             reader.read([0])
@@ -165,7 +165,7 @@ def test_a_hang_while_reading(clip: Record, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL])
-def test_a_crash_is_named(number: signal.Signals, clip: Record, hang: Record, decoder: IsolatedDecoder) -> None:
+def test_a_crash_is_named(number: signal.Signals, clip: Record, hang: Record, decoder: ReaderProcess) -> None:
     decoder.open(clip)
     child = decoder._child.process.pid
     in_half_a_second(lambda: os.kill(child, number))
@@ -176,14 +176,14 @@ def test_a_crash_is_named(number: signal.Signals, clip: Record, hang: Record, de
     assert len(decoder.open(clip)) == 60
 
 
-def test_death_while_idle_costs_nothing(clip: Record, decoder: IsolatedDecoder) -> None:
+def test_death_while_idle_costs_nothing(clip: Record, decoder: ReaderProcess) -> None:
     decoder.open(clip).close()
     os.kill(decoder._child.process.pid, signal.SIGKILL)
     decoder._child.process.wait()
     assert decoder.open(clip).read([7]).shape == (1, 48, 64, 3)
 
 
-def test_a_child_outlives_the_signals_of_a_scheduler(clip: Record, decoder: IsolatedDecoder) -> None:
+def test_a_child_outlives_the_signals_of_a_scheduler(clip: Record, decoder: ReaderProcess) -> None:
     decoder.open(clip)
     child = decoder._child.process.pid
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -192,7 +192,7 @@ def test_a_child_outlives_the_signals_of_a_scheduler(clip: Record, decoder: Isol
     assert decoder._child.process.pid == child
 
 
-def test_an_interrupt_while_waiting(clip: Record, hang: Record, decoder: IsolatedDecoder) -> None:
+def test_an_interrupt_while_waiting(clip: Record, hang: Record, decoder: ReaderProcess) -> None:
     """The reply that comes too late must not be taken for that to the next request."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in a background job Python starts with it ignored
     decoder.open(clip)
@@ -244,7 +244,7 @@ def test_a_normal_exit_leaves_no_child(clip: Record) -> None:
 # ---- in workers -----------------------------------------------------------------------------------------------------
 
 
-def _work(decoder: IsolatedDecoder, record: Record, results: multiprocessing.SimpleQueue) -> None:
+def _work(decoder: ReaderProcess, record: Record, results: multiprocessing.SimpleQueue) -> None:
     child = decoder._child.process.pid if decoder._child else None
     frames = decoder.open(record).read([3, 40])
     results.put((frames, child, decoder._child.process.pid))
@@ -257,7 +257,7 @@ def test_in_a_daemonic_worker(method: str, clip: Record) -> None:
         pytest.skip(f"this system cannot {method}")
     context = multiprocessing.get_context(method)
     results = context.SimpleQueue()
-    with IsolatedDecoder("pyav", 30.0) as decoder, warnings.catch_warnings():
+    with ReaderProcess("pyav", 30.0) as decoder, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking while another library has threads
         ours = decoder.open(clip)
         worker = context.Process(target=_work, args=(decoder, clip, results), daemon=True)
@@ -272,7 +272,7 @@ def test_in_a_daemonic_worker(method: str, clip: Record) -> None:
         assert (ours.read([3, 40]) == frames).all()
 
 
-def test_a_pickled_copy_starts_anew(clip: Record, decoder: IsolatedDecoder) -> None:
+def test_a_pickled_copy_starts_anew(clip: Record, decoder: ReaderProcess) -> None:
     decoder.open(clip)
     copy = pickle.loads(pickle.dumps(decoder))
     assert (copy.decoder, copy.timeout, copy._child) == ("pyav", 30.0, None)
@@ -292,7 +292,7 @@ def _children() -> list[str]:
 @pytest.mark.parametrize(("opens", "hangs"), [(100, 3), pytest.param(3000, 60, marks=pytest.mark.slow)])
 def test_no_files_and_no_zombies_are_left(opens: int, hangs: int, clip: Record, hang: Record) -> None:
     before, files = _children(), len(os.listdir("/proc/self/fd"))
-    decoder = IsolatedDecoder("pyav", timeout=30.0)
+    decoder = ReaderProcess("pyav", timeout=30.0)
     for number in range(opens):
         assert decoder.open(clip).read([number % 60]).shape == (1, 48, 64, 3)
     assert len(os.listdir(f"/proc/{decoder._child.process.pid}/fd")) < 12

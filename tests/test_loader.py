@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from video_convmae import masking
-from video_convmae.data.datasets import Clips, Draw, Sample
+from video_convmae.data.datasets import ClipDataset, Sample, SampleKey
 from video_convmae.data.decoding import DecodeError
-from video_convmae.data.decoding.process import IsolatedDecoder
-from video_convmae.data.loader import Batches, Share, collate, epoch_order, load
+from video_convmae.data.decoding.process import ReaderProcess
+from video_convmae.data.loader import BatchPlan, ResumableBatchSampler, collate, epoch_order, load
 from video_convmae.data.records import Record, Records, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
@@ -42,19 +42,19 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def clips(folder: Path, name: str, **changes: object) -> Clips:
+def clips(folder: Path, name: str, **changes: object) -> ClipDataset:
     return clips_of(read_list(folder / name, root=folder), **changes)
 
 
-def clips_of(records: Records, **changes: object) -> Clips:
-    return Clips(
+def clips_of(records: Records, **changes: object) -> ClipDataset:
+    return ClipDataset(
         records,
         **{
             "sampling": Sampling("dense", 4, 3),
             "augmentation": Augmentation(flip=True),
             "size": (32, 32),
             "draw_mask": partial(masking.tube, GRID, 0.75),
-            "decoder": IsolatedDecoder("pyav", timeout=20),
+            "decoder": ReaderProcess("pyav", timeout=20),
             "seed": 5,
             **changes,
         },
@@ -66,7 +66,7 @@ def equal(a: Sample, b: Sample) -> bool:
 
 
 def test_a_sample(videos: Path) -> None:
-    sample = clips(videos, "good.txt", repeats=3)[Draw(0, 6)]
+    sample = clips(videos, "good.txt", repeats=3)[SampleKey(0, 6)]
     assert sample.clips.shape == (3, 3, 4, 32, 32)
     assert sample.clips.dtype == torch.uint8
     assert sample.visible.shape == (3, *GRID)
@@ -77,24 +77,24 @@ def test_a_sample(videos: Path) -> None:
 
 def test_decoders_give_the_same_sample(videos: Path) -> None:
     pytest.importorskip("decord", reason="decord has no wheel here")
-    ours, theirs = (clips(videos, "good.txt", decoder=IsolatedDecoder(name)) for name in ("pyav", "decord"))
-    assert all(equal(ours[Draw(0, i)], theirs[Draw(0, i)]) for i in range(8))
+    ours, theirs = (clips(videos, "good.txt", decoder=ReaderProcess(name)) for name in ("pyav", "decord"))
+    assert all(equal(ours[SampleKey(0, i)], theirs[SampleKey(0, i)]) for i in range(8))
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(videos: Path) -> None:
     data = clips(videos, "good.txt")
-    sample = data[Draw(3, 2)]
+    sample = data[SampleKey(3, 2)]
     torch.manual_seed(99)  # nobody else's numbers are drawn on
     np.random.seed(99)
-    data[Draw(0, 1)]
-    assert equal(data[Draw(3, 2)], sample)
-    assert equal(clips(videos, "good.txt")[Draw(3, 2)], sample)
-    assert not equal(data[Draw(4, 2)], sample)
-    assert not equal(clips(videos, "good.txt", seed=6)[Draw(3, 2)], sample)
+    data[SampleKey(0, 1)]
+    assert equal(data[SampleKey(3, 2)], sample)
+    assert equal(clips(videos, "good.txt")[SampleKey(3, 2)], sample)
+    assert not equal(data[SampleKey(4, 2)], sample)
+    assert not equal(clips(videos, "good.txt", seed=6)[SampleKey(3, 2)], sample)
 
 
 def test_repeats_do_not_change_the_first_clip(videos: Path) -> None:
-    once, thrice = (clips(videos, "good.txt", repeats=r)[Draw(0, 0)] for r in (1, 3))
+    once, thrice = (clips(videos, "good.txt", repeats=r)[SampleKey(0, 0)] for r in (1, 3))
     assert torch.equal(once.clips[0], thrice.clips[0])
     assert torch.equal(once.visible[0], thrice.visible[0])
 
@@ -127,7 +127,7 @@ class CountingDecoder:
 def test_only_the_frames_asked_for_are_read_and_once() -> None:
     decoder = CountingDecoder()
     data = clips_of(Records([Record("a.mp4")]), decoder=decoder, repeats=4)
-    sample = data[Draw(0, 0)]
+    sample = data[SampleKey(0, 0)]
     (asked,) = decoder.asked
     assert decoder.opened == ["a.mp4"]
     assert asked == sorted(set(asked))
@@ -139,23 +139,23 @@ def test_only_the_frames_asked_for_are_read_and_once() -> None:
 def test_a_bad_record_is_replaced_and_reported(videos: Path) -> None:
     data = clips(videos, "mixed.txt")
     for index, name in ((8, "text.mp4"), (9, "empty.mp4"), (10, "missing.mp4")):
-        sample = data[Draw(0, index)]
+        sample = data[SampleKey(0, index)]
         assert sample.faults[0].index == index
         assert sample.faults[0].path == str(videos / name)
         assert name in sample.faults[0].error
         assert sample.index != index
-        assert equal(data[Draw(0, index)], sample)
-        assert len({data[Draw(epoch, index)].index for epoch in range(8)}) > 2  # not always the same one instead
+        assert equal(data[SampleKey(0, index)], sample)
+        assert len({data[SampleKey(epoch, index)].index for epoch in range(8)}) > 2  # not always the same one instead
 
 
 def test_good_samples_do_not_feel_the_bad_ones(videos: Path) -> None:
     good, mixed = clips(videos, "good.txt"), clips(videos, "mixed.txt")
-    assert all(equal(good[Draw(1, index)], mixed[Draw(1, index)]) for index in range(8))
+    assert all(equal(good[SampleKey(1, index)], mixed[SampleKey(1, index)]) for index in range(8))
 
 
 def test_nothing_but_bad_records_is_an_error(videos: Path) -> None:
     with pytest.raises(DecodeError, match="10 records in a row"):
-        clips(videos, "bad.txt")[Draw(0, 0)]
+        clips(videos, "bad.txt")[SampleKey(0, 0)]
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
@@ -163,7 +163,7 @@ def test_batches_do_not_depend_on_the_workers(videos: Path, start_method: str) -
     data = clips(videos, "mixed.txt", repeats=2)
 
     def loaded(workers: int) -> list:
-        batches = Batches(len(data), Share(3), seed=1, first_step=1, last_step=5)
+        batches = ResumableBatchSampler(len(data), BatchPlan(3), seed=1, first_step=1, last_step=5)
         return list(load(data, batches, workers, start_method=start_method))
 
     alone, together = loaded(0), loaded(2)
@@ -179,8 +179,8 @@ def test_batches_do_not_depend_on_the_workers(videos: Path, start_method: str) -
     assert sum(len(batch.faults) for batch in alone) > 0
 
 
-def draws(count: int, share: Share, first: int, last: int) -> list[list[Draw]]:
-    return list(Batches(count, share, seed=0, first_step=first, last_step=last))
+def draws(count: int, share: BatchPlan, first: int, last: int) -> list[list[SampleKey]]:
+    return list(ResumableBatchSampler(count, share, seed=0, first_step=first, last_step=last))
 
 
 @given(
@@ -191,26 +191,28 @@ def draws(count: int, share: Share, first: int, last: int) -> list[list[Draw]]:
 def test_global_batches_are_the_same_however_they_are_dealt(batch: tuple, count: int, first: int) -> None:
     per_device, ranks, accumulate = batch
     steps = 7
-    whole = draws(count, Share(4), first, first + steps)
-    of_ranks = [draws(count, Share(per_device, ranks, rank, accumulate), first, first + steps) for rank in range(ranks)]
+    whole = draws(count, BatchPlan(4), first, first + steps)
+    of_ranks = [
+        draws(count, BatchPlan(per_device, ranks, rank, accumulate), first, first + steps) for rank in range(ranks)
+    ]
     for step in range(steps):
         parts = [rank[step * accumulate + part] for part in range(accumulate) for rank in of_ranks]
         assert [draw for part in parts for draw in part] == whole[step]
 
 
 def test_an_epoch_shows_every_record_once_and_resuming_goes_on() -> None:
-    everything = draws(12, Share(4), 0, 9)
+    everything = draws(12, BatchPlan(4), 0, 9)
     for epoch in range(3):
         shown = [draw for batch in everything[3 * epoch : 3 * epoch + 3] for draw in batch]
         assert {draw.epoch for draw in shown} == {epoch}
         assert sorted(draw.index for draw in shown) == list(range(12))
-    assert draws(12, Share(4), 5, 9) == everything[5:]
+    assert draws(12, BatchPlan(4), 5, 9) == everything[5:]
     assert epoch_order(12, 0, 0) != epoch_order(12, 0, 1)
 
 
 def test_a_list_smaller_than_a_batch_is_an_error() -> None:
     with pytest.raises(ValueError, match="the list has 7 records and a step takes 8"):
-        Batches(7, Share(2, 2, 0, 2), 0, 0, 1)
+        ResumableBatchSampler(7, BatchPlan(2, 2, 0, 2), 0, 0, 1)
 
 
 def test_collate_keeps_faults() -> None:

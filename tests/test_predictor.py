@@ -68,7 +68,7 @@ def settings(videos: Path, kind: str, output: Path) -> list[str]:
 def finetuned(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("finetuned")
     validation = f"--data.validation={videos / 'list.txt'}"
-    edits = [*settings(videos, "finetune", output), validation, "--model.head_init=0.05"]
+    edits = [*settings(videos, "finetune", output), validation, "--model.head_init_std=0.05"]
     finetune(parse(FinetuneConfig, edits))
     return output
 
@@ -84,7 +84,7 @@ def pretrained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image classifier as ConvMAE releases it."""
     torch.manual_seed(0)
-    model = create_classifier("tiny", num_classes=3, num_frames=1, image_size=32, head_init=0.05)
+    model = create_classifier("tiny", num_classes=3, num_frames=1, image_size=32, head_init_std=0.05)
     path = tmp_path_factory.mktemp("published") / "convvit.pth"
     save(release(model, "convmae"), path)
     return path
@@ -171,8 +171,8 @@ def test_the_released_classifier_of_the_golden_file_loads(videos: Path, tmp_path
         weights = {name[2:]: torch.from_numpy(file[name]) for name in file.files if name.startswith("w:")}
     torch.save({"model": weights}, tmp_path / "convvit.pth")
     loaded = video_convmae.load(tmp_path / "convvit.pth")
-    assert loaded.config.test.crop_share == 0.875
-    assert loaded.middle.crop_share == 0.875
+    assert loaded.config.test.crop_pct == 0.875
+    assert loaded.middle.crop_pct == 0.875
     scores = [prediction.score for prediction in loaded(videos / "image.png", top=1000)]
     assert len(scores) == len(weights["head.bias"])
     assert sum(scores) == pytest.approx(1)

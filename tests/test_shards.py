@@ -16,7 +16,7 @@ from PIL import Image
 from test_loader import clips_of
 
 from video_convmae.data import shards
-from video_convmae.data.datasets import Draw
+from video_convmae.data.datasets import SampleKey
 from video_convmae.data.decoding import DecodeError, decode, open_frames
 from video_convmae.data.records import Record, read_list
 from video_convmae.prepare import check as check_videos
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_samples_are_those_of_the_files(folder: Path) -> None:
     of_files, of_shards = (clips_of(read_list(folder / name, root=folder)) for name in ("files.txt", "shards.txt"))
     for index in range(len(NAMES)):
-        ours, theirs = of_shards[Draw(1, index)], of_files[Draw(1, index)]
+        ours, theirs = of_shards[SampleKey(1, index)], of_files[SampleKey(1, index)]
         assert ours.faults == ()
         assert ours.label == index
         assert torch.equal(ours.clips, theirs.clips)

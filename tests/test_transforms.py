@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from video_convmae.data.transforms import Augmentation, Crop, multi_scale_crop, random_resized_crop, view_crops
+from video_convmae.data.transforms import Augmentation, ClipTransform, multi_scale_crop, random_resized_crop, view_crops
 
 VIDEOMAE = "rand-m7-n4-mstd0.5-inc1"
 
@@ -88,8 +88,8 @@ def test_one_draw_for_every_frame() -> None:
 
 def test_a_flip_mirrors_and_a_full_window_keeps_the_pixels() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
-    plain = Augmentation().apply(frames, Crop(0, 0, 40, 40), (40, 40))
-    mirrored = Augmentation().apply(frames, Crop(0, 0, 40, 40, flip=True), (40, 40))
+    plain = Augmentation().apply(frames, ClipTransform(0, 0, 40, 40), (40, 40))
+    mirrored = Augmentation().apply(frames, ClipTransform(0, 0, 40, 40, flip=True), (40, 40))
     assert torch.equal(plain, torch.from_numpy(frames).permute(3, 0, 1, 2))
     assert torch.equal(mirrored, plain.flip(-1))
 
@@ -104,7 +104,7 @@ def test_the_whole_frame_can_be_kept() -> None:
     augmentation = Augmentation(crop="whole")
     crop = augmentation.draw(28, 28, generator(0))
     assert torch.equal(augmentation.apply(frames, crop, (28, 28)), torch.from_numpy(frames).permute(3, 0, 1, 2))
-    assert augmentation.draw(20, 30) == Crop(0, 0, 20, 30)
+    assert augmentation.draw(20, 30) == ClipTransform(0, 0, 20, 30)
 
 
 @given(height=sides, width=sides, count=st.integers(1, 5), share=st.floats(0.5, 1))
@@ -121,9 +121,9 @@ def test_smaller_view_windows_keep_to_the_middle_of_the_shorter_side(
 
 
 def test_a_view_of_seven_eighths_is_what_resizing_to_256_and_cropping_224_shows() -> None:
-    assert view_crops(256, 320, (224, 224), 1, 0.875) == [Crop(16, 48, 224, 224)]
-    assert view_crops(256, 320, (224, 224), 3, 0.875) == [Crop(16, left, 224, 224) for left in (0, 48, 96)]
-    with pytest.raises(ValueError, match=r"crop_share is 1\.5; expected"):
+    assert view_crops(256, 320, (224, 224), 1, 0.875) == [ClipTransform(16, 48, 224, 224)]
+    assert view_crops(256, 320, (224, 224), 3, 0.875) == [ClipTransform(16, left, 224, 224) for left in (0, 48, 96)]
+    with pytest.raises(ValueError, match=r"crop_pct is 1\.5; expected"):
         view_crops(256, 320, (224, 224), 1, 1.5)
 
 
@@ -135,7 +135,7 @@ def test_what_is_off_draws_nothing_and_what_is_on_moves_no_window(
     window = multi_scale_crop(height, width, (1.0, 0.875, 0.75, 0.66), by_hand)
     mirrored = flip and bool(torch.rand((), generator=by_hand) < 0.5)
     plain = Augmentation(flip=flip).draw(height, width, ours)
-    assert plain == Crop(*window, flip=mirrored)
+    assert plain == ClipTransform(*window, flip=mirrored)
     assert torch.equal(by_hand.get_state(), ours.get_state())  # masks are drawn next
     rich = Augmentation(flip=flip, rand_augment=VIDEOMAE, erasing=1.0).draw(height, width, more)
     assert (rich.top, rich.left, rich.height, rich.width, rich.flip) == (*window, mirrored)

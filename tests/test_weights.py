@@ -475,14 +475,14 @@ def test_what_matters_is_an_error_and_leaves_the_model_alone() -> None:
         assert_same(model.state_dict(), before)
     with pytest.raises(ValueError, match="MLP ratios"):
         sizes_of(ratios)
-    with pytest.raises(ValueError, match="leave_out has encoder"):
-        load_weights(autoencoder(), released, leave_out=["encoder"])
+    with pytest.raises(ValueError, match="exclude has encoder"):
+        load_weights(autoencoder(), released, exclude=["encoder"])
 
 
 def test_parts_can_be_left_out() -> None:
     released = release(autoencoder(), "convmae")
     model = create_autoencoder("base", **{**IMAGE, "decoder": (32, 2, 2)}, msd=False)
-    report = load_weights(model, released, leave_out=["decoder", "fusion"])
+    report = load_weights(model, released, exclude=["decoder", "fusion"])
     assert {name.split(".")[0] for name in report.missing} == {"decoder"}
     assert "left out as asked: decoder, fusion" in str(report)
 
@@ -558,7 +558,7 @@ def test_a_converted_file_says_its_grid(tmp_path: Path, suffix: str) -> None:
         load_weights(classifier(**VIDEO), bare)
     report = load_weights(classifier(**VIDEO), replace(weights_of(bare), grid=(8, 4, 4)))
     assert "positions resized from the grid (8, 4, 4) to (2, 4, 4)" in report.notes
-    report = load_weights(classifier(**VIDEO), bare, leave_out=["positions"])
+    report = load_weights(classifier(**VIDEO), bare, exclude=["positions"])
     assert report.missing == ("encoder.positions",)
 
 
@@ -621,12 +621,12 @@ def test_learnt_positions_are_not_lost() -> None:
     learnt = {**released, "decoder_pos_embed": released["decoder_pos_embed"] + 0.01}
     with pytest.raises(ValueError, match="decoder_pos_embed was learnt"):
         weights_of(learnt).state_dict()
-    with pytest.raises(ValueError, match=r"decoder_pos_embed is not the fixed .*leave_out \[positions\]"):
+    with pytest.raises(ValueError, match=r"decoder_pos_embed is not the fixed .*exclude \[positions\]"):
         load_weights(autoencoder(), learnt)
     model = autoencoder()
     for weights in (weights_of(learnt).without("positions"), weights_of(released)):
         assert model.load_state_dict(weights.state_dict())
-    assert not load_weights(model, learnt, leave_out=["positions"]).missing
+    assert not load_weights(model, learnt, exclude=["positions"]).missing
 
 
 def test_a_fixed_table_may_be_over_any_rectangle() -> None:
@@ -715,7 +715,7 @@ def test_a_probe_reads_nothing_untrained() -> None:
     source = autoencoder()
     released = release(source, "convmae")
     finetuned = [release(classifier(learnable_positions=False), "convmae"), classifier().state_dict()]
-    for model, state, leave_out, message in [
+    for model, state, exclude, message in [
         *((probe(learnable_positions=True), state, [], "no norm over tokens comes from") for state in finetuned),
         (probe(), without(released, "norm."), [], "untrained and frozen. Probe pretraining weights"),
         (probe(), released, ["norm"], "no norm over tokens"),
@@ -725,9 +725,9 @@ def test_a_probe_reads_nothing_untrained() -> None:
     ]:
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         with pytest.raises(ValueError, match=message):
-            load_weights(model, state, leave_out=leave_out)
+            load_weights(model, state, exclude=exclude)
         assert_same(model.state_dict(), before)
-    report = load_weights(probe(msd=False), released, leave_out=["fusion"])
+    report = load_weights(probe(msd=False), released, exclude=["fusion"])
     assert "the probe reads no fusion" in str(report)
 
 

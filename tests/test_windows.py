@@ -12,11 +12,11 @@ from test_pretrain import ROOT
 
 from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import PretrainConfig, parse
-from video_convmae.data.datasets import Draw
-from video_convmae.data.loader import Batches, Share, collate, load
-from video_convmae.data.ragged import Windows
+from video_convmae.data.datasets import SampleKey
+from video_convmae.data.loader import BatchPlan, ResumableBatchSampler, collate, load
+from video_convmae.data.ragged import RaggedCrops
 from video_convmae.data.transforms import Augmentation
-from video_convmae.engine.tasks import Pixels
+from video_convmae.engine.tasks import Normalizer
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
@@ -34,9 +34,9 @@ def test_the_device_makes_the_clips_of_the_cpu(interpolation: str, crop: str, vi
         clips(videos, "good.txt", augmentation=replace(augmentation, on_device=on_device), repeats=2)
         for on_device in (True, False)
     )
-    samples = [[data[Draw(0, index)] for index in range(8)] for data in (ours, theirs)]
+    samples = [[data[SampleKey(0, index)] for index in range(8)] for data in (ours, theirs)]
     ours, theirs = (collate(each) for each in samples)
-    assert isinstance(ours.clips, Windows)
+    assert isinstance(ours.clips, RaggedCrops)
     assert len(ours.clips) == len(theirs.clips) == 16
     assert len(set(ours.clips.flips)) == 2
     assert torch.equal(ours.visible, theirs.visible)
@@ -44,14 +44,14 @@ def test_the_device_makes_the_clips_of_the_cpu(interpolation: str, crop: str, vi
     assert difference.abs().max() <= LEVELS[interpolation]
     assert difference.abs().mean() < 0.35
     assert difference.mean().abs() < 0.1
-    pixels = Pixels(MEAN, STD, CPU)
+    pixels = Normalizer(MEAN, STD, CPU)
     difference = pixels.normalise(ours.clips) - pixels.normalise(theirs.clips)
     assert difference.abs().max() <= LEVELS[interpolation] / 255 / min(STD) + 1e-5
 
 
 def test_windows_come_through_workers(videos: Path) -> None:  # noqa: F811
     data = clips(videos, "good.txt", augmentation=Augmentation(on_device=True))
-    batches = Batches(8, Share(4), 0, 0, 4)
+    batches = ResumableBatchSampler(8, BatchPlan(4), 0, 0, 4)
     for ours, theirs in zip(load(data, batches, workers=2), load(data, batches, workers=0), strict=True):
         assert torch.equal(ours.clips.pixels, theirs.clips.pixels)
         assert replace(ours.clips, pixels=None) == replace(theirs.clips, pixels=None)

@@ -17,19 +17,19 @@ from video_convmae import create_autoencoder, create_classifier, masking
 from video_convmae.data.loader import Batch
 from video_convmae.data.mixing import Mixing, MixingConfig
 from video_convmae.engine import distributed
-from video_convmae.engine.optim import Average, OptimConfig, build_optimization, clip_gradients
-from video_convmae.engine.tasks import Classification, Pixels, Pretraining, Task
+from video_convmae.engine.optim import EMA, OptimConfig, build_optimization, clip_gradients
+from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, Task
 from video_convmae.models.classifier import create_probe
 from video_convmae.runs import BLOCKS, CHECKPOINTED
 
 RECORDS, STEPS, CLASSES = 8, 2, 5
 SHAPE = {"num_frames": 4, "image_size": 32}
 NO_MIXING = Mixing(MixingConfig(mixup=0, cutmix=0, smoothing=0.1), CLASSES)
-PIXELS = Pixels((0.5,) * 3, (0.25,) * 3, torch.device("cpu"))
+PIXELS = Normalizer((0.5,) * 3, (0.25,) * 3, torch.device("cpu"))
 RECIPES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Task]]] = {
     "pretrain": (partial(create_autoencoder, "tiny", **SHAPE), lambda model: Pretraining(model, PIXELS)),
     "finetune": (
-        partial(create_classifier, "tiny", num_classes=CLASSES, head_init=0.02, **SHAPE),
+        partial(create_classifier, "tiny", num_classes=CLASSES, head_init_std=0.02, **SHAPE),
         lambda model: Classification(model, PIXELS, NO_MIXING),
     ),
 }
@@ -59,15 +59,15 @@ def batch(visible_of: tuple[int, int, int], step: int, records: slice) -> Batch:
     return Batch(clips[records], visible[records], labels[records], torch.arange(RECORDS)[records], ())
 
 
-def steps(name: str, group: distributed.Processes, way: dict | None) -> dict[str, list]:
+def steps(name: str, group: distributed.DistInfo, way: dict | None) -> dict[str, list]:
     """Losses, gradients, weights and their average over a few optimizer steps; `way` None is the bare model."""
     build, task_of = RECIPES[name]
     torch.manual_seed(0)
     model = build()
-    wrapped = model if way is None else distributed.wrap(model, group, BLOCKS, **way)
+    wrapped = model if way is None else distributed.parallelize(model, group, BLOCKS, **way)
     task, bare = task_of(wrapped), distributed.unwrap(wrapped)
     optimizer = build_optimization(bare, OptimConfig(lr=1e-3, warmup_epochs=0), RECORDS, 1, STEPS).optimizer
-    average = Average(bare, 0.5)
+    average = EMA(bare, 0.5)
     parts = 2 if way and way.get("accumulates") else 1
     ranks = 1 if way is None else group.count
     result: dict[str, list] = {"loss": [], "norm": [], "gradient": [], "weights": [], "average": []}
@@ -81,17 +81,17 @@ def steps(name: str, group: distributed.Processes, way: dict | None) -> dict[str
                 (part_loss / parts).backward()
             loss += part_loss.detach() / parts
         parameters = [p for p in bare.parameters() if p.requires_grad]
-        result["gradient"].append([distributed.whole(p.grad).clone() for p in parameters])
+        result["gradient"].append([distributed.full_tensor(p.grad).clone() for p in parameters])
         result["norm"].append(float(clip_gradients(parameters, None)))
-        result["loss"].append(float(loss if way is None else distributed.mean_over_ranks(loss)))
+        result["loss"].append(float(loss if way is None else distributed.all_reduce_mean(loss)))
         for options in optimizer.param_groups:
             options["lr"] = 1e-3
         optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())
         optimizer.step()
         optimizer.zero_grad()
         average.update(bare)
-    result["weights"] = [distributed.whole(t).clone() for t in bare.state_dict().values()]
-    result["average"] = [distributed.whole(t).clone() for t in average.tensors.values()]
+    result["weights"] = [distributed.full_tensor(t).clone() for t in bare.state_dict().values()]
+    result["average"] = [distributed.full_tensor(t).clone() for t in average.tensors.values()]
     return result
 
 
@@ -104,7 +104,7 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 def main() -> None:
     """Print a line for each case."""
     torch.set_num_threads(1)
-    with distributed.processes("cpu", 120) as group:
+    with distributed.init_distributed("cpu", 120) as group:
         for name in RECIPES:
             bare = steps(name, group, None)
             for title, way in WAYS.items():

@@ -23,15 +23,15 @@ import numpy as np
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from video_convmae.data.datasets import Clips, ViewConfig, Views
-from video_convmae.data.decoding import Decoder
-from video_convmae.data.decoding.process import IsolatedDecoder
+from video_convmae.data.datasets import ClipDataset, TestViewDataset, ViewConfig
+from video_convmae.data.decoding import ReaderName
+from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.mixing import MixingConfig
 from video_convmae.data.records import ListError, ListFormat, Records, class_names, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
 from video_convmae.engine import checkpoint
-from video_convmae.engine.distributed import PATIENCE
+from video_convmae.engine.distributed import HANG_TIMEOUT
 from video_convmae.engine.evaluation import ProtocolConfig
 from video_convmae.engine.log import LogConfig
 from video_convmae.engine.optim import OptimConfig
@@ -79,7 +79,7 @@ class EncoderFields:
 
 
 @dataclass(frozen=True)
-class ModelConfig(EncoderFields):
+class AutoencoderConfig(EncoderFields):
     """Arguments of `create_autoencoder`; what is none follows from size and frames."""
 
     msd: bool = True
@@ -107,7 +107,7 @@ class ClassifierConfig(EncoderFields):
     list and trains nothing; none: finetune everything."""
     msd: bool = True
     """Probes read the tokens after fusion and norm, as pretrained. A finetuned classifier has no fusion."""
-    head_init: float | None = None
+    head_init_std: float | None = None
     """Deviation of the head's first weights; none: 2e-5 to finetune (ConvMAE; VideoMAE scales 0.02 by 0.001), 0.01 to
     probe."""
     head_dropout: float = 0.0
@@ -118,7 +118,7 @@ class ClassifierConfig(EncoderFields):
         if self.probe is not None:
             given = self.given("probe", "drop_path", "head_dropout")
             return create_probe(num_classes=num_classes, kind=self.probe, **given)
-        given = {"head_init": 2e-5, **self.given("probe", "msd")}
+        given = {"head_init_std": 2e-5, **self.given("probe", "msd")}
         return create_classifier(num_classes=num_classes, **given)
 
 
@@ -142,7 +142,7 @@ class DataConfig:
     """Folder that the list's relative paths are joined to."""
     format: ListFormat = "video"
     """What a line holds: video, frames or image."""
-    decoder: Decoder = "auto"
+    decoder: ReaderName = "auto"
     """auto, torchcodec, pyav, decord, or torchcodec_cuda, which decodes on the GPU; auto is never that one. It is
     resolved once and written into the run's config."""
     decode_timeout: float = 60.0
@@ -174,23 +174,23 @@ class DataConfig:
         """Which frames make a clip that this encoder takes."""
         return Sampling(self.sampling, encoder.num_frames, self.stride)
 
-    def clips(self, records: Records, encoder: EncoderConfig, seed: int, mask: MaskConfig | None = None) -> Clips:
+    def clips(self, records: Records, encoder: EncoderConfig, seed: int, mask: MaskConfig | None = None) -> ClipDataset:
         """Training clips in the shape that the encoder takes."""
-        return Clips(
+        return ClipDataset(
             records,
             self.frames(encoder),
             self.augmentation,
             encoder.image_size,
             None if mask is None else partial(MASKS[mask.kind], encoder.grid, mask.ratio),
-            IsolatedDecoder(self.decoder, self.decode_timeout),
+            ReaderProcess(self.decoder, self.decode_timeout),
             self.repeats,
             seed,
         )
 
-    def views(self, records: Records, encoder: EncoderConfig, views: ViewConfig) -> Views:
+    def views(self, records: Records, encoder: EncoderConfig, views: ViewConfig) -> TestViewDataset:
         """Test views in the shape that the encoder takes."""
-        decoder = IsolatedDecoder(self.decoder, self.decode_timeout)
-        return Views(records, self.frames(encoder), views, self.augmentation, encoder.image_size, decoder)
+        decoder = ReaderProcess(self.decoder, self.decode_timeout)
+        return TestViewDataset(records, self.frames(encoder), views, self.augmentation, encoder.image_size, decoder)
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ class InitConfig:
     """Checkpoint, run folder or published file (models/released.py tells the layouts); none: random."""
     inflation: Inflation = field(default_factory=Inflation)
     """How image weights become video weights: average or center, over the frames of a token and of a kernel."""
-    leave_out: tuple[Literal["positions", "norm", "fusion", "decoder", "head"], ...] = ()
+    exclude: tuple[Literal["positions", "norm", "fusion", "decoder", "head"], ...] = ()
     """What of the file is not taken; in place of learnt positions, pretraining and probes have their fixed table."""
 
     def load(self, model: Autoencoder | Classifier | Probe) -> LoadReport | None:
@@ -301,7 +301,7 @@ class InitConfig:
             return None
         path = Path(self.weights)
         source = checkpoint.find(path) if path.is_dir() else path
-        return load_weights(model, source, inflation=self.inflation, leave_out=self.leave_out)
+        return load_weights(model, source, inflation=self.inflation, exclude=self.exclude)
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ class PretrainConfig:
     """Run folder; the same command on a folder that holds a run goes on with it."""
     data: DataConfig
     """The list, and how clips are made of its records."""
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """The autoencoder."""
     init: InitConfig = field(default_factory=InitConfig)
     """What the run starts from."""
@@ -324,7 +324,7 @@ class PretrainConfig:
     """The loop."""
     log: LogConfig = field(default_factory=LogConfig)
     """What is logged besides the usual."""
-    hang_timeout: float = PATIENCE
+    hang_timeout: float = HANG_TIMEOUT
     """Seconds without progress, for data or for other processes, after which a process ends and says what each does."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda."""
@@ -360,7 +360,7 @@ class FinetuneConfig:
     """The loop."""
     log: LogConfig = field(default_factory=LogConfig)
     """What is logged besides the usual."""
-    hang_timeout: float = PATIENCE
+    hang_timeout: float = HANG_TIMEOUT
     """Seconds without progress, for data or for other processes, after which a process ends and says what each does."""
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     """The validation during training."""
@@ -414,7 +414,7 @@ class EvaluateConfig:
     """Clips over the length of a video."""
     crops: int | None = None
     """Windows along the longer side of a frame."""
-    crop_share: float | None = None
+    crop_pct: float | None = None
     """Side of a window over the largest one's."""
     batch_size: int | None = None
     """Records whose views go through the model together."""
@@ -422,7 +422,7 @@ class EvaluateConfig:
     """Autocast type."""
     workers: int | None = None
     """Loading processes of each device."""
-    decoder: Decoder | None = None
+    decoder: ReaderName | None = None
     """auto, torchcodec, pyav, decord or torchcodec_cuda."""
     ema: bool | None = None
     """Test the average of the weights; none: where the run kept one."""

@@ -17,26 +17,26 @@ import torch
 from torch import Tensor
 
 from video_convmae.config import (
+    AutoencoderConfig,
     ClassifierConfig,
     DataConfig,
     FinetuneConfig,
     LabelledDataConfig,
-    ModelConfig,
     PretrainConfig,
 )
-from video_convmae.data.datasets import ViewConfig, Views
-from video_convmae.data.decoding import DecodeError, Decoder, resolve
-from video_convmae.data.decoding.process import IsolatedDecoder
+from video_convmae.data.datasets import TestViewDataset, ViewConfig
+from video_convmae.data.decoding import DecodeError, ReaderName, resolve_reader
+from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.records import IMAGE_SUFFIXES, ListError, ListFormat, Record, Records, class_names
 from video_convmae.data.transforms import Augmentation
 from video_convmae.engine import checkpoint
 from video_convmae.engine.evaluation import ProtocolConfig
-from video_convmae.engine.tasks import Pixels
+from video_convmae.engine.tasks import Normalizer
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier, Probe
 from video_convmae.runs import load_autoencoder, load_classifier, run_kind
 from video_convmae.weights.load import model_from
-from video_convmae.weights.released import folded, weights_of
+from video_convmae.weights.released import summarize_names, weights_of
 
 
 class Prediction(NamedTuple):
@@ -97,7 +97,7 @@ class Predictor:
     @property
     def middle(self) -> ViewConfig:
         """One view, of the middle in time and space; its window is as large as in the run's test."""
-        return ViewConfig(crop_share=self.config.test.crop_share if isinstance(self.config, FinetuneConfig) else 1.0)
+        return ViewConfig(crop_pct=self.config.test.crop_pct if isinstance(self.config, FinetuneConfig) else 1.0)
 
     def clips(self, path: str | Path, views: ViewConfig) -> Tensor:
         """The file's views as the model takes them, `(V, C, T, H, W)` on its device.
@@ -110,7 +110,7 @@ class Predictor:
     def normalise(self, pictures: Tensor) -> Tensor:
         """Views `(V, C, T, H, W)` uint8 -> as the model takes them, on its device."""
         data, device = self.config.data, next(self.model.parameters()).device
-        return Pixels(data.mean, data.std, device).normalise(pictures)
+        return Normalizer(data.mean, data.std, device).normalise(pictures)
 
     def pictures(self, path: str | Path, views: ViewConfig) -> Tensor:
         """The file's views as a person looks at them, `(V, C, T, H, W)` uint8 on the CPU.
@@ -123,7 +123,7 @@ class Predictor:
         data, encoder = self.config.data, self.model.encoder.config
         record = Record(str(path), format=_format(Path(path)))
         records, size = Records([record], record.format), encoder.image_size
-        sample = Views(records, data.frames(encoder), views, data.augmentation, size, self._decoder)[0]
+        sample = TestViewDataset(records, data.frames(encoder), views, data.augmentation, size, self._decoder)[0]
         if sample.faults:
             raise DecodeError(sample.faults[0].error)
         return sample.clips
@@ -133,8 +133,8 @@ class Predictor:
         return self.class_names[label] if label < len(self.class_names or ()) else str(label)
 
     @cached_property
-    def _decoder(self) -> IsolatedDecoder:
-        return IsolatedDecoder(self.config.data.decoder, self.config.data.decode_timeout)
+    def _decoder(self) -> ReaderProcess:
+        return ReaderProcess(self.config.data.decoder, self.config.data.decode_timeout)
 
 
 def load(
@@ -142,7 +142,7 @@ def load(
     *,
     labels: str | Path | None = None,
     ema: bool | None = None,
-    decoder: Decoder | None = None,
+    decoder: ReaderName | None = None,
 ) -> Predictor:
     """A model with its preprocessing and class names.
 
@@ -172,7 +172,7 @@ def load(
     if labels is not None:
         names = class_names("", labels=labels)
         _check_names(names, config, labels)
-    data = replace(config.data, decoder=_working(config.data.decoder) if decoder is None else resolve(decoder))
+    data = replace(config.data, decoder=_working(config.data.decoder) if decoder is None else resolve_reader(decoder))
     return Predictor(model, replace(config, data=data), None if names is None else tuple(names))
 
 
@@ -185,9 +185,9 @@ def _check_names(names: list[str], config: PretrainConfig | FinetuneConfig, labe
 def _working(decoder: str) -> str:
     """A run's decoder, or one that works where the run's does not: the frames are the same (data/decoding.py)."""
     try:
-        return resolve(decoder)
+        return resolve_reader(decoder)
     except ImportError as error:
-        instead = resolve("auto")
+        instead = resolve_reader("auto")
         warnings.warn(f"{instead} decodes in place of the run's {decoder}: {error}", stacklevel=3)
         return instead
 
@@ -206,7 +206,7 @@ def _published(path: Path) -> tuple[Autoencoder | Classifier, PretrainConfig | F
     built = {} if weights.has("head") else {"msd": weights.has("fusion")}
     model, report = model_from(weights, **built)
     if untrained := [name for name in report.missing if not name.startswith("decoder.")]:
-        warnings.warn(f"{path} does not hold {folded(untrained)}: they are untrained", stacklevel=3)
+        warnings.warn(f"{path} does not hold {summarize_names(untrained)}: they are untrained", stacklevel=3)
     return model.eval(), _usual_settings(model)
 
 
@@ -218,7 +218,7 @@ def _usual_settings(model: Autoencoder | Classifier) -> PretrainConfig | Finetun
     how = Augmentation(interpolation="bicubic" if is_image else "bilinear")
     data = {"train": "", "format": "image" if is_image else "video", "augmentation": how}
     if isinstance(model, Autoencoder):
-        return PretrainConfig("", DataConfig(**data), ModelConfig(**shape))
-    test = ProtocolConfig(crop_share=0.875) if is_image else ProtocolConfig(segments=5, crops=3)
+        return PretrainConfig("", DataConfig(**data), AutoencoderConfig(**shape))
+    test = ProtocolConfig(crop_pct=0.875) if is_image else ProtocolConfig(segments=5, crops=3)
     labelled = LabelledDataConfig(**data, num_classes=model.head.out_features)
     return FinetuneConfig("", labelled, ClassifierConfig(**shape), test=test)

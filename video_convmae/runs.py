@@ -21,16 +21,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from video_convmae.config import FinetuneConfig, PretrainConfig, from_plain, plain, write_yaml
-from video_convmae.data.datasets import Clips
-from video_convmae.data.decoding import resolve
-from video_convmae.data.loader import Batch, Batches, Share, load
+from video_convmae.data.datasets import ClipDataset
+from video_convmae.data.decoding import resolve_reader
+from video_convmae.data.loader import Batch, BatchPlan, ResumableBatchSampler, load
 from video_convmae.data.records import Records
 from video_convmae.engine import checkpoint, distributed
-from video_convmae.engine.distributed import Processes
+from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.evaluation import partial_folder, score_list
 from video_convmae.engine.log import BadRecords, write_text
 from video_convmae.engine.optim import build_optimization
-from video_convmae.engine.tasks import Pixels, Task
+from video_convmae.engine.tasks import Normalizer, Task
 from video_convmae.engine.trainer import Validation, train
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.blocks import AttentionBlock, ConvBlock
@@ -46,7 +46,7 @@ CHECKPOINTED = {"none": (), "conv": (ConvBlock,), "all": BLOCKS}  # by train.act
 def resolved(config: Config) -> Config:
     """The configuration with what it leaves open decided, once, before anything is read: `decoder: auto`, and the
     precision of validation and test."""
-    config = replace(config, data=replace(config.data, decoder=resolve(config.data.decoder)))
+    config = replace(config, data=replace(config.data, decoder=resolve_reader(config.data.decoder)))
     if not isinstance(config, FinetuneConfig):
         return config
     validate, test = (
@@ -57,10 +57,10 @@ def resolved(config: Config) -> Config:
 
 def carry_out(
     config: PretrainConfig | FinetuneConfig,
-    group: Processes,
+    group: DistInfo,
     model: nn.Module,
-    clips: Clips,
-    task: Callable[[nn.Module, Pixels], Task],
+    clips: ClipDataset,
+    task: Callable[[nn.Module, Normalizer], Task],
     validation: Validation | None = None,
 ) -> int:
     """Train a model as a configuration says; its run folder goes on where it was left.
@@ -79,10 +79,10 @@ def carry_out(
     folder, count = Path(config.output), len(clips)
     begun = _newest(folder / "checkpoints", group)
     report = config.init.load(model) if begun is None else None
-    share = share_of(config, group, None if begun is None else checkpoint.about(begun)["config"])
+    share = plan_batches(config, group, None if begun is None else checkpoint.about(begun)["config"])
     config = replace(config, train=replace(config.train, effective_batch=share.global_batch))
-    steps_per_epoch = Batches(count, share, config.seed, 0, 0).steps_per_epoch
-    wrapped = distributed.wrap(
+    steps_per_epoch = ResumableBatchSampler(count, share, config.seed, 0, 0).steps_per_epoch
+    wrapped = distributed.parallelize(
         model.to(group.device),
         group,
         BLOCKS,
@@ -110,12 +110,12 @@ def carry_out(
         )
 
     def load_from(first_step: int) -> Generator[Batch]:
-        batches = Batches(count, share, config.seed, first_step, last_step)
+        batches = ResumableBatchSampler(count, share, config.seed, first_step, last_step)
         return load(clips, batches, config.data.workers, group.device.type == "cuda", config.data.start_method)
 
     started = time.perf_counter()
     steps = train(
-        task(wrapped, Pixels(config.data.mean, config.data.std, group.device)),
+        task(wrapped, Normalizer(config.data.mean, config.data.std, group.device)),
         optimization,
         load_from,
         replace(config.train, batch_size=share.per_device, accumulate=share.accumulate),
@@ -137,15 +137,15 @@ def carry_out(
     return steps
 
 
-def _newest(checkpoints: Path, group: Processes) -> Path | None:
+def _newest(checkpoints: Path, group: DistInfo) -> Path | None:
     """The checkpoint that a run goes on from, as its main process finds it; it says which it passes over."""
     found, complaints = checkpoint.latest(checkpoints) if group.is_main else (None, [])
     for complaint in complaints:
         print(f"passed over: {complaint}", flush=True)
-    return distributed.gather(found)[0]
+    return distributed.all_gather_object(found)[0]
 
 
-def share_of(config: Config, group: Processes, begun: dict[str, Any] | None) -> Share:
+def plan_batches(config: Config, group: DistInfo, begun: dict[str, Any] | None) -> BatchPlan:
     """How a step's records are dealt out so that the effective batch, and with it the learning rate, stays.
 
     A device takes as many records at a time as train.batch_size allows and as divide its part evenly.
@@ -178,11 +178,11 @@ def share_of(config: Config, group: Processes, begun: dict[str, Any] | None) -> 
         raise ValueError(
             f"each device has {each} records of the effective batch {batch}; mixup and cutmix take pairs: make it even"
         )
-    return Share(fitting[-1], group.count, group.rank, each // fitting[-1])
+    return BatchPlan(fitting[-1], group.count, group.rank, each // fitting[-1])
 
 
 def remember(
-    config: FinetuneConfig, group: Processes, model: Probe, records: Records, validation: Validation | None
+    config: FinetuneConfig, group: DistInfo, model: Probe, records: Records, validation: Validation | None
 ) -> int:
     """Fill a nearest-neighbour probe with the training list's features and validate it. Returns 0: no step is done.
 
@@ -205,7 +205,7 @@ def remember(
         lambda clips: model.head.describe(model.encode(clips)),
         (model.encoder.width,),
         data.views(records, model.encoder.config, config.validate),
-        Pixels(data.mean, data.std, group.device),
+        Normalizer(data.mean, data.std, group.device),
         config.validate,
         group,
         data.workers,

@@ -40,10 +40,10 @@ from video_convmae.benchmark.files import KINDS, make_files
 
 from video_convmae import masking
 from video_convmae.data import decoding
-from video_convmae.data.datasets import CLIP, Clips, Draw, ViewConfig, Views, sample_generator
-from video_convmae.data.decoding import DecodeError, Decoder, FrameReader, open_frames, resolve
-from video_convmae.data.decoding.process import IsolatedDecoder
-from video_convmae.data.loader import Batches, Share, collate, load
+from video_convmae.data.datasets import CLIP, ClipDataset, SampleKey, TestViewDataset, ViewConfig, sample_generator
+from video_convmae.data.decoding import DecodeError, FrameReader, ReaderName, open_frames, resolve_reader
+from video_convmae.data.decoding.process import ReaderProcess
+from video_convmae.data.loader import BatchPlan, ResumableBatchSampler, collate, load
 from video_convmae.data.records import Record, Records, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation, view_crops
@@ -66,25 +66,25 @@ class Case:
     decoder: str
     clock: str  # wall, or cpu: the seconds that this process and the decoding one had a core
 
-    def now(self, child: IsolatedDecoder | None = None) -> float:
+    def now(self, child: ReaderProcess | None = None) -> float:
         """The clock, in seconds."""
         if self.clock == "wall":
             return time.perf_counter()
         return time.process_time() + (0.0 if child is None or child._child is None else _cpu_of(child._child.process))
 
-    def data(self, decoder: Any, seed: int = 0) -> Clips | Views:
+    def data(self, decoder: Any, seed: int = 0) -> ClipDataset | TestViewDataset:
         """The data set, reading through `decoder` (what an IsolatedDecoder is)."""
         size = (self.size, self.size)
         if self.views is not None:
-            return Views(self.records, self.sampling, self.views, self.augmentation, size, decoder)
+            return TestViewDataset(self.records, self.sampling, self.views, self.augmentation, size, decoder)
         grid = (self.sampling.num_frames // 2, self.size // 16, self.size // 16)
         mask = partial(masking.tube, grid, MASK_RATIO)
-        return Clips(self.records, self.sampling, self.augmentation, size, mask, decoder, self.repeats, seed)
+        return ClipDataset(self.records, self.sampling, self.augmentation, size, mask, decoder, self.repeats, seed)
 
     def key(self, turn: int) -> Any:
         """What the data set is asked for in this turn: each record once before any comes again."""
         epoch, index = divmod(turn, len(self.records))
-        return index if self.views is not None else Draw(epoch, index)
+        return index if self.views is not None else SampleKey(epoch, index)
 
     def indices(self, turn: int, count: int) -> np.ndarray:
         """The frames of each clip or segment of that sample, `(R, T)`, in a video of `count` frames."""
@@ -114,7 +114,7 @@ class Ours:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.decoder = IsolatedDecoder(case.decoder)
+        self.decoder = ReaderProcess(case.decoder)
         self.data = case.data(self.decoder)
 
     def __call__(self, turn: int) -> float:
@@ -325,12 +325,12 @@ def measure(case: Case, against: str, turns: int) -> dict[str, Any]:
 
 def measure_workers(case: Case, workers: int, batch: int, batches: int) -> dict[str, Any]:
     """Clips a second of the whole loader, from the second batch of each worker on."""
-    data = case.data(IsolatedDecoder(case.decoder))
+    data = case.data(ReaderProcess(case.decoder))
     warm, total = 2 * workers, 2 * workers + batches
     if case.views is None:
         records = Records([case.records[i % len(case.records)] for i in range(max(len(case.records), batch))])
         data.records = records
-        asked = Batches(len(records), Share(batch), 0, 0, total)
+        asked = ResumableBatchSampler(len(records), BatchPlan(batch), 0, 0, total)
     else:
         places = iter(range(total * batch))
         asked = [[next(places) % len(case.records) for _ in range(batch)] for _ in range(total)]
@@ -385,7 +385,7 @@ def add_command(commands: Any, environment: Callable[[], dict[str, Any]]) -> Non
     parser.add_argument("--list", type=Path, help="videos to read; none: files like those of both data sets are made")
     parser.add_argument("--root", type=Path, default=Path(), help="folder that its paths are relative to")
     parser.add_argument("--sampling", choices=["dense", "uniform"], default="dense", help="of the list's clips")
-    parser.add_argument("--decoder", nargs="+", choices=get_args(Decoder), default=["pyav"], help="each is measured")
+    parser.add_argument("--decoder", nargs="+", choices=get_args(ReaderName), default=["pyav"], help="each is measured")
     parser.add_argument("--vs", default="floor", choices=RIVALS, help="what it is measured against")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--stride", type=int, default=4)
@@ -443,6 +443,6 @@ def cases(given: argparse.Namespace) -> Iterator[Case]:
                 given.repeats if views is None else 1,
                 views,
                 Augmentation(crop=given.crop, flip=given.flip, on_device=given.on_device),
-                resolve(decoder),
+                resolve_reader(decoder),
                 given.clock,
             )

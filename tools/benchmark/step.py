@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from video_convmae import create_autoencoder, create_classifier, masking
-from video_convmae.engine.distributed import Processes, keep_freed_memory, wrap
+from video_convmae.engine.distributed import DistInfo, keep_freed_memory, parallelize
 from video_convmae.models.encoder import Encoder
 from video_convmae.models.sizes import size_named
 from video_convmae.runs import BLOCKS, CHECKPOINTED
@@ -93,8 +93,8 @@ def _build_ours(given: argparse.Namespace, name: str) -> Side:
         clips, masks, encoder = _clips(given, model.encoder.config.clip_shape), _masks(given, model.grid), model.encoder
         visible = int(masks[0].sum())
         multiply_adds, loss = model.multiply_adds(visible), lambda: model(clips, masks).loss
-    alone, checkpointed = Processes(0, 1, device), CHECKPOINTED[given.checkpoint if name == "ours" else "none"]
-    wrap(model.to(device), alone, BLOCKS, checkpointed=checkpointed, compile_blocks=given.compile)
+    alone, checkpointed = DistInfo(0, 1, device), CHECKPOINTED[given.checkpoint if name == "ours" else "none"]
+    parallelize(model.to(device), alone, BLOCKS, checkpointed=checkpointed, compile_blocks=given.compile)
     return Side(model, loss, multiply_adds, conv_stage_bytes(encoder, visible, DTYPES[given.precision]))
 
 

@@ -1,7 +1,7 @@
 """The study: does pretraining help, and does the hybrid? The demo's task for several models and seeds.
 
     make study                                           # an hour on two CPU cores
-    python tools/study.py --output runs/study --seeds 5 --labelled 40 80 160 320 --pretrain-epochs 96 --device cuda
+    python -m tools.study --output runs/study --seeds 5 --labelled 40 80 160 320 --pretrain-epochs 96 --device cuda
 
 Each model is pretrained on all clips of camera motion, finetuned on the labelled ones and tested on photographs that no
 training clip shows; "from scratch" is finetuned alone. Every finetuning takes as many steps, whatever the number of

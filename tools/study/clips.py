@@ -1,6 +1,6 @@
 """Make the demo's data: h264 clips of a camera that moves over photographs, in eight classes of motion.
 
-    python tools/make_motion_clips.py --output runs/demo/data
+    python tools/study/clips.py --output runs/demo/data
 
 The photographs are those that ship inside the wheels of scikit-image and scikit-learn; nothing is downloaded.
 Training and validation clips show different photographs, so a model has to know the motion, not the picture.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from video_convmae.engine import checkpoint
 from video_convmae.weights.files import save
-from video_convmae.weights.load import LEAVABLE, inflate
+from video_convmae.weights.load import EXCLUDABLE, inflate
 from video_convmae.weights.released import WRITTEN, Weights, release, sizes_of, weights_of
 
 
@@ -33,7 +33,7 @@ def report(weights: Weights) -> str:
 
 def convert(given: argparse.Namespace) -> None:
     """Any layout to ours, or to a released one."""
-    weights = weights_of(source(given)).without(*given.leave_out)
+    weights = weights_of(source(given)).without(*given.exclude)
     tensors = weights.state_dict() if given.to == "ours" else release(weights, given.to, given.image_size)
     save(tensors, given.output, geometry=weights.about() if given.to == "ours" else None)
     print(report(weights))
@@ -48,7 +48,7 @@ def source(given: argparse.Namespace) -> Path:
 def inflate_file(given: argparse.Namespace) -> None:
     """Image weights of any layout to video weights of ours."""
     weights = inflate(
-        weights_of(source(given)).without(*given.leave_out),
+        weights_of(source(given)).without(*given.exclude),
         tubelet=given.tubelet,
         temporal_kernel=given.temporal_kernel,
         num_frames=given.num_frames,
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("source", help="weights of any known layout, or a run folder")
     parser.add_argument("output", help="file to write")
-    parser.add_argument("--leave-out", nargs="+", choices=LEAVABLE, default=[], help="what is not taken")
+    parser.add_argument("--exclude", nargs="+", choices=EXCLUDABLE, default=[], help="what is not taken")
     if inflating:
         parser.add_argument("--tubelet", type=int, default=2, help="frames in a token")
         parser.add_argument("--temporal-kernel", type=int, default=3, help="frames of the depthwise kernels")

@@ -17,12 +17,12 @@ from typing import Any
 
 from video_convmae import predictor
 from video_convmae.config import EvaluateConfig, LabelledDataConfig, check_labels, plain, run_tool
-from video_convmae.data.decoding import resolve
+from video_convmae.data.decoding import resolve_reader
 from video_convmae.data.records import Records
 from video_convmae.engine import checkpoint, distributed
-from video_convmae.engine.distributed import Processes
+from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.evaluation import Evaluation, ProtocolConfig, evaluate, partial_folder, write
-from video_convmae.engine.tasks import Pixels
+from video_convmae.engine.tasks import Normalizer
 from video_convmae.predictor import Predictor
 
 
@@ -31,7 +31,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     path, folder = checkpoint.find(config.weights), Path(config.output)
     loaded = predictor.load(path, labels=config.labels, ema=config.ema, decoder=config.decoder)
     data, protocol = settings(config, loaded)
-    with distributed.processes(config.device) as group:
+    with distributed.init_distributed(config.device) as group:
         records = data.validation_records()
         check_labels(records, data.num_classes, least=-1)
         identity = {"weights": checkpoint.digest(path), "records": records.digest()}
@@ -70,7 +70,7 @@ def settings(config: EvaluateConfig, loaded: Predictor) -> tuple[LabelledDataCon
     edits = {name: values[name] for name in ("root", "format", "sampling", "stride", "workers") if name in values}
     if "list" in values:
         edits["validation"] = values["list"]
-    edits["decoder"] = resolve(values.get("decoder", data.decoder))
+    edits["decoder"] = resolve_reader(values.get("decoder", data.decoder))
     protocol = {name: values[name] for name in ProtocolConfig.__dataclass_fields__ if name in values}
     protocol.setdefault("precision", loaded.config.test.precision or loaded.config.train.precision)
     return replace(data, **edits), replace(loaded.config.test, **protocol)
@@ -94,12 +94,12 @@ def _evaluate(
     records: Records,
     data: LabelledDataConfig,
     protocol: ProtocolConfig,
-    group: Processes,
+    group: DistInfo,
     partial: Path,
 ) -> Evaluation:
     model = loaded.model.to(group.device)
     views = data.views(records, model.encoder.config, protocol)
-    pixels = Pixels(data.mean, data.std, group.device)
+    pixels = Normalizer(data.mean, data.std, group.device)
     return evaluate(model, views, pixels, data.num_classes, protocol, group, data.workers, data.start_method, partial)
 
 

@@ -25,12 +25,12 @@ from typing import Any, Literal
 
 from video_convmae import predictor
 from video_convmae.config import DataConfig, FinetuneConfig, plain, run_tool
-from video_convmae.data.decoding import Decoder
+from video_convmae.data.decoding import ReaderName
 from video_convmae.data.records import ListFormat, Records, read_list
 from video_convmae.engine import checkpoint, distributed, features
-from video_convmae.engine.distributed import Processes
+from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.evaluation import ProtocolConfig, partial_folder, write_faults
-from video_convmae.engine.tasks import Pixels
+from video_convmae.engine.tasks import Normalizer
 from video_convmae.predictor import Predictor
 
 
@@ -54,7 +54,7 @@ class FeaturesConfig:
     """Clips over the length of a video; pooled features are averaged over all views."""
     crops: int = 1
     """Windows along the longer side of a frame."""
-    crop_share: float | None = None
+    crop_pct: float | None = None
     """Side of a window over the largest one's."""
     batch_size: int | None = None
     """Records whose views go through the model together; features may depend on it in the last bits."""
@@ -62,7 +62,7 @@ class FeaturesConfig:
     """Autocast type; none: that of the run's test or training. Of a published file: bf16."""
     workers: int | None = None
     """Loading processes of each device."""
-    decoder: Decoder | None = None
+    decoder: ReaderName | None = None
     """auto, torchcodec, pyav or decord."""
     ema: bool | None = None
     """Take the average of the weights; none: for a classifier, where the run kept one."""
@@ -76,7 +76,7 @@ def run(config: FeaturesConfig) -> Path:
     loaded = predictor.load(path, ema=config.ema, decoder=config.decoder)
     data, protocol = settings(config, loaded)
     file = folder / "features.npz"
-    with distributed.processes(config.device) as group:
+    with distributed.init_distributed(config.device) as group:
         records = read_list(config.list, data.format, data.root)
         shape = features.shape_of(loaded.model, config.kind)
         about = _about(config, path, loaded, protocol)
@@ -126,12 +126,12 @@ def _extract(
     records: Records,
     data: DataConfig,
     protocol: ProtocolConfig,
-    group: Processes,
+    group: DistInfo,
     partial: Path,
 ) -> None:
     model = loaded.model.to(group.device)
     views = data.views(records, model.encoder.config, protocol)
-    pixels = Pixels(data.mean, data.std, group.device)
+    pixels = Normalizer(data.mean, data.std, group.device)
     features.extract(model, config.kind, views, pixels, protocol, group, data.workers, data.start_method, partial)
 
 

@@ -21,9 +21,9 @@ from video_convmae.config import FinetuneConfig, run_tool
 from video_convmae.data.mixing import Mixing
 from video_convmae.data.records import Records
 from video_convmae.engine import distributed
-from video_convmae.engine.distributed import Processes
+from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.evaluation import evaluate, write_faults
-from video_convmae.engine.tasks import Classification, Pixels
+from video_convmae.engine.tasks import Classification, Normalizer
 from video_convmae.engine.trainer import Validation
 from video_convmae.models.encoder import EncoderConfig
 from video_convmae.runs import carry_out, remember, resolved
@@ -32,7 +32,7 @@ from video_convmae.runs import carry_out, remember, resolved
 def finetune(config: FinetuneConfig) -> int:
     """Run a configuration; returns the steps done."""
     config = resolved(config)
-    with distributed.processes(config.device, config.hang_timeout) as group:
+    with distributed.init_distributed(config.device, config.hang_timeout) as group:
         records = config.data.records()
         lists = [records] if config.data.validation is None else [records, config.data.validation_records()]
         num_classes = config.data.count_classes(*lists)
@@ -52,11 +52,11 @@ def finetune(config: FinetuneConfig) -> int:
         return carry_out(config, group, model, clips, task, validation)
 
 
-def _validation(config: FinetuneConfig, group: Processes, records: Records, encoder: EncoderConfig) -> Validation:
+def _validation(config: FinetuneConfig, group: DistInfo, records: Records, encoder: EncoderConfig) -> Validation:
     """Score the validation list with the run's own views."""
     views = config.data.views(records, encoder, config.validate)
     folder = Path(config.output) / "validation"
-    pixels = Pixels(config.data.mean, config.data.std, group.device)
+    pixels = Normalizer(config.data.mean, config.data.std, group.device)
 
     def measure(model: nn.Module) -> dict[str, float | int | None]:
         evaluation = evaluate(

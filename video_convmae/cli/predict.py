@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(predictor.model, Autoencoder):
         parser.error(f"{given.weights} was pretrained only: it has no classes (tools/finetune.py adds them)")
     failed = 0
-    with distributed.processes(given.device) as group:
+    with distributed.init_distributed(given.device) as group:
         predictor.model.to(group.device)
         for file in given.files:
             try:

@@ -21,7 +21,7 @@ from video_convmae.runs import carry_out, resolved
 def pretrain(config: PretrainConfig) -> int:
     """Run a configuration; returns the steps done."""
     config = resolved(config)
-    with distributed.processes(config.device, config.hang_timeout) as group:
+    with distributed.init_distributed(config.device, config.hang_timeout) as group:
         torch.manual_seed(config.seed)
         model = config.model.autoencoder()
         clips = config.data.clips(config.data.records(), model.encoder.config, config.seed, config.mask)

@@ -19,21 +19,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .decoding import DecodeError
-from .decoding.process import IsolatedDecoder
-from .ragged import Windows, join
+from .decoding.process import ReaderProcess
+from .ragged import RaggedCrops, join
 from .records import Record, Records
 from .sampling import Sampling
-from .transforms import Augmentation, Crop, cut, view_crops
+from .transforms import Augmentation, ClipTransform, cut, view_crops
 
 
-class Draw(NamedTuple):
+class SampleKey(NamedTuple):
     """What a data set is asked for: a record in an epoch."""
 
     epoch: int
     index: int
 
 
-class Fault(NamedTuple):
+class BadRecord(NamedTuple):
     """A record that could not be read."""
 
     index: int
@@ -49,11 +49,11 @@ class Sample(NamedTuple):
     index: the record that is shown. faults: records that could not be read.
     """
 
-    clips: Tensor | Windows
+    clips: Tensor | RaggedCrops
     visible: Tensor | None
     label: int
     index: int
-    faults: tuple[Fault, ...]
+    faults: tuple[BadRecord, ...]
 
 
 def sample_generator(seed: int, *key: int) -> torch.Generator:
@@ -66,7 +66,7 @@ def sample_generator(seed: int, *key: int) -> torch.Generator:
 CLIP, REPLACEMENT, ORDER, STEP = range(4)
 
 
-class Clips(Dataset):
+class ClipDataset(Dataset):
     """Training clips, with masks where a task hides tokens.
 
     Args:
@@ -89,7 +89,7 @@ class Clips(Dataset):
         augmentation: Augmentation,
         size: tuple[int, int],
         draw_mask: Callable[[torch.Generator], Tensor] | None,
-        decoder: IsolatedDecoder,
+        decoder: ReaderProcess,
         repeats: int = 1,
         seed: int = 0,
         attempts: int = 10,
@@ -107,7 +107,7 @@ class Clips(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, draw: Draw) -> Sample:
+    def __getitem__(self, draw: SampleKey) -> Sample:
         """The record's clips; where it cannot be read, those of another, drawn from (seed, epoch, line, attempt).
 
         Raises:
@@ -115,20 +115,20 @@ class Clips(Dataset):
         """
         epoch, asked = draw
         line = int(self.records.lines[asked])
-        faults: list[Fault] = []
+        faults: list[BadRecord] = []
         index = asked
         for attempt in range(1, self.attempts + 1):
             try:
                 return self._sample(epoch, line, index, attempt, tuple(faults))
             except DecodeError as error:
-                faults.append(Fault(index, self.records[index].path, str(error)))
+                faults.append(BadRecord(index, self.records[index].path, str(error)))
             generator = sample_generator(self.seed, epoch, line, attempt, REPLACEMENT)
             index = int(torch.randint(len(self.records), (), generator=generator))
         raise DecodeError(
             f"{len(faults)} records in a row could not be read, from record {asked} on; the first: {faults[0].error}"
         )
 
-    def _sample(self, epoch: int, line: int, index: int, attempt: int, faults: tuple[Fault, ...]) -> Sample:
+    def _sample(self, epoch: int, line: int, index: int, attempt: int, faults: tuple[BadRecord, ...]) -> Sample:
         record = self.records[index]
         generators = [sample_generator(self.seed, epoch, line, repeat, attempt, CLIP) for repeat in range(self.repeats)]
         with self.decoder.open(record) as reader:
@@ -145,7 +145,7 @@ class Clips(Dataset):
         joined = join(clips) if self.augmentation.on_device else torch.stack(clips)
         return Sample(joined, visible, _label_of(record), index, faults)
 
-    def _clip(self, frames: np.ndarray, crop: Crop, places: np.ndarray) -> Tensor | Windows:
+    def _clip(self, frames: np.ndarray, crop: ClipTransform, places: np.ndarray) -> Tensor | RaggedCrops:
         if self.augmentation.on_device:
             return cut(frames, crop, self.size, self.augmentation.interpolation, places)
         return self.augmentation.apply(frames, crop, self.size, places)
@@ -159,14 +159,14 @@ class ViewConfig:
     """Clips over the length of a video."""
     crops: int = 1
     """Windows along the longer side of a frame."""
-    crop_share: float = 1.0
+    crop_pct: float = 1.0
     """Side of a window over the largest one's; 0.875 is what resizing to 256 and cropping 224 shows."""
 
     def __post_init__(self) -> None:
         if self.segments < 1 or self.crops < 1:
             raise ValueError(f"segments is {self.segments} and crops {self.crops}; expected 1 or more")
-        if not 0 < self.crop_share <= 1:
-            raise ValueError(f"crop_share is {self.crop_share}; expected more than 0 and up to 1")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct is {self.crop_pct}; expected more than 0 and up to 1")
 
     @property
     def count(self) -> int:
@@ -174,7 +174,7 @@ class ViewConfig:
         return self.segments * self.crops
 
 
-class Views(Dataset):
+class TestViewDataset(Dataset):
     """The test views of each record, from one decode. Nothing is random, and no record takes another's place.
 
     Args:
@@ -193,7 +193,7 @@ class Views(Dataset):
         views: ViewConfig,
         augmentation: Augmentation,
         size: tuple[int, int],
-        decoder: IsolatedDecoder,
+        decoder: ReaderProcess,
     ) -> None:
         self.records = records
         self.sampling = sampling
@@ -212,7 +212,7 @@ class Views(Dataset):
             clips, faults = self._clips(record), ()
         except DecodeError as error:
             shape = (self.views.count, 3, self.sampling.num_frames, *self.size)
-            clips, faults = torch.zeros(shape, dtype=torch.uint8), (Fault(index, record.path, str(error)),)
+            clips, faults = torch.zeros(shape, dtype=torch.uint8), (BadRecord(index, record.path, str(error)),)
         return Sample(clips, None, _label_of(record), index, faults)
 
     def _clips(self, record: Record) -> Tensor:
@@ -220,7 +220,7 @@ class Views(Dataset):
             segments = self.sampling.views(len(reader), self.views.segments)
             wanted = np.unique(segments)  # segments overlap in short videos: each frame is decoded once
             frames = reader.read(wanted)
-        crops = view_crops(*frames.shape[1:3], self.size, self.views.crops, self.views.crop_share)
+        crops = view_crops(*frames.shape[1:3], self.size, self.views.crops, self.views.crop_pct)
         return torch.stack(
             [
                 self.augmentation.apply(frames, crop, self.size, np.searchsorted(wanted, segment))

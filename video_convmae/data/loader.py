@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from .datasets import ORDER, Clips, Draw, Fault, Sample, Views, sample_generator
-from .ragged import Windows, join
+from .datasets import ORDER, BadRecord, ClipDataset, Sample, SampleKey, TestViewDataset, sample_generator
+from .ragged import RaggedCrops, join
 
 _PATIENCE = 2.0  # seconds that workers have to end before they are killed
 
@@ -41,15 +41,15 @@ class Batch(NamedTuple):
     faults: records that could not be read while this batch was made.
     """
 
-    clips: Tensor | Windows
+    clips: Tensor | RaggedCrops
     visible: Tensor | None
     labels: Tensor
     records: Tensor
-    faults: tuple[Fault, ...]
+    faults: tuple[BadRecord, ...]
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchPlan:
     """How a global batch is dealt out: `per_device` records to each of `ranks`, `accumulate` times a step."""
 
     per_device: int
@@ -63,7 +63,7 @@ class Share:
         return self.per_device * self.ranks * self.accumulate
 
 
-class Batches(Sampler[list[Draw]]):
+class ResumableBatchSampler(Sampler[list[SampleKey]]):
     """The batches of one rank from one step to the last, across epochs: `accumulate` of them make a step.
 
     An epoch's order is a permutation drawn from (seed, epoch); what does not fill a global batch is left for the next
@@ -73,7 +73,7 @@ class Batches(Sampler[list[Draw]]):
         ValueError: the list does not fill one global batch.
     """
 
-    def __init__(self, count: int, share: Share, seed: int, first_step: int, last_step: int) -> None:
+    def __init__(self, count: int, share: BatchPlan, seed: int, first_step: int, last_step: int) -> None:
         self.count, self.share, self.seed = count, share, seed
         self.first_step, self.last_step = first_step, last_step
         self.steps_per_epoch = count // share.global_batch
@@ -86,7 +86,7 @@ class Batches(Sampler[list[Draw]]):
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.share.accumulate
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         share, epoch, order = self.share, -1, []
         for step in range(self.first_step, self.last_step):
             if step // self.steps_per_epoch != epoch:
@@ -95,7 +95,7 @@ class Batches(Sampler[list[Draw]]):
             start = step % self.steps_per_epoch * share.global_batch
             for part in range(share.accumulate):
                 mine = start + (part * share.ranks + share.rank) * share.per_device
-                yield [Draw(epoch, index) for index in order[mine : mine + share.per_device]]
+                yield [SampleKey(epoch, index) for index in order[mine : mine + share.per_device]]
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
@@ -109,7 +109,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     masks = [sample.visible for sample in samples if sample.visible is not None]
     clips = [sample.clips for sample in samples]
     return Batch(
-        clips=join(clips, _join) if isinstance(clips[0], Windows) else _join(clips),
+        clips=join(clips, _join) if isinstance(clips[0], RaggedCrops) else _join(clips),
         visible=torch.cat(masks) if masks else None,
         labels=torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
         records=torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),
@@ -128,7 +128,7 @@ def _join(clips: list[Tensor]) -> Tensor:
 
 
 def load(
-    data: Clips | Views,
+    data: ClipDataset | TestViewDataset,
     batches: Iterable[Sequence[Any]],
     workers: int,
     pin_memory: bool = False,
@@ -138,7 +138,7 @@ def load(
 
     Args:
         data: the data set.
-        batches: what each batch asks the data set for, `Batches` or lists of indices.
+        batches: what each batch asks the data set for, `ResumableBatchSampler` or lists of indices.
         workers: processes; 0 loads in this one.
         pin_memory: page-locked batches, for copies to CUDA that do not wait.
         start_method: fork, spawn or forkserver; None is the platform's own.

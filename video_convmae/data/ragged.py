@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Windows:
+class RaggedCrops:
     """The windows of B clips.
 
     pixels: `(P,)` uint8, the `(T, h, w, 3)` of each clip, one after the other.
@@ -36,7 +36,7 @@ class Windows:
         """B."""
         return len(self.shapes)
 
-    def pin_memory(self) -> Windows:
+    def pin_memory(self) -> RaggedCrops:
         """The same in page-locked memory; PyTorch's loader calls this."""
         return replace(self, pixels=self.pixels.pin_memory())
 
@@ -52,7 +52,7 @@ class Windows:
         return torch.stack(clips).clamp_(0, 255).transpose(1, 2)  # bicubic overshoots
 
 
-def join(windows: Sequence[Windows], concatenate: Callable[[list[Tensor]], Tensor] = torch.cat) -> Windows:
+def join(windows: Sequence[RaggedCrops], concatenate: Callable[[list[Tensor]], Tensor] = torch.cat) -> RaggedCrops:
     """The windows of several samples as those of one batch; `concatenate` joins their bytes."""
     return replace(
         windows[0],

@@ -1,7 +1,7 @@
 """Crops, flips, RandAugment, erasing: one draw for every frame of a clip.
 
-A draw is data (`Crop`), made from the frame size and a generator; `apply` does the work on uint8 frames. Nothing is
-converted to float here: the batch crosses to the device as bytes and is normalised there.
+A draw is data (`ClipTransform`), made from the frame size and a generator; `apply` does the work on uint8 frames.
+Nothing is converted to float here: the batch crosses to the device as bytes and is normalised there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from .ragged import Windows
+from .ragged import RaggedCrops
 
 # Erased pixels become normal noise in normalised space; clips are bytes here, so the noise is shaped to ImageNet's.
 _MEAN = 255 * torch.tensor([0.485, 0.456, 0.406])
@@ -30,7 +30,7 @@ _STD = 255 * torch.tensor([0.229, 0.224, 0.225])
 
 
 @dataclass(frozen=True)
-class Crop:
+class ClipTransform:
     """What is done to each frame of a clip: a window in pixels, and what becomes of it. The window alone by default.
 
     flip: it is mirrored.
@@ -90,7 +90,7 @@ class Augmentation:
                 "expected one or the other: turn on_device off"
             )
 
-    def draw(self, height: int, width: int, generator: torch.Generator | None = None) -> Crop:
+    def draw(self, height: int, width: int, generator: torch.Generator | None = None) -> ClipTransform:
         """What to do to a clip whose frames have that size. What is switched off draws nothing."""
         if self.crop == "multi_scale":
             window = multi_scale_crop(height, width, self.scales, generator)
@@ -101,9 +101,11 @@ class Augmentation:
         flip = self.flip and bool(torch.rand((), generator=generator) < 0.5)
         operations = None if self.rand_augment is None else _seed(generator)
         erase = self.erasing > 0 and bool(torch.rand((), generator=generator) < self.erasing)
-        return Crop(*window, flip=flip, rand_augment=operations, erasing=_seed(generator) if erase else None)
+        return ClipTransform(*window, flip=flip, rand_augment=operations, erasing=_seed(generator) if erase else None)
 
-    def apply(self, frames: np.ndarray, crop: Crop, size: tuple[int, int], places: np.ndarray | None = None) -> Tensor:
+    def apply(
+        self, frames: np.ndarray, crop: ClipTransform, size: tuple[int, int], places: np.ndarray | None = None
+    ) -> Tensor:
         """RGB frames `(F, H, W, 3)` uint8 -> clip `(3, T, *size)` uint8 of those at `places` `(T,)`; None: of all.
 
         A crop that holds no seeds (a test window) is only cut out, flipped and resized.
@@ -121,15 +123,15 @@ class Augmentation:
 
 
 def cut(
-    frames: np.ndarray, crop: Crop, size: tuple[int, int], interpolation: str, places: np.ndarray | None = None
-) -> Windows:
+    frames: np.ndarray, crop: ClipTransform, size: tuple[int, int], interpolation: str, places: np.ndarray | None = None
+) -> RaggedCrops:
     """What a crop leaves of RGB frames `(F, H, W, 3)` uint8 at `places`, for a device to resize and to flip."""
     window = _window(frames, crop, places)
     pixels = torch.from_numpy(window).view(-1)
-    return Windows(pixels, (window.shape[:3],), (crop.flip,), size, interpolation)
+    return RaggedCrops(pixels, (window.shape[:3],), (crop.flip,), size, interpolation)
 
 
-def _window(frames: np.ndarray, crop: Crop, places: np.ndarray | None) -> np.ndarray:
+def _window(frames: np.ndarray, crop: ClipTransform, places: np.ndarray | None) -> np.ndarray:
     """The window of the frames at `places`, contiguous; no more than it is copied."""
     window = frames[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     return np.ascontiguousarray(window if places is None else window[places])
@@ -297,7 +299,9 @@ def _seed(generator: torch.Generator | None) -> int:
     return _pick(2**32, generator)  # NumPy takes no larger one
 
 
-def view_crops(height: int, width: int, size: tuple[int, int], count: int, crop_share: float = 1.0) -> list[Crop]:
+def view_crops(
+    height: int, width: int, size: tuple[int, int], count: int, crop_pct: float = 1.0
+) -> list[ClipTransform]:
     """Test windows of the shape of `size`, spread evenly along the side that has more to spare; one lies in the middle.
 
     Three windows on a wide frame are left, centre, right. Resized by `Augmentation.apply`, a window shows what resizing
@@ -307,18 +311,20 @@ def view_crops(height: int, width: int, size: tuple[int, int], count: int, crop_
         height, width: of the frame.
         size: (height, width) of the clip.
         count: windows.
-        crop_share: side of a window over that of the largest; 0.875 is 224 pixels of a short side of 256.
+        crop_pct: side of a window over that of the largest; 0.875 is 224 pixels of a short side of 256.
 
     Raises:
-        ValueError: `crop_share` is not above 0 and up to 1.
+        ValueError: `crop_pct` is not above 0 and up to 1.
     """
-    if not 0 < crop_share <= 1:
-        raise ValueError(f"crop_share is {crop_share}; expected a number above 0 and up to 1")
-    scale = crop_share * min(height / size[0], width / size[1])
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct is {crop_pct}; expected a number above 0 and up to 1")
+    scale = crop_pct * min(height / size[0], width / size[1])
     window_height, window_width = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
     spare_height, spare_width = height - window_height, width - window_width
     crops = []
     for place in [0.5] if count == 1 else [i / (count - 1) for i in range(count)]:
         down, across = (place, 0.5) if spare_height > spare_width else (0.5, place)
-        crops.append(Crop(round(down * spare_height), round(across * spare_width), window_height, window_width))
+        crops.append(
+            ClipTransform(round(down * spare_height), round(across * spare_width), window_height, window_width)
+        )
     return crops

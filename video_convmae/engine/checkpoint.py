@@ -89,7 +89,7 @@ class Saver:
         about = {"step": step} | {part: values for part, values in state.items() if part not in parts}
         partial = self.folder / f"{name_of(step)}.partial"
         size = sum(tensor.nbytes for tensor in tensors.values())
-        complaints = distributed.gather(_prepare(partial, size) if self._writes else None)
+        complaints = distributed.all_gather_object(_prepare(partial, size) if self._writes else None)
         if any(complaints):
             raise CheckpointError(next(filter(None, complaints)))
         future = self._shards.start(tensors, partial)
@@ -104,7 +104,7 @@ class Saver:
             CheckpointError: it could not be written.
         """
         if self._thread is not None:
-            distributed.doing("waits for a checkpoint to be written")
+            distributed.heartbeat("waits for a checkpoint to be written")
             self._thread.join()
             self._thread = None
         if self.error is not None:

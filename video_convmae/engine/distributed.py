@@ -42,7 +42,7 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 # Its new name is not known to PyTorch 2.11.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
 
-PATIENCE = 1800.0  # seconds without progress after which a process ends
+HANG_TIMEOUT = 1800.0  # seconds without progress after which a process ends
 
 Parallel = Literal["ddp", "fsdp"]
 
@@ -51,7 +51,7 @@ Parallel = Literal["ddp", "fsdp"]
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistInfo:
     """This process among all of them."""
 
     rank: int
@@ -65,7 +65,7 @@ class Processes:
 
 
 @contextlib.contextmanager
-def processes(device: str = "auto", patience: float = PATIENCE) -> Iterator[Processes]:
+def init_distributed(device: str = "auto", patience: float = HANG_TIMEOUT) -> Iterator[DistInfo]:
     """Join the group that torchrun started, if it did, and leave it at the end.
 
     Objects and checkpoints travel by gloo, so that they need no accelerator; gradients by NCCL where there is CUDA.
@@ -84,7 +84,7 @@ def processes(device: str = "auto", patience: float = PATIENCE) -> Iterator[Proc
         torch.cuda.set_device(chosen)
     else:
         keep_freed_memory()
-    group = Processes(int(os.environ.get("RANK", 0)), count, torch.device(chosen))
+    group = DistInfo(int(os.environ.get("RANK", 0)), count, torch.device(chosen))
     with contextlib.ExitStack() as stack:
         attempt = ""
         if "RANK" in os.environ:
@@ -112,7 +112,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)
 
 
-def _agree_on_attempt(store: dist.Store, group: Processes, patience: float) -> str:
+def _agree_on_attempt(store: dist.Store, group: DistInfo, patience: float) -> str:
     """A name that all ranks that live now know, and no others.
 
     torchrun keeps one store when it starts processes again, and what those before have left there are addresses at
@@ -168,7 +168,7 @@ class Watchdog:
     EXIT_CODE = 70
     _BEAT = 5.0  # seconds between two messages to the store; at 256 ranks about 50 small messages a second
 
-    def __init__(self, group: Processes, patience: float, attempt: str) -> None:
+    def __init__(self, group: DistInfo, patience: float, attempt: str) -> None:
         self.patience = patience
         self._attempt = attempt
         self._group = group
@@ -177,7 +177,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        doing("starts")
+        heartbeat("starts")
         self._thread.start()
         return self
 
@@ -230,7 +230,7 @@ class Watchdog:
 _doing = ("starts", time.time())  # one tuple, replaced whole: threads see the old or the new one
 
 
-def doing(what: str) -> None:
+def heartbeat(what: str) -> None:
     """Say what this process is about to do; to the watchdog that is progress."""
     global _doing
     _doing = (what, time.time())
@@ -239,7 +239,7 @@ def doing(what: str) -> None:
 # Agreement
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """One picklable value of every process, by rank, on every process."""
     if not dist.is_initialized():
         return [value]
@@ -248,7 +248,7 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def highest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The largest of all processes' numbers. It travels by gloo, so no process waits for its accelerator."""
     if not dist.is_initialized():
         return value
@@ -257,7 +257,7 @@ def highest(value: int) -> int:
     return int(number)
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
+def all_reduce_mean(values: Tensor) -> Tensor:
     """The mean of a tensor over all processes."""
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -267,15 +267,15 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 def barrier() -> None:
     """Wait for all processes."""
-    highest(0)
+    all_reduce_max(0)
 
 
 # Wrapping
 
 
-def wrap(
+def parallelize(
     model: nn.Module,
-    group: Processes,
+    group: DistInfo,
     blocks: tuple[type[nn.Module], ...],
     *,
     checkpointed: tuple[type[nn.Module], ...] = (),
@@ -361,8 +361,8 @@ class SyncedBatchNorm(nn.BatchNorm1d):
             raise RuntimeError("a BatchNorm that gradients pass through is not synchronised; expected a probe's")
         x = x.float()
         count = len(x) * dist.get_world_size()
-        mean = mean_over_ranks(x.mean(dim=0))
-        variance = mean_over_ranks((x - mean).square().mean(dim=0))  # about the common mean: nothing large cancels
+        mean = all_reduce_mean(x.mean(dim=0))
+        variance = all_reduce_mean((x - mean).square().mean(dim=0))  # about the common mean: nothing large cancels
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
@@ -397,7 +397,7 @@ def gradient_sync(model: nn.Module, sync: bool) -> Iterator[None]:
         yield
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor put together, on every process; any other as it is. All processes call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from video_convmae.data.datasets import Fault, ViewConfig, Views
+from video_convmae.data.datasets import BadRecord, TestViewDataset, ViewConfig
 from video_convmae.data.loader import Batch, load
 from video_convmae.data.records import Records
 
 from . import distributed
-from .distributed import Processes
+from .distributed import DistInfo
 from .log import whole_lines, write_text
-from .tasks import Pixels, autocast
+from .tasks import Normalizer, autocast
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Evaluation:
     scores: np.ndarray
     labels: np.ndarray
     failed: np.ndarray
-    faults: tuple[Fault, ...]
+    faults: tuple[BadRecord, ...]
     new: int = 0
 
     def metrics(self) -> dict[str, float | int | None]:
@@ -86,11 +86,11 @@ def best_classes(scores: np.ndarray, count: int) -> np.ndarray:
 
 def evaluate(
     model: nn.Module,
-    views: Views,
-    pixels: Pixels,
+    views: TestViewDataset,
+    pixels: Normalizer,
     num_classes: int,
     config: ProtocolConfig,
-    group: Processes,
+    group: DistInfo,
     workers: int,
     start_method: str | None = None,
     folder: Path | None = None,
@@ -120,7 +120,7 @@ def evaluate(
     return Evaluation(rows.values, views.records.labels, rows.failed, rows.faults, rows.new)
 
 
-class Rows(NamedTuple):
+class ListResult(NamedTuple):
     """What was computed of a list, in its order.
 
     values: `(R, ...)` float32, the mean over each record's views; zeros where it could not be read.
@@ -131,7 +131,7 @@ class Rows(NamedTuple):
 
     values: np.ndarray
     failed: np.ndarray
-    faults: tuple[Fault, ...]
+    faults: tuple[BadRecord, ...]
     new: int
 
 
@@ -140,21 +140,21 @@ class Chunk(NamedTuple):
 
     records: list[int]
     values: np.ndarray
-    faults: list[Fault]
+    faults: list[BadRecord]
 
 
 def score_list(
     model: nn.Module,
     compute: Callable[[Tensor], Tensor],
     shape: tuple[int, ...],
-    views: Views,
-    pixels: Pixels,
+    views: TestViewDataset,
+    pixels: Normalizer,
     config: ProtocolConfig,
-    group: Processes,
+    group: DistInfo,
     workers: int,
     start_method: str | None = None,
     folder: Path | None = None,
-) -> Rows:
+) -> ListResult:
     """A row of float32 for every record of a list, held in memory; the same on every rank.
 
     Args:
@@ -163,7 +163,7 @@ def score_list(
         shape: of a record's values.
         views, pixels, config, group, workers, start_method, folder: as in `evaluate`.
     """
-    kept = Kept(folder, shape, group.rank)
+    kept = ChunkStore(folder, shape, group.rank)
     rows, faults = kept.read()
     done = set(rows["record"][~rows["failed"]].tolist())  # what failed is tried again: the disk may be back
     new_rows, new_faults = [rows[:0]], []
@@ -174,7 +174,7 @@ def score_list(
             new_rows.append(kept.add(chunk))
             new_faults += chunk.faults
     kept_rows = len(rows)
-    for rank_rows, rank_faults in distributed.gather((np.concatenate(new_rows), new_faults)):
+    for rank_rows, rank_faults in distributed.all_gather_object((np.concatenate(new_rows), new_faults)):
         rows, faults = np.concatenate([rows, rank_rows]), [*faults, *rank_faults]
     return _arrange(rows, faults, len(views), shape, len(rows) - kept_rows)
 
@@ -182,10 +182,10 @@ def score_list(
 def score_chunks(
     model: nn.Module,
     compute: Callable[[Tensor], Tensor],
-    views: Views,
-    pixels: Pixels,
+    views: TestViewDataset,
+    pixels: Normalizer,
     config: ProtocolConfig,
-    group: Processes,
+    group: DistInfo,
     workers: int,
     start_method: str | None,
     done: Collection[int],
@@ -208,7 +208,7 @@ def score_chunks(
     try:
         batches = load(views, mine, workers, group.device.type == "cuda", start_method)
         for chunk in _score(compute, batches, views.views.count, pixels, config.precision):
-            distributed.doing(f"scores the records after {chunk.records[-1]}")
+            distributed.heartbeat(f"scores the records after {chunk.records[-1]}")
             yield chunk
             progress.update(len(chunk.records) * group.count)
     finally:
@@ -251,7 +251,7 @@ class Progress:
 
 @torch.inference_mode()
 def _score(
-    compute: Callable[[Tensor], Tensor], batches: Iterator[Batch], views: int, pixels: Pixels, precision: str
+    compute: Callable[[Tensor], Tensor], batches: Iterator[Batch], views: int, pixels: Normalizer, precision: str
 ) -> Iterator[Chunk]:
     """The chunks: `compute` of every view, then the mean over a record's views."""
     for batch in batches:
@@ -267,21 +267,21 @@ def _score(
         yield Chunk(records, values.numpy(), list(batch.faults))
 
 
-def _arrange(rows: np.ndarray, faults: Sequence[Fault], count: int, shape: tuple[int, ...], new: int) -> Rows:
+def _arrange(rows: np.ndarray, faults: Sequence[BadRecord], count: int, shape: tuple[int, ...], new: int) -> ListResult:
     """Rows in the list's order; a record that was scored twice (a chunk that was torn by a kill) counts once."""
     values = np.zeros((count, *shape), np.float32)
     failed = np.zeros(count, bool)
     values[rows["record"]], failed[rows["record"]] = rows["values"], rows["failed"]
-    return Rows(values, failed, in_order([fault for fault in faults if failed[fault.index]]), new)
+    return ListResult(values, failed, in_order([fault for fault in faults if failed[fault.index]]), new)
 
 
-def in_order(faults: Sequence[Fault]) -> tuple[Fault, ...]:
+def in_order(faults: Sequence[BadRecord]) -> tuple[BadRecord, ...]:
     """Faults in the order of the list, one a record."""
     by_record = {fault.index: fault for fault in faults}
     return tuple(by_record[index] for index in sorted(by_record))
 
 
-class Kept:
+class ChunkStore:
     """Chunks that were scored before an interruption. Each process of each attempt appends to files of its own.
 
     Args:
@@ -296,16 +296,18 @@ class Kept:
         self._rank = rank
         self._files: list[Any] = []
 
-    def read(self) -> tuple[np.ndarray, list[Fault]]:
+    def read(self) -> tuple[np.ndarray, list[BadRecord]]:
         """All that any process has kept, the same on every rank."""
-        everyone = distributed.gather((np.concatenate([np.zeros(0, self.row), *self.mapped()]), self.faults()))
+        everyone = distributed.all_gather_object(
+            (np.concatenate([np.zeros(0, self.row), *self.mapped()]), self.faults())
+        )
         return np.concatenate([rows for rows, _ in everyone]), [fault for _, faults in everyone for fault in faults]
 
     def records(self) -> set[int]:
         """The records that any process has read, the same on every rank; their values are not looked at."""
         read = (rows["record"][~rows["failed"]] for rows in self.mapped())
         mine = np.unique(np.concatenate([np.zeros(0, np.int64), *read]))
-        return set(np.concatenate(distributed.gather(mine)).tolist())
+        return set(np.concatenate(distributed.all_gather_object(mine)).tolist())
 
     def mapped(self) -> list[np.ndarray]:
         """The rows of every file that this process sees; they are read from it when they are looked at."""
@@ -313,10 +315,10 @@ class Kept:
         counts = [path.stat().st_size // self.row.itemsize for path in files]  # a row that was cut off is not there
         return [np.memmap(path, self.row, "r", shape=(count,)) for path, count in zip(files, counts) if count]
 
-    def faults(self) -> list[Fault]:
+    def faults(self) -> list[BadRecord]:
         """The faults in every file that this process sees."""
         files = sorted(self._folder.glob("*.faults.jsonl")) if self._folder is not None else []
-        return [Fault(**json.loads(line)) for path in files for line in whole_lines(path)]
+        return [BadRecord(**json.loads(line)) for path in files for line in whole_lines(path)]
 
     def add(self, chunk: Chunk) -> np.ndarray:
         """Keep a chunk; its faults first, so that no failed row is without its reason. Returns its rows."""
@@ -385,7 +387,7 @@ def write(evaluation: Evaluation, records: Records, folder: Path, more: dict[str
     return metrics
 
 
-def write_faults(faults: Sequence[Fault], folder: Path) -> None:
+def write_faults(faults: Sequence[BadRecord], folder: Path) -> None:
     """Write bad_records.jsonl; with no faults there is none."""
     bad = folder / "bad_records.jsonl"
     bad.unlink(missing_ok=True)

@@ -26,15 +26,15 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from video_convmae.data.datasets import Fault, Views
+from video_convmae.data.datasets import BadRecord, TestViewDataset
 from video_convmae.data.records import Records
 from video_convmae.models.autoencoder import Autoencoder, FusedEncoder
 from video_convmae.models.classifier import Classifier, Probe
 
 from . import distributed
-from .distributed import Processes
-from .evaluation import Kept, ProtocolConfig, in_order, score_chunks
-from .tasks import Pixels
+from .distributed import DistInfo
+from .evaluation import ChunkStore, ProtocolConfig, in_order, score_chunks
+from .tasks import Normalizer
 
 Kind = Literal["pooled", "tokens"]
 Model = Autoencoder | Classifier | Probe
@@ -91,10 +91,10 @@ def source(model: Model, kind: Kind) -> str:
 def extract(
     model: Model,
     kind: Kind,
-    views: Views,
-    pixels: Pixels,
+    views: TestViewDataset,
+    pixels: Normalizer,
     config: ProtocolConfig,
-    group: Processes,
+    group: DistInfo,
     workers: int,
     start_method: str | None,
     folder: Path,
@@ -115,7 +115,7 @@ def extract(
             f"{views.views.segments} segments x {views.views.crops} crops were asked for; expected 1 x 1 for tokens: "
             "those of different views show different places, and their mean shows none"
         )
-    kept = Kept(folder, shape_of(model, kind), group.rank)
+    kept = ChunkStore(folder, shape_of(model, kind), group.rank)
     with closing(kept):
         compute, done = compute_of(model, kind), kept.records()
         chunks = score_chunks(model, compute, views, pixels, config, group, workers, start_method, done, True)
@@ -127,7 +127,7 @@ def extract(
 
 def write(
     folder: Path, shape: tuple[int, ...], records: Records, path: Path, about: dict[str, Any]
-) -> tuple[Fault, ...]:
+) -> tuple[BadRecord, ...]:
     """Make one file of what `extract` left in a folder. Same features, same bytes.
 
     Args:
@@ -143,7 +143,7 @@ def write(
     Raises:
         RuntimeError: features are missing.
     """
-    kept = Kept(folder, shape, 0)
+    kept = ChunkStore(folder, shape, 0)
     maps = kept.mapped()
     places = {
         int(record): (number, row) for number, rows in enumerate(maps) for row, record in enumerate(rows["record"])

@@ -18,7 +18,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from video_convmae.data.datasets import Fault
+from video_convmae.data.datasets import BadRecord
 
 from . import distributed
 
@@ -42,7 +42,7 @@ class TooManyBadRecords(RuntimeError):
     """More of the list cannot be read than `data.max_bad_fraction` allows."""
 
 
-class NoLog:
+class NullLog:
     """The log of a rank that writes nothing."""
 
     writes = False
@@ -64,7 +64,7 @@ class NoLog:
         """The run ends."""
 
 
-class RunLog(NoLog):
+class RunLog(NullLog):
     """The files of a run folder that grow while it runs, and its progress line. Only rank 0 has one.
 
     A resumed run takes up its own log: lines of steps that will be done again are dropped.
@@ -256,15 +256,15 @@ class BadRecords:
         self.path = path
         self.records = records
         self.max_fraction = max_fraction
-        self.faults: dict[int, Fault] = {}
+        self.faults: dict[int, BadRecord] = {}
         if path.exists():
             for line in whole_lines(path):
-                self._known(Fault(**json.loads(line)))
+                self._known(BadRecord(**json.loads(line)))
 
     def __len__(self) -> int:
         return len(self.faults)
 
-    def add(self, faults: Iterable[Fault], write: bool) -> list[Fault]:
+    def add(self, faults: Iterable[BadRecord], write: bool) -> list[BadRecord]:
         """Count the faults that are new, write them if `write`, and return them.
 
         Raises:
@@ -284,7 +284,7 @@ class BadRecords:
             )
         return new
 
-    def _known(self, fault: Fault) -> bool:
+    def _known(self, fault: BadRecord) -> bool:
         """Take note of a fault; whether it is a new one."""
         return self.faults.setdefault(fault.index, fault) is fault
 

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from video_convmae.data.datasets import Fault
+from video_convmae.data.datasets import BadRecord
 from video_convmae.data.loader import Batch
 
 from . import distributed
-from .distributed import Processes
+from .distributed import DistInfo
 from .log import Stopwatch
 from .optim import Optimization
 
 
-class Window:
+class StepMetrics:
     """What happened since the last logged step; losses and norms stay on the device until then.
 
     Args:
@@ -28,7 +28,7 @@ class Window:
     def __init__(self, stopwatch: Stopwatch) -> None:
         self.stopwatch = stopwatch
         self.records: list[list[int]] = []
-        self.faults: list[Fault] = []
+        self.faults: list[BadRecord] = []
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._clips = 0
@@ -62,12 +62,12 @@ class Window:
         self._losses.append(loss)
         self._norms.append(norm.to(loss.dtype))
 
-    def summary(self, step: int, optimization: Optimization, group: Processes) -> dict[str, float | int | None]:
+    def summary(self, step: int, optimization: Optimization, group: DistInfo) -> dict[str, float | int | None]:
         """The logged values: means over the window's steps and over the ranks. Here the host waits for the device."""
         values = torch.stack([torch.stack(self._losses), torch.stack(self._norms)])
         self._own_losses = values[0].tolist()
-        self._values = distributed.mean_over_ranks(values).tolist()
-        named = {name: float(distributed.mean_over_ranks(torch.stack(v).mean())) for name, v in self._named.items()}
+        self._values = distributed.all_reduce_mean(values).tolist()
+        named = {name: float(distributed.all_reduce_mean(torch.stack(v).mean())) for name, v in self._named.items()}
         seconds = time.perf_counter() - self._started
         schedule = optimization.schedule
         self.own = {
@@ -80,7 +80,7 @@ class Window:
         if phases:
             phases = {"seconds_data": self._waited / len(self)} | phases
             self.own |= phases
-            every = distributed.gather(phases)
+            every = distributed.all_gather_object(phases)
             phases = {name: sum(of[name] for of in every) / group.count for name in phases}
         return {
             "step": step,
@@ -96,7 +96,7 @@ class Window:
             **named,
         }
 
-    def complaint(self, step: int, precision: str, group: Processes) -> str | None:
+    def complaint(self, step: int, precision: str, group: DistInfo) -> str | None:
         """What was not finite: steps, and the records of the ranks whose own loss it was. Call after `summary`.
 
         fp16's loss scale finds its size by overflowing gradients, so there the loss alone counts.
@@ -114,7 +114,7 @@ class Window:
             for i in broken
             if math.isfinite(losses[i]) or not math.isfinite(self._own_losses[i])
         ]
-        return "not finite at " + "; ".join(line for lines in distributed.gather(own) for line in lines)
+        return "not finite at " + "; ".join(line for lines in distributed.all_gather_object(own) for line in lines)
 
 
 def _finite_mean(values: list[float]) -> float | None:

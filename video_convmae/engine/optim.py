@@ -141,11 +141,11 @@ def build_optimization(
 def clip_gradients(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
     """The total gradient norm, left on its device; gradients are scaled down to `limit` where it is given."""
     if limit is None:
-        return distributed.whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    return distributed.whole(nn.utils.clip_grad_norm_(parameters, limit))
+        return distributed.full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    return distributed.full_tensor(nn.utils.clip_grad_norm_(parameters, limit))
 
 
-class Average:
+class EMA:
     """An exponential moving average of a model's weights; running statistics are taken as they are.
 
     Args:

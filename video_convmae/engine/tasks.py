@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from video_convmae.data.loader import Batch
 from video_convmae.data.mixing import Mixing
-from video_convmae.data.ragged import Windows
+from video_convmae.data.ragged import RaggedCrops
 
 
 class Task(Protocol):
@@ -29,7 +29,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
-class Pixels(nn.Module):
+class Normalizer(nn.Module):
     """Bytes as they cross to the device -> normalised floats there.
 
     Args:
@@ -41,9 +41,9 @@ class Pixels(nn.Module):
         self.mean = 255 * torch.tensor(mean, device=device).view(1, -1, 1, 1, 1)
         self.std = 255 * torch.tensor(std, device=device).view(1, -1, 1, 1, 1)
 
-    def normalise(self, clips: Tensor | Windows) -> Tensor:
+    def normalise(self, clips: Tensor | RaggedCrops) -> Tensor:
         """`(B, C, T, H, W)` uint8, on any device, or windows of B clips -> `(B, C, T, H, W)` float32 on this one."""
-        if isinstance(clips, Windows):
+        if isinstance(clips, RaggedCrops):
             clips = clips.clips(self.mean.device)
         return (clips.to(self.mean.device, non_blocking=True).float() - self.mean) / self.std
 
@@ -60,7 +60,7 @@ class Pretraining:
         pixels: how bytes become the model's input.
     """
 
-    def __init__(self, model: nn.Module, pixels: Pixels) -> None:
+    def __init__(self, model: nn.Module, pixels: Normalizer) -> None:
         self.model = model
         self.pixels = pixels
 
@@ -78,7 +78,7 @@ class Classification:
         mixing: mixup, cutmix and label smoothing.
     """
 
-    def __init__(self, model: nn.Module, pixels: Pixels, mixing: Mixing) -> None:
+    def __init__(self, model: nn.Module, pixels: Normalizer, mixing: Mixing) -> None:
         self.model = model
         self.pixels = pixels
         self.mixing = mixing

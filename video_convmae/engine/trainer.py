@@ -26,10 +26,10 @@ from video_convmae.weights import files
 
 from . import checkpoint, distributed
 from .checkpoint import CheckpointError, Saver
-from .distributed import Parallel, Processes
-from .log import BadRecords, LogConfig, NoLog, RankLog, RunLog, Stopwatch, TooManyBadRecords, Trace
-from .metrics import Window
-from .optim import Average, Optimization, clip_gradients
+from .distributed import DistInfo, Parallel
+from .log import BadRecords, LogConfig, NullLog, RankLog, RunLog, Stopwatch, TooManyBadRecords, Trace
+from .metrics import StepMetrics
+from .optim import EMA, Optimization, clip_gradients
 from .tasks import Task, autocast
 
 
@@ -86,7 +86,7 @@ class State:
     model: nn.Module  # not under DDP
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: Average | None
+    ema: EMA | None
     settings: dict[str, Any]
     step: int = 0
 
@@ -133,7 +133,7 @@ class State:
     def weights(self) -> dict[str, Tensor]:
         """What is measured and published: the average where there is one, whole, on the CPU. All processes call it."""
         tensors = self.model.state_dict() if self.ema is None else self.ema.tensors
-        return {name: distributed.whole(tensor).detach().cpu() for name, tensor in tensors.items()}
+        return {name: distributed.full_tensor(tensor).detach().cpu() for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,12 @@ class _Validator:
     measured does so again.
     """
 
-    def __init__(self, validation: Validation, state: State, optimization: Optimization, log: NoLog, saver: Saver):
+    def __init__(self, validation: Validation, state: State, optimization: Optimization, log: NullLog, saver: Saver):
         self._validation = validation
         self._every = max(1, round(validation.every * optimization.steps_per_epoch))
         self._steps = optimization.schedule.steps
         self._state, self._log, self._saver = state, log, saver
-        known = distributed.gather(log.values("val_top1"))[0]
+        known = distributed.all_gather_object(log.values("val_top1"))[0]
         self._best = max((value for value in known.values() if value is not None), default=-math.inf)
         self.is_missing = self.is_due() and state.step not in known
 
@@ -225,7 +225,7 @@ def train(
     optimization: Optimization,
     load_from: Callable[[int], Generator[Batch]],
     config: TrainConfig,
-    group: Processes,
+    group: DistInfo,
     folder: Path,
     bad_records: BadRecords,
     settings: dict[str, Any],
@@ -266,7 +266,7 @@ def train(
     per_epoch = optimization.steps_per_epoch
     keep_every = None if config.keep_every is None else max(1, round(config.keep_every * per_epoch))
     saver = Saver(folder / "checkpoints", group.is_main, config.keep, keep_every, None if begun is None else state.step)
-    log = RunLog(folder, state.step, optimization.schedule.steps) if group.is_main else NoLog()
+    log = RunLog(folder, state.step, optimization.schedule.steps) if group.is_main else NullLog()
     with (
         StopSignal() as stop,
         contextlib.closing(log),
@@ -291,24 +291,24 @@ def _begin(
     task: Task,
     optimization: Optimization,
     config: TrainConfig,
-    group: Processes,
+    group: DistInfo,
     settings: dict[str, Any],
     begun: Path | None,
 ) -> State:
     """A new run's state, or that of the checkpoint that it goes on from."""
     model = distributed.unwrap(task.model)
     scaler = torch.amp.GradScaler(group.device.type, enabled=config.precision == "fp16")
-    ema = None if config.ema is None else Average(model, config.ema)
+    ema = None if config.ema is None else EMA(model, config.ema)
     state = State(model, optimization.optimizer, scaler, ema, settings)
     if begun is not None:
-        distributed.doing(f"reads {begun}")
+        distributed.heartbeat(f"reads {begun}")
         state.restore(begun)
         if group.is_main:
             print(f"goes on from step {state.step}, read from {begun.parent}", flush=True)
     return state
 
 
-def _publish(state: State, path: Path, group: Processes) -> None:
+def _publish(state: State, path: Path, group: DistInfo) -> None:
     """The weights in one file for use elsewhere; `video_convmae.load` reads it."""
     weights = state.weights()
     if group.is_main:
@@ -325,9 +325,9 @@ class _Run:
     state: State
     optimization: Optimization
     config: TrainConfig
-    group: Processes
+    group: DistInfo
     saver: Saver
-    log: NoLog
+    log: NullLog
     rank_log: RankLog
     bad_records: BadRecords
     stop: StopSignal
@@ -363,17 +363,17 @@ class _Run:
                 self._open_window()
 
     def _open_window(self) -> None:
-        self.window = Window(Stopwatch(self.group.device, self.profile))
+        self.window = StepMetrics(Stopwatch(self.group.device, self.profile))
 
     def _accumulate_gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, list[int]]:
         """Forward and backward over the parts of one step: the step's loss, on its device, and its records."""
         total, records = torch.zeros((), device=self.group.device), []
         parts, number = self.config.accumulate, self.state.step + 1
         for part in range(parts):
-            distributed.doing(f"waits for the data of step {number}")
+            distributed.heartbeat(f"waits for the data of step {number}")
             batch = self._next_batch(batches, may_stop=part == 0)
             records += batch.records.tolist()
-            distributed.doing(f"step {number}: forward and backward pass, with the other ranks' gradients")
+            distributed.heartbeat(f"step {number}: forward and backward pass, with the other ranks' gradients")
             with distributed.gradient_sync(self.task.model, sync=part == parts - 1):
                 with self.window.stopwatch("forward"), autocast(self.group.device, self.config.precision):
                     loss, values = self.task(batch)
@@ -399,8 +399,8 @@ class _Run:
                 batch = self.window.next_batch(batches)
             except (LoaderError, DecodeError) as trouble:
                 error = trouble
-        distributed.doing(f"has its data of step {self.state.step + 1}, waits until the other ranks have theirs")
-        worst = distributed.highest(2 if error else int(stops))
+        distributed.heartbeat(f"has its data of step {self.state.step + 1}, waits until the other ranks have theirs")
+        worst = distributed.all_reduce_max(2 if error else int(stops))
         if worst == 2:
             self._give_up(error)
         if worst == 1:
@@ -409,13 +409,13 @@ class _Run:
 
     def _give_up(self, error: Exception | None) -> NoReturn:
         """Save the state of the last whole step and raise what the first process that has met something has met."""
-        met = distributed.gather(None if error is None else (type(error), str(error)))
+        met = distributed.all_gather_object(None if error is None else (type(error), str(error)))
         rank, (kind, text) = next((rank, each) for rank, each in enumerate(met) if each)
         where = f" (rank {rank})" if self.group.count > 1 else ""
         if kind is CheckpointError:
             raise CheckpointError(text + where)
         self._save_now()
-        faults = [fault for faults in distributed.gather(self.window.faults) for fault in faults]
+        faults = [fault for faults in distributed.all_gather_object(self.window.faults) for fault in faults]
         self.bad_records.add(faults, write=self.group.is_main)
         raise kind(f"{text}{where}. {self._saved()}") from None
 
@@ -427,7 +427,7 @@ class _Run:
         (LARS) it waits.
         """
         state, optimizer, scaler = self.state, self.state.optimizer, self.state.scaler
-        distributed.doing(f"step {state.step + 1}: optimizer")
+        distributed.heartbeat(f"step {state.step + 1}: optimizer")
         with self.window.stopwatch("optimizer"):
             lr = self.optimization.schedule.lr(state.step)
             for options in optimizer.param_groups:
@@ -454,13 +454,13 @@ class _Run:
             NonFiniteLoss, TooManyBadRecords, CheckpointError
         """
         state, window, group = self.state, self.window, self.group
-        distributed.doing(f"logs step {state.step}")
+        distributed.heartbeat(f"logs step {state.step}")
         values = window.summary(state.step, self.optimization, group)
         if complaint := window.complaint(state.step, self.config.precision, group):
             if self.config.on_nonfinite == "stop":
                 raise NonFiniteLoss(f"{complaint}; the newest checkpoint is from before")
             self.log.say(f"{complaint}; skipped")
-        faults = [fault for faults in distributed.gather(window.faults) for fault in faults]
+        faults = [fault for faults in distributed.all_gather_object(window.faults) for fault in faults]
         try:
             new = self.bad_records.add(faults, write=group.is_main)
         except TooManyBadRecords as error:

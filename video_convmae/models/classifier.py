@@ -26,20 +26,20 @@ class Classifier(nn.Module):
     Args:
         encoder: the encoder in numbers; its positions should be learnable.
         num_classes: classes.
-        head_init: deviation of the head's first weights. Finetuning starts from 2e-5 (ConvMAE; VideoMAE scales 0.02 by
-            0.001).
+        head_init_std: deviation of the head's first weights. Finetuning starts from 2e-5 (ConvMAE; VideoMAE scales
+            0.02 by 0.001).
         head_dropout: share of the pooled values that are dropped before the head in training (VideoMAE on small data,
             mae_st).
     """
 
     def __init__(
-        self, encoder: EncoderConfig, num_classes: int, head_init: float = 0.02, head_dropout: float = 0.0
+        self, encoder: EncoderConfig, num_classes: int, head_init_std: float = 0.02, head_dropout: float = 0.0
     ) -> None:
         super().__init__()
-        _check_head(num_classes, head_init)
+        _check_head(num_classes, head_init_std)
         if not 0 <= head_dropout < 1:
             raise ValueError(f"head_dropout is {head_dropout}; expected a share, 0 or more and less than 1")
-        self.head_init = head_init
+        self.head_init_std = head_init_std
         self.encoder = Encoder(encoder)
         self.norm = nn.LayerNorm(self.encoder.width, eps=1e-6)
         self.dropout = nn.Dropout(head_dropout)
@@ -47,10 +47,10 @@ class Classifier(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As the autoencoder's encoder; the head normal with deviation `head_init`."""
+        """As the autoencoder's encoder; the head normal with deviation `head_init_std`."""
         self.encoder.init_weights()
         self.norm.reset_parameters()
-        _init_head(self.head, self.head_init)
+        _init_head(self.head, self.head_init_std)
 
     def forward(self, clips: Tensor) -> Tensor:
         """Clips `(B, C, T, H, W)` -> logits `(B, num_classes)`."""
@@ -91,17 +91,17 @@ def create_classifier(
     num_classes: int,
     num_frames: int = 16,
     image_size: int | tuple[int, int] = 224,
-    head_init: float = 0.02,
+    head_init_std: float = 0.02,
     head_dropout: float = 0.0,
     **overrides: Any,
 ) -> Classifier:
     """A classifier of a named size; arguments as in `create_autoencoder`, overrides any field of `EncoderConfig`.
 
-    Positions are learnable, started from the table. `head_init`, `head_dropout`: see `Classifier`.
+    Positions are learnable, started from the table. `head_init_std`, `head_dropout`: see `Classifier`.
     """
     overrides = {"learnable_positions": True, **overrides}
     encoder = encoder_config(size, num_frames, image_size, **overrides)
-    return Classifier(encoder, num_classes, head_init, head_dropout)
+    return Classifier(encoder, num_classes, head_init_std, head_dropout)
 
 
 class Probe(FusedEncoder):
@@ -118,7 +118,7 @@ class Probe(FusedEncoder):
         num_classes: classes.
         msd: whether the fusion is there, as in pretraining.
         kind: the head, `linear`, `attentive` or `knn`.
-        head_init: deviation of the first weights of the head's last Linear.
+        head_init_std: deviation of the first weights of the head's last Linear.
     """
 
     def __init__(
@@ -127,20 +127,20 @@ class Probe(FusedEncoder):
         num_classes: int,
         msd: bool = True,
         kind: ProbeKind = "linear",
-        head_init: float = 0.01,
+        head_init_std: float = 0.01,
     ) -> None:
         if kind not in get_args(ProbeKind):
             raise ValueError(f"kind is {kind!r}; expected one of {', '.join(get_args(ProbeKind))}")
-        _check_head(num_classes, head_init)
+        _check_head(num_classes, head_init_std)
         super().__init__(encoder, msd)
         self.requires_grad_(False)
         width = self.encoder.width
         if kind == "linear":
-            self.head = LinearHead(width, num_classes, head_init)
+            self.head = LinearHead(width, num_classes, head_init_std)
         elif kind == "knn":
-            self.head = NearestHead(width, num_classes)
+            self.head = KNNHead(width, num_classes)
         else:
-            self.head = AttentiveHead(width, encoder.heads, num_classes, head_init)
+            self.head = AttentiveHead(width, encoder.heads, num_classes, head_init_std)
         self.init_weights()
         self.train()
 
@@ -176,16 +176,16 @@ class LinearHead(nn.Module):
     batch. Several processes share its statistics (engine/distributed.py).
     """
 
-    def __init__(self, width: int, num_classes: int, head_init: float) -> None:
+    def __init__(self, width: int, num_classes: int, head_init_std: float) -> None:
         super().__init__()
-        self.head_init = head_init
+        self.head_init_std = head_init_std
         self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False)
         self.linear = nn.Linear(width, num_classes)
 
     def init_weights(self) -> None:
-        """The Linear normal with deviation `head_init`; nothing seen by the BatchNorm."""
+        """The Linear normal with deviation `head_init_std`; nothing seen by the BatchNorm."""
         self.norm.reset_running_stats()
-        _init_head(self.linear, self.head_init)
+        _init_head(self.linear, self.head_init_std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`(B, N, D)` -> `(B, num_classes)`."""
@@ -202,10 +202,10 @@ class AttentiveHead(nn.Module):
     Linear is ours: it is what reads a pre-norm block everywhere else here.
     """
 
-    def __init__(self, width: int, heads: int, num_classes: int, head_init: float) -> None:
+    def __init__(self, width: int, heads: int, num_classes: int, head_init_std: float) -> None:
         super().__init__()
         self.heads = heads
-        self.head_init = head_init
+        self.head_init_std = head_init_std
         self.query = nn.Parameter(torch.zeros(width))  # a vector: it is not decayed
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.q = nn.Linear(width, width)
@@ -216,10 +216,10 @@ class AttentiveHead(nn.Module):
         self.linear = nn.Linear(width, num_classes)
 
     def init_weights(self) -> None:
-        """Xavier as an attention block; the query normal with deviation 0.02, the last Linear with `head_init`."""
+        """Xavier as an attention block; the query normal with deviation 0.02, the last Linear with `head_init_std`."""
         init_as_transformer(self)
         nn.init.normal_(self.query, std=0.02)
-        _init_head(self.linear, self.head_init)
+        _init_head(self.linear, self.head_init_std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`(B, N, D)` -> `(B, num_classes)`."""
@@ -235,7 +235,7 @@ class AttentiveHead(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).reshape(batch, width)
 
 
-class NearestHead(nn.Module):
+class KNNHead(nn.Module):
     """The classes of the nearest remembered features, each with a vote of exp(cosine / temperature).
 
     A feature is the mean over tokens, scaled to length 1. Nothing is trained: `remember` takes the features of a
@@ -289,21 +289,21 @@ def create_probe(
     image_size: int | tuple[int, int] = 224,
     msd: bool = True,
     kind: ProbeKind = "linear",
-    head_init: float = 0.01,
+    head_init_std: float = 0.01,
     **overrides: Any,
 ) -> Probe:
     """A probe of a named size; arguments as in `create_autoencoder`, overrides any field of `EncoderConfig`.
 
-    Positions are fixed, as in an autoencoder. `kind` and `head_init`: see `Probe`.
+    Positions are fixed, as in an autoencoder. `kind` and `head_init_std`: see `Probe`.
     """
-    return Probe(encoder_config(size, num_frames, image_size, **overrides), num_classes, msd, kind, head_init)
+    return Probe(encoder_config(size, num_frames, image_size, **overrides), num_classes, msd, kind, head_init_std)
 
 
-def _check_head(num_classes: int, head_init: float) -> None:
+def _check_head(num_classes: int, head_init_std: float) -> None:
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}; expected 1 or more")
-    if not head_init > 0:
-        raise ValueError(f"head_init is {head_init}; expected a deviation above 0")
+    if not head_init_std > 0:
+        raise ValueError(f"head_init_std is {head_init_std}; expected a deviation above 0")
 
 
 def _init_head(linear: nn.Linear, deviation: float) -> None:

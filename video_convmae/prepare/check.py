@@ -37,8 +37,8 @@ import numpy as np
 from tqdm import tqdm
 
 from video_convmae.data import shards
-from video_convmae.data.decoding import DecodeError, Decoder, resolve
-from video_convmae.data.decoding.process import IsolatedDecoder
+from video_convmae.data.decoding import DecodeError, ReaderName, resolve_reader
+from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.records import ListError, ListFormat, Record, parse_line, read_list
 from video_convmae.data.sampling import dense_views
 
@@ -128,7 +128,7 @@ def check_all(rows: Sequence[Row], check: Check, results_file: Path, workers: in
     return results
 
 
-def check_record(record: Record, check: Check, decoder: IsolatedDecoder) -> Result:
+def check_record(record: Record, check: Check, decoder: ReaderProcess) -> Result:
     """Decode what is to be decoded of one record."""
     known = {"path": record.path, "how": check.how, "stamp": stamp(record.path)}
     try:
@@ -254,7 +254,7 @@ def check_videos(
     rows = read_rows(path, format, root)
     names_file = path.with_suffix(".labels.txt")
     names = names_file.read_text(encoding="utf-8") if names_file.exists() else None
-    check = Check(resolve(decoder), timeout, full)
+    check = Check(resolve_reader(decoder), timeout, full)
     out.mkdir(parents=True, exist_ok=True)
     for name in OUTPUTS:  # of an earlier check: not to be taken for this one's
         (out / name).unlink(missing_ok=True)
@@ -267,10 +267,10 @@ def check_videos(
 def _check_in_parallel(records: Sequence[Record], check: Check, workers: int) -> Iterator[Result]:
     """Results as they come. A thread for each worker suffices: each waits for a decoding process of its own."""
     own = threading.local()
-    decoders: list[IsolatedDecoder] = []
+    decoders: list[ReaderProcess] = []
 
     def start_decoder() -> None:
-        own.decoder = IsolatedDecoder(decoder=check.decoder, timeout=check.timeout)
+        own.decoder = ReaderProcess(decoder=check.decoder, timeout=check.timeout)
         decoders.append(own.decoder)
 
     pool = ThreadPoolExecutor(workers, initializer=start_decoder)
@@ -339,7 +339,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--full", action="store_true", help="decode every frame")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="files read at once (default: one a core)")
     parser.add_argument("--format", choices=get_args(ListFormat), default="video", help="data.format (default video)")
-    parser.add_argument("--decoder", choices=get_args(Decoder), default="auto", help="data.decoder (default auto)")
+    parser.add_argument("--decoder", choices=get_args(ReaderName), default="auto", help="data.decoder (default auto)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one reading (default %(default)g)")
     return parser
 

@@ -23,11 +23,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from video_convmae.config import PretrainConfig
-from video_convmae.data.decoding import open_frames, resolve
+from video_convmae.data.decoding import open_frames, resolve_reader
 from video_convmae.data.records import Record
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import view_crops
-from video_convmae.engine.tasks import Pixels
+from video_convmae.engine.tasks import Normalizer
 from video_convmae.masking import MASKS
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.packing import Packing, take_patches, take_tokens
@@ -53,7 +53,7 @@ def middle_clips(records: Iterable[Record], config: PretrainConfig, size: tuple[
         DecodeError: a file cannot be read.
     """
     sampling = Sampling(config.data.sampling, config.model.num_frames, config.data.stride)
-    decoder, clips = resolve(config.data.decoder), []
+    decoder, clips = resolve_reader(config.data.decoder), []
     for record in records:
         with open_frames(record, decoder) as reader:
             frames = reader.read(sampling.views(len(reader), 1)[0])
@@ -71,7 +71,7 @@ def draw_masks(model: Autoencoder, config: PretrainConfig, count: int, seed: int
 
 def reconstruct(model: Autoencoder, config: PretrainConfig, clips: Tensor, visible: Tensor) -> Reconstructions:
     """Run the model on uint8 clips `(B, C, T, H, W)` with masks `(B, t, h, w)`."""
-    pixels = Pixels(config.data.mean, config.data.std, next(model.parameters()).device)
+    pixels = Normalizer(config.data.mean, config.data.std, next(model.parameters()).device)
     with torch.inference_mode():
         reconstructed = pixels.restore(model.reconstruct(pixels.normalise(clips), visible)).cpu()
     shown = F.interpolate(visible[:, None].float(), size=clips.shape[2:]).bool()
@@ -123,7 +123,7 @@ def write_picture(result: Reconstructions, path: Path, text: str, frames: int = 
     body = np.concatenate(clips)
     font = ImageFont.load_default(14)
     picture = Image.new("RGB", (max(body.shape[1], int(font.getlength(text)) + 16), body.shape[0] + 26), "white")
-    ImageDraw.Draw(picture).text((8, 4), text, fill="black", font=font)
+    ImageDraw.SampleKey(picture).text((8, 4), text, fill="black", font=font)
     picture.paste(Image.fromarray(body), (0, 26))
     picture.save(path)
 

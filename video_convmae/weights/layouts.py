@@ -278,7 +278,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(re.escape(pattern).replace(r"\#", r"(\d+)").replace(r"\*", r"(.+)"))
 
 
-def joined(tensors: Tensors) -> Tensors:
+def merge_qkv(tensors: Tensors) -> Tensors:
     """Separate query, key and value joined to qkv; a key bias that is not there is zero.
 
     Raises:
@@ -298,7 +298,7 @@ def joined(tensors: Tensors) -> Tensors:
 
 
 def _split(tensors: Tensors, qkv: str) -> Tensors:
-    """The inverse of `joined` for a layout's `qkv`. A key bias is left out: softmax does not feel it."""
+    """The inverse of `merge_qkv` for a layout's `qkv`. A key bias is left out: softmax does not feel it."""
     split: Tensors = {}
     for name, tensor in tensors.items():
         if qkv == "joint" or ".qkv." not in name or (qkv == "bias" and name.endswith(".weight")):

@@ -26,9 +26,9 @@ from video_convmae.models.classifier import Classifier, Probe, create_classifier
 from video_convmae.models.encoder import Encoder, EncoderConfig
 
 from .layouts import NO_CLS, Geometry, Tensors, matches
-from .released import PARTS, POSITIONS, Weights, embeddings, fixed_grids, folded, sizes_of, weights_of, what
+from .released import PARTS, POSITIONS, Weights, embeddings, fixed_grids, sizes_of, summarize_names, weights_of, what
 
-LEAVABLE = ("positions", *PARTS[1:])
+EXCLUDABLE = ("positions", *PARTS[1:])
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LoadReport:
         lines = [f"{self.layout}: {len(self.loaded)} tensors loaded"]
         for title in ("missing", "unexpected", "reshaped"):
             names = getattr(self, title)
-            lines.append(f"  {title}: {folded(names)}" if names else f"  {title}: none")
+            lines.append(f"  {title}: {summarize_names(names)}" if names else f"  {title}: none")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -86,7 +86,7 @@ def load_weights(
     path_or_state_dict: str | Path | Mapping[str, Any] | Weights,
     *,
     inflation: Inflation | None = None,
-    leave_out: Collection[str] = (),
+    exclude: Collection[str] = (),
 ) -> LoadReport:
     """Fill a model from weights of any known layout. Nothing is changed if there is an error.
 
@@ -100,7 +100,7 @@ def load_weights(
         model: an Autoencoder, a Classifier, a Probe or an Encoder of ours, not wrapped.
         path_or_state_dict: as in `weights_of`.
         inflation: lets image weights into a video model, in this way; then a decoder that does not fit stays new.
-        leave_out: what is not taken: positions, norm, fusion, decoder, head.
+        exclude: what is not taken: positions, norm, fusion, decoder, head.
 
     Raises:
         ValueError: as `weights_of`; the encoder or another part does not fit; positions of another kind, or of a grid
@@ -108,17 +108,17 @@ def load_weights(
             mean over tokens; no norm or fusion for a probe that reads it; a fusion that the model would not read.
     """
     weights = weights_of(path_or_state_dict)
-    if unknown := sorted(set(leave_out) - set(LEAVABLE)):
-        raise ValueError(f"leave_out has {', '.join(unknown)}; expected some of {', '.join(LEAVABLE)}")
-    if "positions" in leave_out:
+    if unknown := sorted(set(exclude) - set(EXCLUDABLE)):
+        raise ValueError(f"exclude has {', '.join(unknown)}; expected some of {', '.join(EXCLUDABLE)}")
+    if "positions" in exclude:
         weights = weights.without("positions")
     encoder = model if isinstance(model, Encoder) else model.encoder
     weights = _as_of_frames(_as_of_windows(weights, encoder.config), encoder.config, inflation)
     inflated = weights.is_image and encoder.config.num_frames > 1
     if inflated:
         weights = _inflated_for(encoder.config, weights, inflation)
-    _check_parts(model, {part for part in PARTS if weights.has(part)} - set(leave_out), weights)
-    weights = _arranged_for(model, weights, leave_out)
+    _check_parts(model, {part for part in PARTS if weights.has(part)} - set(exclude), weights)
+    weights = _arranged_for(model, weights, exclude)
     plan = _Plan(_targets(model), weights, notes=list(weights.notes))
     _plan_positions(plan, encoder.config)
     for part in PARTS:
@@ -217,7 +217,7 @@ def _check_parts(model: nn.Module, parts: Collection[str], weights: Weights) -> 
         )
 
 
-def _arranged_for(model: nn.Module, weights: Weights, leave_out: Collection[str]) -> Weights:
+def _arranged_for(model: nn.Module, weights: Weights, exclude: Collection[str]) -> Weights:
     """Names as the model has them, without the parts that are to be left out."""
 
     def arranged(name: str) -> str:
@@ -225,7 +225,7 @@ def _arranged_for(model: nn.Module, weights: Weights, leave_out: Collection[str]
             return name.removeprefix("fc_") if name.startswith("fc_") else "over_tokens." + name
         return name
 
-    taken = replace(weights, tensors={arranged(n): t for n, t in weights.tensors.items()}).without(*leave_out)
+    taken = replace(weights, tensors={arranged(n): t for n, t in weights.tensors.items()}).without(*exclude)
     names = {arranged(n): theirs for n, theirs in weights.names.items()}
     notes = [f"{name} dropped: {reason}" for name, reason in weights.dropped.items() if reason is not NO_CLS]
     if isinstance(model, Classifier) and weights.has("norm"):
@@ -235,7 +235,7 @@ def _arranged_for(model: nn.Module, weights: Weights, leave_out: Collection[str]
             "the probe reads no fusion: if these weights were pretrained with one, as the released ConvMAE was, their "
             "norm stood behind it and was not trained on what the probe reads"
         )
-    notes += [f"left out as asked: {', '.join(leave_out)}"] if leave_out else []
+    notes += [f"left out as asked: {', '.join(exclude)}"] if exclude else []
     return replace(taken, names=names, notes=(*weights.notes, *notes))
 
 
@@ -333,7 +333,7 @@ def _compare(plan: _Plan, name: str, config: EncoderConfig) -> None:
         learn = "" if name != POSITIONS[0] else ", or build the model with learnable_positions=True to load them"
         raise ValueError(
             f"{weights.names.get(name, name)} is not the fixed {config.position_table} table that the model has: "
-            "it was learnt, or is of another kind. Leave out positions (on the command line --init.leave_out "
+            "it was learnt, or is of another kind. Leave out positions (on the command line --init.exclude "
             f"[positions]) to keep the model's own{learn}"
         )
     plan.compared.add(name)
@@ -357,7 +357,7 @@ def _grid_of(weights: Weights, config: EncoderConfig) -> positions.Grid:
     raise ValueError(
         f"{weights.names.get(POSITIONS[0], POSITIONS[0])} has {tokens} tokens, which {fault}; the model's grid is "
         f"{config.grid}. Say it with dataclasses.replace(weights_of(path), grid=...), or leave out positions (on the "
-        "command line --init.leave_out [positions])"
+        "command line --init.exclude [positions])"
     )
 
 

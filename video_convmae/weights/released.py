@@ -35,7 +35,7 @@ from .layouts import (
     Geometry,
     Layout,
     Tensors,
-    joined,
+    merge_qkv,
     to_layout,
     to_our_values,
     translate,
@@ -177,7 +177,7 @@ def weights_of(source: str | Path | Mapping[str, Any] | Weights | nn.Module) -> 
             return _from_layout(state, layout, prefix)
     markers = ", ".join(layout.marker for layout in LAYOUTS)
     raise ValueError(
-        f"no known layout: none of {_OURS}, {markers} is among the {len(state)} names {folded(list(state))}"
+        f"no known layout: none of {_OURS}, {markers} is among the {len(state)} names {summarize_names(list(state))}"
     )
 
 
@@ -187,7 +187,7 @@ def _tensors_in(state: Mapping[str, Any]) -> Tensors:
             return _tensors_in(state[key])
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others or not state:
-        got = folded(map(str, others)) or "nothing"
+        got = summarize_names(map(str, others)) or "nothing"
         raise ValueError(f"expected names and tensors, or them under model, state_dict or module; got {got}")
     return dict(state)
 
@@ -223,9 +223,11 @@ def _from_layout(state: Tensors, layout: Layout, prefix: str) -> Weights:
         else:
             names[ours], tensors[ours] = given, tensor
     if unknown:
-        raise ValueError(f"{layout.title} weights with names that this layout does not have: {folded(unknown)}")
+        raise ValueError(
+            f"{layout.title} weights with names that this layout does not have: {summarize_names(unknown)}"
+        )
     geometry = _geometry_of_kernels(tensors)
-    tensors = {name: to_our_values(name, tensor, geometry) for name, tensor in joined(tensors).items()}
+    tensors = {name: to_our_values(name, tensor, geometry) for name, tensor in merge_qkv(tensors).items()}
     names = {name: names.get(name) or names.get(name.replace(".qkv.", ".query."), name) for name in tensors}
     weights = Weights(layout.title, tensors, geometry, layout.position_table, names, dropped)
     for finish in (_without_cls, _finish_videomae, _finish_hugging_face, _finish_mmpretrain, _finish_second_version):
@@ -235,7 +237,7 @@ def _from_layout(state: Tensors, layout: Layout, prefix: str) -> Weights:
 
 def _from_ours(state: Tensors, source: Mapping[str, Any]) -> Weights:
     if unknown := [name for name in state if name.split(".")[0] not in PARTS]:
-        raise ValueError(f"weights with names that no model of ours has: {folded(unknown)}")
+        raise ValueError(f"weights with names that no model of ours has: {summarize_names(unknown)}")
     if "head.weight" in state:
         state = _with_fc_norm(state)
     said = _said_by_run(source) or _said_by_about(source) or {"geometry": _guessed_geometry(state), "bare": True}
@@ -555,7 +557,7 @@ def _rounding(table: Tensor) -> float:
     return max(1e-4, torch.finfo(table.dtype).eps)  # values are below 2, whose neighbours are eps apart
 
 
-def folded(names: Iterable[str]) -> str:
+def summarize_names(names: Iterable[str]) -> str:
     """Names in short: all that differ only from the first numbered part on are one, with their count."""
     heads = Counter(re.sub(r"\.\d.*", "...", name) for name in names)
     return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in heads.items())

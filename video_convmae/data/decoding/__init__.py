@@ -36,7 +36,7 @@ import numpy as np
 from video_convmae.data import shards
 from video_convmae.data.records import IMAGE_SUFFIXES, Record
 
-Decoder = Literal["auto", "torchcodec", "pyav", "decord", "torchcodec_cuda"]
+ReaderName = Literal["auto", "torchcodec", "pyav", "decord", "torchcodec_cuda"]
 
 _IN_ORDER_OF_CHOICE = ("torchcodec", "pyav", "decord")
 _MODULES = {"torchcodec": "torchcodec.decoders", "pyav": "av", "decord": "decord"}
@@ -53,7 +53,7 @@ class DecodeError(RuntimeError):
     """A record that cannot be decoded. The message names its path and what is wrong."""
 
 
-def resolve(decoder: str) -> str:
+def resolve_reader(decoder: str) -> str:
     """The decoder that will be used: for "auto" torchcodec if it works here, else pyav, else decord.
 
     To find out, "auto" imports torchcodec and with it torch: do it once, and hand the answer to workers.
@@ -62,8 +62,8 @@ def resolve(decoder: str) -> str:
         ValueError: no decoder has this name.
         ImportError: it is not installed or does not load (torchcodec without FFmpeg); the message says what to install.
     """
-    if decoder not in get_args(Decoder):
-        raise ValueError(f"data.decoder is {decoder!r}; expected one of {', '.join(get_args(Decoder))}")
+    if decoder not in get_args(ReaderName):
+        raise ValueError(f"data.decoder is {decoder!r}; expected one of {', '.join(get_args(ReaderName))}")
     failures = []
     for name in _IN_ORDER_OF_CHOICE if decoder == "auto" else (decoder,):
         try:
@@ -156,7 +156,7 @@ def open_frames(record: Record, decoder: str = "auto") -> FrameReader:
         ValueError, ImportError: of `resolve`; no record is to blame.
     """
     if record.format == "video":
-        decoder = resolve(decoder)
+        decoder = resolve_reader(decoder)
     with _one_error(record.path):
         if record.format == "frames":
             return _FolderReader(record.path, record.num_frames)

@@ -28,7 +28,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from video_convmae.data.decoding import DecodeError, Decoder, FrameReader, open_frames, resolve
+from video_convmae.data.decoding import DecodeError, FrameReader, ReaderName, open_frames, resolve_reader
 from video_convmae.data.records import Record
 
 _START_SECONDS = 300.0  # to import the decoder, from a slow disk if need be; no record is to blame for it
@@ -40,7 +40,7 @@ class DecodeTimeout(DecodeError):
     """A record whose decoder did not return in time. The decoding process was killed."""
 
 
-class IsolatedDecoder:
+class ReaderProcess:
     """`open_frames` in a child process, which is started when first needed and again after it was lost.
 
     One record is open at a time; opening the next closes the one before. Not for use by several threads at once. May be
@@ -52,8 +52,8 @@ class IsolatedDecoder:
     """
 
     def __init__(self, decoder: str = "auto", timeout: float = 60.0) -> None:
-        if decoder not in get_args(Decoder):
-            raise ValueError(f"data.decoder is {decoder!r}; expected one of {', '.join(get_args(Decoder))}")
+        if decoder not in get_args(ReaderName):
+            raise ValueError(f"data.decoder is {decoder!r}; expected one of {', '.join(get_args(ReaderName))}")
         self.decoder = decoder
         self.timeout = timeout
         self._child: _Child | None = None
@@ -112,7 +112,7 @@ class IsolatedDecoder:
             raise DecodeError(reply)
         return reply
 
-    def __enter__(self) -> IsolatedDecoder:
+    def __enter__(self) -> ReaderProcess:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -132,7 +132,7 @@ class IsolatedDecoder:
 class _Reader(FrameReader):
     """The parent's side of a record that is open in the child."""
 
-    def __init__(self, owner: IsolatedDecoder, number: int, path: str, count: int, decoder: str) -> None:
+    def __init__(self, owner: ReaderProcess, number: int, path: str, count: int, decoder: str) -> None:
         self.number = number
         self.path = path
         self.decoder = decoder
@@ -266,7 +266,7 @@ def serve(descriptor: int, parent: int, decoder: str) -> None:
     reader: FrameReader | None = None
     with socket.socket(fileno=descriptor) as line, contextlib.suppress(EOFError, OSError):
         try:
-            decoder = resolve(decoder)
+            decoder = resolve_reader(decoder)
         except ImportError as error:
             send(line, str(error))
             return
