@@ -12,13 +12,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
 from clips import encode, pictures
 from PIL import Image
 
 from video_convmae import create_autoencoder, create_classifier
 from video_convmae.cli.finetune import finetune
+from video_convmae.cli.parser import flatten, merge, parse, read_config
 from video_convmae.cli.pretrain import pretrain
-from video_convmae.config import AutoencoderConfig, FinetuneConfig, PretrainConfig, from_plain, parse, plain, write_yaml
+from video_convmae.config import AutoencoderConfig, FinetuneConfig, PretrainConfig, from_plain, plain, write_yaml
 from video_convmae.data.records import ListError, Record, Records
 from video_convmae.engine import checkpoint
 from video_convmae.models.classifier import Probe
@@ -33,6 +35,10 @@ PRETRAINING = [path for path in CONFIGS if path not in FINETUNING]
 
 def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+def shipped_name(path: Path) -> str:
+    return str(path.relative_to(ROOT / "configs").with_suffix(""))
 
 
 def load(path: Path, *arguments: str) -> PretrainConfig:
@@ -53,8 +59,86 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_opens_with_the_command_that_runs_it(path: Path) -> None:
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert "tools/" in " ".join(head[:3])
-    assert name(path) in " ".join(head)
+    command = "finetune" if path in FINETUNING else "pretrain"
+    assert re.search(rf"(video-convmae|-m video_convmae) {command} ", " ".join(head[:3]))
+    assert f"--config {shipped_name(path)} " in " ".join([*head, ""])
+
+
+# Fields that a variant inherits and that its file did not state before it had a base: the dataclasses' own defaults.
+INHERITED = {
+    "video/finetune_hmdb51_base": {"data.labels": None},
+    "video/finetune_ssv2_base": {"data.stride": 4},
+    "video/finetune_ssv2_videomae_base": {"data.stride": 4},
+    "video/finetune_ucf101_base": {"data.labels": None},
+    "video/pretrain_k400_spatiotemporal_base": {
+        "data.augmentation.scales": [1.0, 0.875, 0.75, 0.66],
+        "model.msd": True,
+    },
+    "video/pretrain_k400_videomae_base": {"model.msd": True},
+    "video/pretrain_ssv2_videomae_base": {"model.msd": True},
+    "video/probe_k400_attentive_base": {"optim.optimizer": "adamw"},
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_states_what_it_stated_when_it_was_written_out_whole(path: Path) -> None:
+    """Every value, with those of the files it extends, as in tests/data/configurations.json."""
+    whole = json.loads((ROOT / "tests" / "data" / "configurations.json").read_text())[shipped_name(path)]
+    inherited = INHERITED.get(shipped_name(path), {})
+    assert dict(flatten(read_config(path))) == whole | inherited
+    kind = FinetuneConfig if path in FINETUNING else PretrainConfig
+    defaults = dict(flatten(plain(parse(kind, ["--output=x", "--data.train=x"]))))
+    assert {field: defaults[field] for field in inherited} == inherited
+
+
+def test_a_variant_states_only_what_differs() -> None:
+    for path in CONFIGS:
+        values = yaml.safe_load(path.read_text())
+        if (base := values.pop("extends", None)) is not None:
+            inherited = dict(flatten(read_config(base, path.parent)))
+            same = {field for field, value in flatten(values) if field in inherited and inherited[field] == value}
+            assert same <= {"data.augmentation.flip"}, path  # Something-Something states it, whatever its base does
+
+
+def test_extends_merges_groups_and_replaces_lists(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: debug/pretrain\nmodel: {widths: [8, 8, 8]}\nmask: {kind: random}\n")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.yaml").write_text("extends: ../a.yaml\nmodel: {widths: [16, 16, 16]}\noptim: {lr: null}\n")
+    values = read_config(tmp_path / "deep" / "b.yaml")
+    assert values == merge(
+        read_config("debug/pretrain"),
+        {"model": {"widths": [16, 16, 16]}, "mask": {"kind": "random"}, "optim": {"lr": None}},
+    )
+    config = load(tmp_path / "deep" / "b.yaml", "--mask.ratio=0.5")
+    assert (config.model.widths, config.mask.kind, config.mask.ratio, config.optim.lr) == (
+        (16,) * 3,
+        "random",
+        0.5,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: run.yaml", "run.yaml extends itself"),
+        ("extends: between.yaml", "run.yaml extends itself, by way of"),
+        ("extends: nowhere", "cannot read the configuration 'nowhere'"),
+        ("- output", "run.yaml holds list; expected fields"),
+        ("output: [", "run.yaml is no YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_an_error_of_one_line(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    (tmp_path / "between.yaml").write_text("extends: run.yaml")
+    with pytest.raises(SystemExit) as end:
+        load(tmp_path / "run.yaml")
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("video-convmae pretrain: error: ")
+    assert message in line
 
 
 @pytest.mark.parametrize("path", PRETRAINING, ids=name)
@@ -200,7 +284,7 @@ def test_the_numbers_of_the_image_probe_are_the_recipes() -> None:
     assert (optim.optimizer, optim.betas[0], optim.weight_decay, optim.layer_decay) == ("lars", 0.9, 0.0, 1.0)
     assert (optim.base_lr, optim.base_min_lr) == (0.1, 0.0)
     assert (augmentation.crop, augmentation.area, augmentation.flip) == ("random_resized", (0.08, 1.0), True)
-    assert (augmentation.rand_augment, augmentation.erasing) == (None, 0.0)
+    assert (augmentation.rand_augment, augmentation.reprob) == (None, 0.0)
     assert (mixing.mixup, mixing.cutmix, mixing.smoothing, config.model.drop_path) == (0.0, 0.0, 0.0, 0.0)
     assert (config.test.segments, config.test.crops, config.test.crop_pct) == (1, 1, 0.875)
     assert config.validate.crop_pct == 0.875
@@ -222,7 +306,7 @@ def test_the_numbers_of_finetuning_are_the_recipes(path: Path) -> None:
     assert f"Effective batch {batch} " in text
     optim, mixing, augmentation = config.optim, config.mixing, config.data.augmentation
     assert (mixing.mixup, mixing.cutmix, mixing.smoothing, mixing.switch) == (0.8, 1.0, 0.1, 0.5)
-    assert (augmentation.erasing, augmentation.area, optim.weight_decay) == (0.25, (0.08, 1.0), 0.05)
+    assert (augmentation.reprob, augmentation.area, optim.weight_decay) == (0.25, (0.08, 1.0), 0.05)
     assert (optim.betas, optim.warmup_epochs) == ((0.9, 0.999), 5)
     is_image, is_ssv2 = path.parent.name == "image", "ssv2" in path.name
     assert augmentation.flip is not is_ssv2
@@ -271,9 +355,8 @@ FINETUNED = {
 @pytest.mark.parametrize(
     "path", [p for p in FINETUNING if p.parent.name == "video" and ("k400" in p.name or "ssv2" in p.name)], ids=name
 )
-def test_the_classes_are_those_of_the_data_set(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_classes_are_those_of_the_data_set(path: Path) -> None:
     """However few of them a list has; so a flip is an error where they name left and right, not only a warning."""
-    monkeypatch.chdir(ROOT)
     few = Records([Record("a.mp4", 3)])
     config = parse(FinetuneConfig, [f"--config={path}"])
     assert config.data.count_classes(few) == (174 if "ssv2" in path.name else 400)
@@ -297,6 +380,8 @@ def test_something_something_is_never_flipped() -> None:
         ("--train.precision=fp8", "train.precision"),
         ("--data.augmentation.crop=none", "data.augmentation.crop"),
         ("--mask.kind=holes", "mask.kind"),
+        ("--train.epoch=3", "train.epoch; did you mean train.epochs?"),
+        ("--base_lr=3", "base_lr; did you mean optim.base_lr?"),
     ],
 )
 def test_unknown_fields_and_wrong_types_are_errors(argument: str, named: str, capsys: pytest.CaptureFixture) -> None:
@@ -326,7 +411,7 @@ def test_edits_replace_single_fields_and_the_resolved_file_reads_back(tmp_path: 
 
 def test_every_field_is_explained(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        parse(PretrainConfig, ["--help"])
+        parse(PretrainConfig, ["--help-all"])
     text = capsys.readouterr().out
     for field in ("--model.msd", "--optim.base_lr", "--train.on_nonfinite", "--data.max_bad_fraction", "--mask.ratio"):
         explanation = text.rsplit(field, 1)[1].split("(type:", 1)[0]

@@ -47,7 +47,8 @@ def test_a_study_knows_what_it_has_measured(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_the_models_of_a_study_are_of_one_size(name: str) -> None:
-    from video_convmae.config import FinetuneConfig, parse
+    from video_convmae.cli.parser import parse
+    from video_convmae.config import FinetuneConfig
 
     config = Path(__file__).parent.parent / "configs" / "debug" / "finetune_demo.yaml"
     model = parse(FinetuneConfig, [f"--config={config}", *ENTRIES[name].model]).model.build(8)

@@ -18,7 +18,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accur
 
 from video_convmae.cli.evaluate import run, summary
 from video_convmae.cli.finetune import finetune
-from video_convmae.config import EvaluateConfig, FinetuneConfig, parse
+from video_convmae.cli.parser import parse
+from video_convmae.config import EvaluateConfig, FinetuneConfig
 from video_convmae.data.sampling import dense_views
 from video_convmae.data.transforms import view_crops
 from video_convmae.engine import checkpoint

@@ -19,6 +19,7 @@ from torch import nn
 from video_convmae import create_classifier, create_probe, load
 from video_convmae.cli.evaluate import run as evaluate
 from video_convmae.cli.features import FeaturesConfig, run
+from video_convmae.cli.parser import parse
 from video_convmae.config import (
     AutoencoderConfig,
     ClassifierConfig,
@@ -27,7 +28,6 @@ from video_convmae.config import (
     FinetuneConfig,
     LabelledDataConfig,
     PretrainConfig,
-    parse,
     plain,
 )
 from video_convmae.data.datasets import ViewConfig

@@ -20,8 +20,9 @@ from video_convmae import create_autoencoder, create_classifier, predictor
 from video_convmae.cli import predict
 from video_convmae.cli.evaluate import run as evaluate
 from video_convmae.cli.finetune import finetune
+from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
-from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig, parse
+from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig
 from video_convmae.data.datasets import ViewConfig
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.records import ListError

@@ -20,8 +20,9 @@ from video_convmae import create_autoencoder
 from video_convmae.benchmark import main as benchmark
 from video_convmae.benchmark import scale as benchmark_scale
 from video_convmae.benchmark import step as benchmark_step
+from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
-from video_convmae.config import PretrainConfig, parse
+from video_convmae.config import PretrainConfig
 from video_convmae.visualize import reconstruct
 
 ROOT = Path(__file__).parent.parent

@@ -137,7 +137,7 @@ def test_what_is_off_draws_nothing_and_what_is_on_moves_no_window(
     plain = Augmentation(flip=flip).draw(height, width, ours)
     assert plain == ClipTransform(*window, flip=mirrored)
     assert torch.equal(by_hand.get_state(), ours.get_state())  # masks are drawn next
-    rich = Augmentation(flip=flip, rand_augment=VIDEOMAE, erasing=1.0).draw(height, width, more)
+    rich = Augmentation(flip=flip, rand_augment=VIDEOMAE, reprob=1.0).draw(height, width, more)
     assert (rich.top, rich.left, rich.height, rich.width, rich.flip) == (*window, mirrored)
     assert rich.rand_augment is not None
     assert rich.erasing is not None
@@ -161,7 +161,7 @@ def test_clips_follow_from_the_generator_alone_and_global_numbers_go_on(seed: in
     frames = noise(2, 40, 48)
 
     def made() -> torch.Tensor:
-        augmentation = Augmentation(flip=True, rand_augment=VIDEOMAE, erasing=0.5)
+        augmentation = Augmentation(flip=True, rand_augment=VIDEOMAE, reprob=0.5)
         return augmentation.apply(frames, augmentation.draw(40, 48, generator(seed)), (32, 32))
 
     first = made()
@@ -189,7 +189,7 @@ def test_seeds_give_different_clips() -> None:
     frames = noise(1, 32, 32)
     for augmentation in (
         Augmentation(crop="whole", rand_augment="rand-m7-n4-mstd0.5-p1"),
-        Augmentation(crop="whole", erasing=1.0),
+        Augmentation(crop="whole", reprob=1.0),
     ):
         clips = [augmentation.apply(frames, augmentation.draw(32, 32, generator(seed)), (32, 32)) for seed in range(20)]
         assert len({clip.numpy().tobytes() for clip in clips}) == 20
@@ -212,7 +212,7 @@ def test_a_policy_that_timm_cannot_follow_is_an_error() -> None:
 def test_erasing_takes_one_rectangle_of_all_frames(height: int, width: int, seed: int) -> None:
     frames = noise(4, height, width)
     before = frames.copy()
-    augmentation = Augmentation(crop="whole", erasing=1.0)
+    augmentation = Augmentation(crop="whole", reprob=1.0)
     clip = augmentation.apply(frames, augmentation.draw(height, width, generator(seed)), (height, width))
     assert (frames == before).all()
     changed = (clip != torch.from_numpy(frames).permute(3, 0, 1, 2)).any(0).any(0)
@@ -228,7 +228,7 @@ def test_erasing_takes_one_rectangle_of_all_frames(height: int, width: int, seed
 
 def test_erased_pixels_are_noise_of_their_own() -> None:
     black = np.zeros((8, 200, 200, 3), dtype=np.uint8)
-    augmentation = Augmentation(crop="whole", erasing=1.0)
+    augmentation = Augmentation(crop="whole", reprob=1.0)
     clip = augmentation.apply(black, augmentation.draw(200, 200, generator(2)), (200, 200))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     erased = clip[:, :, clip.amax((0, 1)) > 0].permute(1, 2, 0)  # frames, pixels, channels
@@ -241,23 +241,23 @@ def test_erased_pixels_are_noise_of_their_own() -> None:
 
 def test_erasing_is_as_frequent_as_asked_for() -> None:
     def erased(share: float) -> int:
-        return sum(Augmentation(erasing=share).draw(64, 64, generator(s)).erasing is not None for s in range(400))
+        return sum(Augmentation(reprob=share).draw(64, 64, generator(s)).erasing is not None for s in range(400))
 
     assert 70 < erased(0.25) < 130
     assert (erased(0.0), erased(1.0)) == (0, 400)
-    with pytest.raises(ValueError, match=r"augmentation\.erasing is 25.*from 0 to 1"):
-        Augmentation(erasing=25)
+    with pytest.raises(ValueError, match=r"augmentation\.reprob is 25.*from 0 to 1"):
+        Augmentation(reprob=25)
 
 
 def test_test_windows_are_not_augmented() -> None:
     frames = noise(2, 32, 48)
     (crop,) = view_crops(32, 48, (32, 32), 1)
-    rich = Augmentation(flip=True, rand_augment=VIDEOMAE, erasing=1.0)
+    rich = Augmentation(flip=True, rand_augment=VIDEOMAE, reprob=1.0)
     assert torch.equal(rich.apply(frames, crop, (32, 32)), Augmentation().apply(frames, crop, (32, 32)))
 
 
 def test_settings_can_be_sent_to_workers() -> None:
-    augmentation = Augmentation(rand_augment=VIDEOMAE, erasing=0.25)
+    augmentation = Augmentation(rand_augment=VIDEOMAE, reprob=0.25)
     augmentation.apply(noise(1, 32, 32), augmentation.draw(32, 32), (32, 32))
     assert pickle.loads(pickle.dumps(augmentation)) == augmentation
-    assert len({augmentation, Augmentation(rand_augment=VIDEOMAE, erasing=0.25), Augmentation()}) == 2
+    assert len({augmentation, Augmentation(rand_augment=VIDEOMAE, reprob=0.25), Augmentation()}) == 2

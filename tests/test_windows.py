@@ -10,8 +10,9 @@ import torch
 from test_loader import clips, videos  # noqa: F401
 from test_pretrain import ROOT
 
+from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
-from video_convmae.config import PretrainConfig, parse
+from video_convmae.config import PretrainConfig
 from video_convmae.data.datasets import SampleKey
 from video_convmae.data.loader import BatchPlan, ResumableBatchSampler, collate, load
 from video_convmae.data.ragged import RaggedCrops
@@ -57,7 +58,7 @@ def test_windows_come_through_workers(videos: Path) -> None:  # noqa: F811
         assert replace(ours.clips, pixels=None) == replace(theirs.clips, pixels=None)
 
 
-@pytest.mark.parametrize("other", [{"rand_augment": "rand-m7-n4"}, {"erasing": 0.25}])
+@pytest.mark.parametrize("other", [{"rand_augment": "rand-m7-n4"}, {"reprob": 0.25}])
 def test_what_needs_the_resized_clip_is_refused(other: dict) -> None:
     with pytest.raises(ValueError, match="on_device is on"):
         Augmentation(on_device=True, **other)

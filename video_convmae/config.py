@@ -10,10 +10,7 @@ An unknown field or a wrong type is an error that names the field. The settings 
 from __future__ import annotations
 
 import re
-import sys
-import traceback
 import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser
 
 from video_convmae.data.datasets import ClipDataset, TestViewDataset, ViewConfig
 from video_convmae.data.decoding import ReaderName
@@ -41,8 +38,6 @@ from video_convmae.models.autoencoder import Autoencoder, Target, create_autoenc
 from video_convmae.models.classifier import Classifier, Probe, ProbeKind, create_classifier, create_probe
 from video_convmae.models.encoder import EncoderConfig
 from video_convmae.weights.load import Inflation, LoadReport, load_weights
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
@@ -200,8 +195,9 @@ class LabelledDataConfig(DataConfig):
     validation: str | None = None
     """List of validation records, with the same format and root; none: nothing is validated."""
     labels: str | tuple[str, ...] | None = None
-    """File of class names, line n (from 0) names class n, or the names; none: the file beside the list
-    (train.labels.txt beside train.txt), or the class folders. A run writes the names into its own configuration."""
+    """File of class names, line n (from 0) names class n; a shipped one (kinetics400, something_something_v2); or the
+    names. None: the file beside the list (train.labels.txt beside train.txt), or the class folders. A run writes the
+    names into its own configuration."""
     num_classes: int | None = None
     """Classes; none: as many as there are names, else the largest label and one."""
 
@@ -433,43 +429,6 @@ class EvaluateConfig:
 
 
 Config = TypeVar("Config")
-
-
-def parse(kind: type[Config], arguments: Sequence[str] | None = None) -> Config:
-    """Read a configuration from `--config FILE` and edits of single fields.
-
-    Args:
-        kind: the run's dataclass.
-        arguments: as on the command line; None reads that.
-
-    An unknown field or a wrong type ends the program with a message that names it. A field that is true or false is
-    true where its name stands alone.
-    """
-    parser = ArgumentParser(description=kind.__doc__)
-    parser.add_argument(
-        "--config", action="config", help="YAML file; fields after it on the command line replace its own."
-    )
-    parser.add_class_arguments(kind)
-    for action in parser._actions:  # a switch: `--plot` alone says what `--plot true` says
-        if getattr(action, "_typehint", None) is bool:
-            action.nargs, action.const = "?", True
-    values = parser.instantiate(parser.parse_args(arguments)).as_dict()
-    return kind(**{name: value for name, value in values.items() if name != "config"})
-
-
-def run_tool(kind: type[Config], program: Callable[[Config], Any], arguments: Sequence[str] | None = None) -> None:
-    """Read the command line and run a tool; what its user can mend ends it with one line.
-
-    An error that this package raises itself (a list, a setting, a file that is not there) is worded for that. One that
-    comes from elsewhere is a fault of the package, and keeps its traceback.
-    """
-    try:
-        program(parse(kind, arguments))
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if Path(__file__).parent not in Path(frame.f_code.co_filename).parents:
-            raise
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from video_convmae.benchmark.main import about
 
 from tools.study.clips import make_motion_clips
 from tools.study.demo import CONFIGS, LABELLED, accuracy_of, finetune_on, pretrain_on
-from video_convmae.config import FinetuneConfig, parse
+from video_convmae.cli.parser import parse
+from video_convmae.config import FinetuneConfig
 from video_convmae.engine.log import write_text
 
 

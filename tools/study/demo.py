@@ -27,8 +27,9 @@ import video_convmae
 from tools.study.clips import make_motion_clips
 from video_convmae.cli import evaluate
 from video_convmae.cli.finetune import finetune
+from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
-from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig, parse
+from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig
 from video_convmae.data.records import read_list
 from video_convmae.engine.log import write_text
 from video_convmae.runs import load_autoencoder

@@ -32,8 +32,9 @@ from sklearn.datasets import load_digits
 
 from video_convmae.cli.evaluate import run as evaluate
 from video_convmae.cli.finetune import finetune
+from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
-from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig, parse
+from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig
 from video_convmae.engine.log import write_text
 
 CONFIGS = {

@@ -1,9 +1,14 @@
-"""The commands of `video-convmae`, one file each."""
+"""The program `video-convmae`: find the command and report its errors. A command is a module here with `main`."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from video_convmae import __version__
+from video_convmae.errors import UserError
 
 COMMANDS = {
     "pretrain": "pretrain a masked autoencoder on videos or images",
@@ -13,24 +18,75 @@ COMMANDS = {
     "features": "write the features of every record of a list",
     "reconstruct": "draw masked and reconstructed clips",
     "show-features": "draw what a model computes for one file",
-    "convert": "convert weights between layouts",
+    "convert": "convert weights between formats",
     "inflate": "turn image weights into video weights",
-    "make-list": "make a data list from an annotation and a folder",
-    "check-videos": "read every record of a list and say which are good",
-    "pack-videos": "re-encode a list of videos for fast random reads",
-    "submit": "submit a command to Slurm",
-    "benchmark": "measure speed beside what it is compared with",
+    "make-list": "make a data list from an annotation file or a folder",
+    "check-videos": "read every record of a list and write the list of the good ones",
+    "pack-videos": "re-encode the videos of a list for fast random access",
+    "submit": "submit a command to Slurm, or run it as a job on this machine",
+    "benchmark": "measure speed: training step, loading, scaling, packed evaluation",
 }
+EXPECTED = (UserError, ValueError, OSError, ImportError)
 
 
 def main(*command: str) -> int:
-    """Run `video-convmae` with `command` before the process's own arguments; returns the exit status."""
+    """Run `video-convmae` with `command` before the process's own arguments; returns the exit code."""
     arguments = [*command, *sys.argv[1:]]
-    if not arguments or arguments[0] not in COMMANDS:
-        print("usage: video-convmae COMMAND ...\n")
-        for name, text in COMMANDS.items():
-            print(f"  {name:14s} {text}")
-        return 0 if arguments[:1] in ([], ["-h"], ["--help"]) else 2
-    name, *rest = arguments
-    module = importlib.import_module(f"video_convmae.cli.{name.replace('-', '_')}")
-    return module.main(rest) or 0
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(help_text())
+        return 0
+    if name == "--version":
+        print(f"video-convmae {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "video-convmae --help lists the commands"
+        print(f"video-convmae: error: there is no command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    return run(name, arguments[1:])
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Run a command; returns its exit code, 1 after an error that a user can mend.
+
+    Such an error is one line on standard error. Any other keeps its traceback, and all do with `--debug`.
+    """
+    cut = arguments.index("--") if "--" in arguments else len(arguments)  # submit: what follows is another command's
+    own = [argument for argument in arguments[:cut] if argument != "--debug"]
+    try:
+        module = importlib.import_module(f"video_convmae.cli.{command.replace('-', '_')}")
+        return module.main([*own, *arguments[cut:]]) or 0
+    except EXPECTED as error:
+        if len(own) < cut:
+            raise
+        print(f"video-convmae {command}: error: {describe_error(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"video-convmae {command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def describe_error(error: Exception) -> str:
+    """Return an error in one line."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, UserError) else f"{text} (--debug shows where)"
+
+
+def help_text() -> str:
+    """Return the help of the program: a line for each command."""
+    lines = [f"  {name:14s}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: video-convmae COMMAND [options]\n",
+            "Masked autoencoding of video and images with hybrid conv-transformer encoders.\n",
+            "commands:",
+            *lines,
+            "\noptions:",
+            "  --version     print the version",
+            "  --help        print this; video-convmae COMMAND --help explains a command",
+            "  --debug       after a command: show the traceback of an error",
+        ]
+    )

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from video_convmae import predictor
-from video_convmae.config import EvaluateConfig, LabelledDataConfig, check_labels, plain, run_tool
+from video_convmae.cli.parser import run_command
+from video_convmae.config import EvaluateConfig, LabelledDataConfig, check_labels, plain
 from video_convmae.data.decoding import resolve_reader
 from video_convmae.data.records import Records
 from video_convmae.engine import checkpoint, distributed
@@ -111,6 +112,6 @@ def _plot(evaluation: Evaluation, loaded: Predictor, folder: Path) -> None:
     draw_classes(evaluation, names, folder / "classes.png")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    run_tool(EvaluateConfig, run, arguments)
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    return run_command(EvaluateConfig, run, arguments)

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from video_convmae import predictor
-from video_convmae.config import DataConfig, FinetuneConfig, plain, run_tool
+from video_convmae.cli.parser import run_command
+from video_convmae.config import DataConfig, FinetuneConfig, plain
 from video_convmae.data.decoding import ReaderName
 from video_convmae.data.records import ListFormat, Records, read_list
 from video_convmae.engine import checkpoint, distributed, features
@@ -135,6 +136,6 @@ def _extract(
     features.extract(model, config.kind, views, pixels, protocol, group, data.workers, data.start_method, partial)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    run_tool(FeaturesConfig, run, arguments)
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    return run_command(FeaturesConfig, run, arguments)

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from video_convmae.config import FinetuneConfig, run_tool
+from video_convmae.cli.parser import run_command
+from video_convmae.config import FinetuneConfig
 from video_convmae.data.mixing import Mixing
 from video_convmae.data.records import Records
 from video_convmae.engine import distributed
@@ -80,6 +81,6 @@ def _validation(config: FinetuneConfig, group: DistInfo, records: Records, encod
     return Validation(measure, build, config.validate.every)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    run_tool(FinetuneConfig, finetune, arguments)
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    return run_command(FinetuneConfig, finetune, arguments)

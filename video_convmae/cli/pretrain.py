@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from video_convmae.config import PretrainConfig, run_tool
+from video_convmae.cli.parser import run_command
+from video_convmae.config import PretrainConfig
 from video_convmae.engine import distributed
 from video_convmae.engine.tasks import Pretraining
 from video_convmae.runs import carry_out, resolved
@@ -28,6 +29,6 @@ def pretrain(config: PretrainConfig) -> int:
         return carry_out(config, group, model, clips, Pretraining)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    run_tool(PretrainConfig, pretrain, arguments)
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    return run_command(PretrainConfig, pretrain, arguments)

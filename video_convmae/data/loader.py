@@ -23,13 +23,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
+from video_convmae.errors import UserError
+
 from .datasets import ORDER, BadRecord, ClipDataset, Sample, SampleKey, TestViewDataset, sample_generator
 from .ragged import RaggedCrops, join
 
 _PATIENCE = 2.0  # seconds that workers have to end before they are killed
 
 
-class LoaderError(RuntimeError):
+class LoaderError(UserError, RuntimeError):
     """A worker ended before its time. No record is to blame, and what the main process holds is whole."""
 
 

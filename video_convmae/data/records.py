@@ -21,6 +21,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from video_convmae.errors import UserError
+from video_convmae.shipped import find_labels
+
 ListFormat = Literal["video", "frames", "image"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -35,7 +38,7 @@ class Record:
     format: ListFormat = "video"
 
 
-class ListError(ValueError):
+class ListError(UserError):
     """A list file that cannot be used; the message names file, line and what was expected."""
 
 
@@ -127,11 +130,11 @@ def class_names(path: str | Path, root: str | Path = "", labels: str | Path | No
     Args:
         path: the list, or a folder of class folders, as in `read_list`.
         root: as in `read_list`.
-        labels: a file of names, one a line. None: `NAME.labels.txt` beside `NAME.txt` (make_list.py writes it), or the
-            names of the class folders.
+        labels: a file of names, one a line, or the name of a shipped one (`kinetics400`). None: `NAME.labels.txt`
+            beside `NAME.txt` (make-list writes it), or the names of the class folders.
 
     Raises:
-        ListError: the file of names is missing or empty.
+        UserError: the file of names is missing, cannot be read (ListError) or is empty (ListError).
     """
     if labels is None:
         if Path(root, path).is_dir():
@@ -139,13 +142,11 @@ def class_names(path: str | Path, root: str | Path = "", labels: str | Path | No
         labels = Path(path).with_suffix(".labels.txt")
         if not labels.exists():
             return None
+    labels = find_labels(labels)
     try:
-        names = Path(labels).read_text(encoding="utf-8").splitlines()
+        names = labels.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise ListError(
-            f"cannot read the class names {labels}: {error.strerror or error}; a relative path begins at the working "
-            "directory, for data_lists/ the root of the repository (or set data.labels)"
-        ) from error
+        raise ListError(f"cannot read the class names {labels}: {error.strerror or error}") from error
     if not names:
         raise ListError(f"the file of class names {labels} is empty")
     return names

@@ -69,24 +69,24 @@ class Augmentation:
     """bilinear or bicubic."""
     rand_augment: str | None = None
     """timm's configuration string, such as rand-m7-n4-mstd0.5-inc1; none: no RandAugment."""
-    erasing: float = 0.0
+    reprob: float = 0.0
     """Share of the clips in which a rectangle, the same in every frame, becomes noise."""
     on_device: bool = False
     """Resize and flip training clips on the device, where they are normalised; the crops are the same. For CPUs that
-    are short. Not with rand_augment or erasing."""
+    are short. Not with rand_augment or reprob."""
 
     def __post_init__(self) -> None:
         if self.crop not in ("multi_scale", "random_resized", "whole"):
             raise ValueError(f"augmentation.crop is {self.crop!r}; expected 'multi_scale', 'random_resized' or 'whole'")
         if not all(0 < scale <= 1 for scale in self.scales) or not self.scales:
             raise ValueError(f"augmentation.scales is {self.scales}; expected numbers above 0 and up to 1")
-        if not 0 <= self.erasing <= 1:
-            raise ValueError(f"augmentation.erasing is {self.erasing}; expected a share of the clips, from 0 to 1")
+        if not 0 <= self.reprob <= 1:
+            raise ValueError(f"augmentation.reprob is {self.reprob}; expected a share of the clips, from 0 to 1")
         if self.rand_augment is not None:
             _check_rand_augment(self.rand_augment)
-        if self.on_device and (self.rand_augment is not None or self.erasing > 0):
+        if self.on_device and (self.rand_augment is not None or self.reprob > 0):
             raise ValueError(
-                "augmentation.on_device is on, and rand_augment or erasing, which need the resized clip on the CPU; "
+                "augmentation.on_device is on, and rand_augment or reprob, which need the resized clip on the CPU; "
                 "expected one or the other: turn on_device off"
             )
 
@@ -100,7 +100,7 @@ class Augmentation:
             window = 0, 0, height, width
         flip = self.flip and bool(torch.rand((), generator=generator) < 0.5)
         operations = None if self.rand_augment is None else _seed(generator)
-        erase = self.erasing > 0 and bool(torch.rand((), generator=generator) < self.erasing)
+        erase = self.reprob > 0 and bool(torch.rand((), generator=generator) < self.reprob)
         return ClipTransform(*window, flip=flip, rand_augment=operations, erasing=_seed(generator) if erase else None)
 
     def apply(

@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
+from video_convmae.errors import UserError
 from video_convmae.weights.files import read_shards
 
 from . import distributed
@@ -36,7 +37,7 @@ BEST = "best"
 PUBLISHED = "model.safetensors"  # the weights of a run that ended, for use elsewhere
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written; those before it are whole."""
 
 

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from video_convmae.data.datasets import BadRecord
+from video_convmae.errors import UserError
 
 from . import distributed
 
@@ -38,7 +39,7 @@ class LogConfig:
             raise ValueError("log.profile and log.trace are both on; expected one: PyTorch records for one at a time")
 
 
-class TooManyBadRecords(RuntimeError):
+class TooManyBadRecords(UserError, RuntimeError):
     """More of the list cannot be read than `data.max_bad_fraction` allows."""
 
 

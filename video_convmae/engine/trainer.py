@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from video_convmae.data.datasets import STEP, sample_generator
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.loader import Batch, LoaderError
+from video_convmae.errors import UserError
 from video_convmae.weights import files
 
 from . import checkpoint, distributed
@@ -75,7 +76,7 @@ class TrainConfig:
             raise ValueError("train.precision is fp16 and train.parallel is fsdp; expected bf16 or fp32 with fsdp")
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError, RuntimeError):
     """A loss or gradient was not finite; the message names steps and records."""
 
 

@@ -35,6 +35,7 @@ import numpy as np
 
 from video_convmae.data import shards
 from video_convmae.data.records import IMAGE_SUFFIXES, Record
+from video_convmae.errors import UserError
 
 ReaderName = Literal["auto", "torchcodec", "pyav", "decord", "torchcodec_cuda"]
 
@@ -49,7 +50,7 @@ _INSTALL = {
 }
 
 
-class DecodeError(RuntimeError):
+class DecodeError(UserError, RuntimeError):
     """A record that cannot be decoded. The message names its path and what is wrong."""
 
 

@@ -1,0 +1,287 @@
+"""Read a command line: `--config`, edits of single fields, and a short or complete help.
+
+    video-convmae pretrain --config video/pretrain_k400_base --optim.base_lr 3e-4
+    video-convmae pretrain --help            the fields that most runs set
+    video-convmae pretrain --help-all        every field, explained
+    video-convmae pretrain ... --print_config    the whole configuration
+
+A configuration file may extend another and then states only what differs:
+
+    extends: video/pretrain_k400_base        a shipped name, or a path relative to this file
+    output: runs/longer
+    train: {epochs: 1600}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import jsonargparse
+import yaml
+
+from video_convmae.errors import UserError
+from video_convmae.shipped import find_config
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+# Listed by --help, in this order, where a configuration has more than MANY fields.
+FIRST = (
+    *("output", "data.train", "data.validation", "data.root", "data.format", "data.labels", "data.workers"),
+    *("init.weights", "model.size", "model.num_frames", "model.image_size", "model.probe", "mask.kind", "mask.ratio"),
+    *("optim.lr", "optim.base_lr", "optim.warmup_epochs", "optim.layer_decay"),
+    *("train.epochs", "train.max_steps", "train.batch_size", "train.effective_batch", "train.precision"),
+    *("device", "seed"),
+)
+MANY = 30
+WIDTH = 100
+
+Config = TypeVar("Config")
+
+
+class Field(NamedTuple):
+    """A field of a configuration. default: MISSING where a value must be given."""
+
+    type: Any
+    default: Any
+    explanation: str
+
+
+class CommandLine(argparse.ArgumentParser):
+    """Parser of a command with options of its own: no abbreviations, and an error is one line.
+
+    Args:
+        command: name after `video-convmae`.
+        description: text of its help; line breaks are kept.
+    """
+
+    def __init__(self, command: str, description: str | None = None, **options: Any) -> None:
+        super().__init__(
+            prog=f"video-convmae {command}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2 and one line."""
+        fail(self.prog, message)
+
+
+def run_command(kind: type[Config], program: Callable[[Config], Any], arguments: Sequence[str]) -> int:
+    """Parse a configuration and run a program with it; returns the exit code 0.
+
+    Errors are raised as they are: `video_convmae.cli.main` reports those of a user in one line.
+    """
+    program(parse(kind, arguments))
+    return 0
+
+
+def parse(kind: type[Config], arguments: Sequence[str]) -> Config:
+    """Read a configuration from `--config` and edits of single fields.
+
+    Args:
+        kind: dataclass of the run, named like its command: PretrainConfig.
+        arguments: as on the command line. Edits replace what files state; of several files the later replace the
+            earlier. A field that is true or false is true where its name stands alone.
+
+    Raises:
+        SystemExit: a field is unknown, missing or of a wrong type (exit code 2), or help was asked for (0).
+    """
+    parser = _FieldParser(kind, is_complete="--help-all" in arguments)
+    values: dict[str, Any] = {}
+    edits: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        option, is_joined, value = argument.partition("=")
+        if option == "--config":
+            name = value if is_joined else next(remaining, None)
+            if not name:
+                parser.error("--config needs the name or the path of a configuration")
+            values = merge(values, parser.read(name))
+        else:
+            edits.append(argument)
+    edits = [parser.checked(edit, following) for edit, following in pairwise([*edits, "--"])]
+    config = [f"--config={yaml.safe_dump(values)}"] if values else []
+    parsed = parser.instantiate(parser.parse_args([*config, *edits]))
+    return kind(**{name: value for name, value in parsed.as_dict().items() if name != "config"})
+
+
+def read_config(name: str | Path, folder: str | Path = "", seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML file over the one that it extends.
+
+    Args:
+        name: path, or name of a shipped configuration.
+        folder: folder of relative paths.
+        seen: files that extend this one.
+
+    Raises:
+        UserError: there is no such file, it is no mapping, or it extends itself.
+    """
+    path = find_config(name, folder)
+    if path.resolve() in seen:
+        raise UserError(f"{path} extends itself, by way of {', '.join(str(each) for each in seen)}: remove one extends")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__}; expected fields and their values (output: runs/first)")
+    base = values.pop("extends", None)
+    return values if base is None else merge(read_config(base, path.parent, (*seen, path.resolve())), values)
+
+
+def merge(base: dict[str, Any], edits: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with the values of `edits`; groups of fields are merged, everything else (lists too) replaced."""
+    merged = dict(base)
+    for key, value in edits.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted names and values of nested groups."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def fields_of(kind: type, prefix: str = "") -> dict[str, Field]:
+    """Return every field of a dataclass and of those in it, by its dotted name."""
+    texts: dict[str, str] = {}
+    for parent in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
+        parameters = docstring_parser.parse_from_object(parent).params
+        texts |= {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in parameters}
+    types = get_type_hints(kind)
+    found: dict[str, Field] = {}
+    for each in fields(kind):
+        if is_dataclass(types[each.name]):
+            found |= fields_of(types[each.name], f"{prefix}{each.name}.")
+        else:
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            found[prefix + each.name] = Field(types[each.name], default, texts.get(each.name, ""))
+    return found
+
+
+def type_name(kind: Any) -> str:
+    """Return a type as a user writes its values: `int or [int, int]`, `bf16, fp16 or fp32`, `true or false`."""
+    *most, last = _alternatives(kind)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _alternatives(kind: Any) -> list[str]:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return [name for part in parts for name in _alternatives(part)]
+    if origin is Literal:
+        return [str(part) for part in parts]
+    if origin is tuple:
+        return [f"[{', '.join('...' if part is Ellipsis else type_name(part) for part in parts)}]"]
+    words = {bool: ["true", "false"], str: ["text"], NoneType: ["null"], float: ["number"], int: ["whole number"]}
+    return words.get(kind, [getattr(kind, "__name__", str(kind))])
+
+
+def fail(program: str, message: str, code: int = 2) -> NoReturn:
+    """End the process with one line on standard error."""
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+class _FieldParser(jsonargparse.ArgumentParser):
+    """jsonargparse's parser of a dataclass, with errors of one line and a help that is short at first."""
+
+    def __init__(self, kind: type, is_complete: bool = False) -> None:
+        """Add the fields of `kind`; `is_complete`: help lists all of them."""
+        command = kind.__name__.removesuffix("Config").lower()
+        super().__init__(
+            prog=f"video-convmae {command}",
+            usage="%(prog)s [--config NAME] [--FIELD VALUE ...]",
+            description=kind.__doc__,
+            allow_abbrev=False,
+        )
+        self.add_argument("--help-all", action="help", help="List every field.")
+        self.add_argument("--config", action="config", help="Shipped configuration, or a YAML file.")
+        self.add_class_arguments(kind)
+        self._is_complete = is_complete
+        self._fields = fields_of(kind)
+        groups = {name[:place] for name in self._fields for place, letter in enumerate(name) if letter == "."}
+        self._known = {*self._fields, *groups}
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Read a configuration file; an unknown field in it is an error that names both."""
+        try:
+            values = read_config(name)
+        except UserError as error:
+            self.error(str(error))
+        for field, _ in flatten(values):
+            if field not in self._known:
+                self.error(f"{name}: {self._no_field(field)}")
+        return values
+
+    def checked(self, argument: str, following: str) -> str:
+        """Check the name of an option; a field that is true or false gets its value where its name stands alone."""
+        if not argument.startswith("--"):
+            return argument
+        name, is_joined, _ = argument[2:].partition("=")
+        if name not in self._known | {"help", "help-all", "print_config"}:
+            self.error(self._no_field(name))
+        is_switch = name in self._fields and self._fields[name].type is bool and not is_joined
+        return f"{argument}=true" if is_switch and following.startswith("--") else argument
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with exit code 2 and one line; jsonargparse's several lines on a wrong type become `NAME is VALUE`."""
+        field = re.search(r'(?:Parser key|Key) "([^"]+)"', message)
+        value = re.search(r"(?:Given|Got) value: (.*)", message)
+        missing = re.search(r"arguments are required: (.*)", message)
+        if field and value and field[1] in self._fields:
+            kind = type_name(self._fields[field[1]].type)
+            message = f"{field[1]} is {value[1]}; expected {kind} (--help-all explains every field)"
+        elif missing:
+            message = f"{missing[1]} must be given: on the command line, or by a --config that has it"
+        fail(self.prog, message)
+
+    def format_help(self) -> str:
+        """Return the complete help, or the fields that most runs set."""
+        if self._is_complete:
+            return super().format_help()
+        names = list(self._fields) if len(self._fields) <= MANY else [name for name in FIRST if name in self._fields]
+        options = [
+            ("--config NAME", "Shipped configuration (video/pretrain_k400_base_msd), or a YAML file."),
+            *((f"--{name}", self._explain(name)) for name in names),
+            ("--print_config", "Print the whole configuration and exit."),
+            ("--help-all", f"List all {len(self._fields)} fields."),
+            ("--debug", "Show the traceback of an error."),
+        ]
+        column = 4 + max(len(option) for option, _ in options)
+        layout: dict[str, Any] = {"width": WIDTH, "subsequent_indent": " " * column, "break_on_hyphens": False}
+        lines = [textwrap.fill(f"  {option:{column - 2}}{text}", **layout) for option, text in options]
+        return "\n".join([self.format_usage(), self.description or "", "", *lines, ""])
+
+    def _explain(self, name: str) -> str:
+        kind, default, explanation = self._fields[name]
+        if default is MISSING:
+            return f"{explanation} (required)"
+        written = default if isinstance(default, str) else json.dumps(default)
+        return f"{explanation} ({type_name(kind)}{'; default ' * bool(written)}{written})"
+
+    def _no_field(self, name: str) -> str:
+        near = get_close_matches(name, sorted(self._known), n=1)
+        ending = name.rsplit(".", 1)[-1]
+        near = near or [each for each in self._fields if each.rsplit(".", 1)[-1] == ending][:3]
+        hint = f"did you mean {' or '.join(near)}?" if near else "--help-all lists every field"
+        return f"there is no field {name}; {hint}"

@@ -1,0 +1,63 @@
+"""Find the configurations and class names that come with the package, in a wheel or in a clone."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+
+from video_convmae.errors import UserError
+
+PACKAGE = Path(__file__).parent
+
+
+def find_config(name: str | Path, folder: str | Path = "") -> Path:
+    """Return the file of a configuration.
+
+    Args:
+        name: a path, or the name of a shipped configuration (`video/pretrain_k400_base_msd`); `.yaml` may be left out.
+        folder: folder of relative paths; by default the working directory.
+
+    Raises:
+        UserError: neither exists.
+    """
+    return _find(name, folder, _shipped_folder("configs", "configs"), ".yaml", "configuration")
+
+
+def find_labels(name: str | Path) -> Path:
+    """Return the file of class names, one a line.
+
+    Args:
+        name: a path, or the name of a shipped file (`kinetics400`); `.txt` may be left out.
+
+    Raises:
+        UserError: neither exists.
+    """
+    return _find(name, "", _shipped_folder("labels", "data_lists"), ".txt", "class names")
+
+
+def shipped_configs() -> list[str]:
+    """Return the names of the shipped configurations."""
+    return _names(_shipped_folder("configs", "configs"), ".yaml")
+
+
+def _find(name: str | Path, folder: str | Path, shipped: Path, suffix: str, kind: str) -> Path:
+    for place in (Path(folder), shipped):
+        for path in (place / name, place / f"{name}{suffix}"):
+            if path.is_file():
+                return path
+    names = _names(shipped, suffix)
+    near = get_close_matches(str(name).removesuffix(suffix), names, n=3)
+    raise UserError(
+        f"cannot read the {kind} {str(name)!r}: {Path(folder).resolve()} has no such file, and none is shipped; "
+        + (f"did you mean {' or '.join(near)}?" if near else f"shipped are {', '.join(names)}")
+    )
+
+
+def _names(folder: Path, suffix: str) -> list[str]:
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob(f"*{suffix}"))
+
+
+def _shipped_folder(in_wheel: str, in_clone: str) -> Path:
+    """Return the folder inside an installed wheel's package, or that of the clone (pyproject.toml maps them)."""
+    installed = PACKAGE / in_wheel
+    return installed if installed.is_dir() else PACKAGE.parent / in_clone
