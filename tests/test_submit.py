@@ -1,4 +1,4 @@
-"""tools/submit.py: what it asks of Slurm, and its jobs run here: to the end, and preempted and queued again."""
+"""`video-convmae submit`: its requests to Slurm, and local jobs: run to the end, preempted and queued again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ pytest.importorskip("submitit", reason='submitit is not installed: pip install -
 
 import submitit
 
-from video_convmae.cli.submit import LEAVE, Launch, build_executor, main, minutes, read
+from video_convmae.cli.submit import PREEMPTION, Launch, build_executor, main, minutes, parse_options
+from video_convmae.errors import UserError
 
 SCRIPT = str(ROOT / "tools" / "pretrain.py")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in Linux's /proc")
@@ -32,8 +33,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="fi
 def sbatch_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *options: str) -> list[str]:
     """The lines of the file that sbatch would get."""
     monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 2))  # as if srun were here
-    given, _ = read([*options, f"--logs={tmp_path}", "--", SCRIPT])
-    return build_executor(given)._make_submission_file_text("COMMAND", "uid").splitlines()
+    options, _ = parse_options([*options, f"--logs={tmp_path}", "--", SCRIPT])
+    return build_executor(options)._make_submission_file_text("COMMAND", "uid").splitlines()
 
 
 def test_the_sbatch_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -69,6 +70,14 @@ def test_torchruns_command() -> None:
     ]
 
 
+def test_a_command_runs_as_a_module_and_a_script_as_a_file() -> None:
+    _, command = parse_options(["--gpus-per-node=8", "--", "pretrain", "--config", "debug/pretrain"])
+    assert command == ["-m", "video_convmae", "pretrain", "--config", "debug/pretrain"]
+    assert parse_options(["--gpus-per-node=8", "--", SCRIPT, "--x"])[1] == [SCRIPT, "--x"]
+    launch = Launch(tuple(command), nodes=1, processes=8, restarts=0, grace=300)
+    assert launch.command("5")[-6:] == ["--standalone", *command]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("90", 90), ("1:30", 2), ("24:00:00", 1440), ("0:0:1", 1), ("2-12", 3600), ("1-0:5", 1445), ("1-0:0:30", 1441)],
@@ -86,8 +95,8 @@ def test_no_times(text: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus-per-node=8"], "no script; expected it behind --"),
-        (["--gpus-per-node=8", "--", "tools/pretrian.py"], "tools/pretrian.py: there is no such script"),
+        (["--gpus-per-node=8"], "no command; expected it after --"),
+        (["--gpus-per-node=8", "--", "tools/pretrian.py"], "tools/pretrian.py: no such command, and no such script"),
         (["--cluster=local", "--nodes=2", "--gpus-per-node=1", "--", SCRIPT], "--nodes is 2; expected"),
         (["--", SCRIPT], "--gpus-per-node is 0; give"),
         (["--gpus-per-node=8", "--time=5", "--", SCRIPT], "--grace is 300 s; expected"),
@@ -95,13 +104,13 @@ def test_no_times(text: str) -> None:
 )
 def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        read(arguments)
+        parse_options(arguments)
     assert message in capsys.readouterr().err
 
 
 def test_no_slurm_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SystemExit, match="--cluster local"):
+    with pytest.raises(UserError, match="--cluster local"):
         main(["--gpus-per-node=8", f"--logs={tmp_path}", "--", SCRIPT])
 
 
@@ -169,7 +178,7 @@ def test_a_local_job_that_fails(videos: Path, tmp_path: Path) -> None:
     arguments = local(videos, tmp_path, "--train.epoch_count=1")
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    assert "did not end well" in done.stderr
+    assert "failed; the last lines of" in done.stderr
     assert "torchrun failed (exit code 1)" in done.stderr
 
 
@@ -181,7 +190,7 @@ def test_a_local_job_is_preempted_and_goes_on(videos: Path, tmp_path: Path, star
     controller = int(job.stdout.readline().split()[1].rstrip(","))
     wait_until(has_steps(tmp_path / "run", 3), [job])
     for process in family(controller)[1:]:
-        os.kill(process, LEAVE)
+        os.kill(process, PREEMPTION)
     assert job.wait(300) == 0
     output = (tmp_path / "logs" / f"{controller}_0_log.out").read_text()
     assert output.count("stopped by a signal after step") == 1
@@ -205,7 +214,7 @@ def test_a_local_job_that_is_stopped_saves(
     wait_until(has_steps(tmp_path / "run", 3), [job])
     (os.killpg if ending == signal.SIGINT else os.kill)(job.pid, ending)
     assert job.wait(60) == 1
-    assert "torchrun was told to stop" in job.stderr.read()
+    assert "torchrun was stopped" in job.stderr.read()
     assert "stopped by a signal after step" in (tmp_path / "logs" / f"{controller}_0_log.out").read_text()
 
 
@@ -254,7 +263,7 @@ def signal_all(tasks: list[subprocess.Popen], number: signal.Signals) -> None:
 @needs_proc
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("number", "state"), [(LEAVE, "RUNNING"), (signal.SIGTERM, "RUNNING"), (signal.SIGTERM, "COMPLETING")]
+    ("number", "state"), [(PREEMPTION, "RUNNING"), (signal.SIGTERM, "RUNNING"), (signal.SIGTERM, "COMPLETING")]
 )
 def test_a_job_on_two_nodes_saves_and_is_queued_again_unless_it_was_cancelled(
     number: signal.Signals,

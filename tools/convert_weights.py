@@ -4,4 +4,5 @@ import sys
 
 from video_convmae.cli import main
 
-sys.exit(main("convert"))
+if __name__ == "__main__":  # loading processes started by spawn import this file
+    sys.exit(main("convert"))

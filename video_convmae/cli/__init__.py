@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from video_convmae import __version__
+import video_convmae
 from video_convmae.errors import UserError
 
 COMMANDS = {
@@ -37,7 +37,7 @@ def main(*command: str) -> int:
         print(help_text())
         return 0
     if name == "--version":
-        print(f"video-convmae {__version__}")
+        print(f"video-convmae {video_convmae.__version__}")
         return 0
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, n=1)
