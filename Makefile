@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: test test-faults test-slow demo demo-image study lint clean
+.PHONY: test test-faults test-slow demo demo-image study lint wheel clean
 
 test: $(VENV)/.dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not faults"
 
 test-faults: $(VENV)/.dev
@@ -17,7 +17,7 @@ test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow"
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m tools.study.demo --output runs/demo
@@ -28,12 +28,15 @@ demo-image: $(VENV)/.demo
 study: $(VENV)/.demo
 	$(BIN)/python -m tools.study --output runs/study
 
+wheel: $(VENV)/.dev
+	$(BIN)/python -m build --wheel --no-isolation
+
 clean:
-	rm -rf $(VENV) runs/demo runs/demo-image
+	rm -rf $(VENV) dist runs/demo runs/demo-image
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) --upgrade pip setuptools wheel
+	$(PIP_INSTALL) --upgrade pip
 	$(PIP_INSTALL) -e .
 	touch $@
 
