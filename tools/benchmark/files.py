@@ -106,7 +106,7 @@ def _film(kind: Kind, count: int, fps: int, rng: np.random.Generator) -> Iterato
     size = (kind.width, kind.height)
     piece = other.resize((kind.height // 2, kind.height // 2))
     shape = Image.new("L", piece.size)
-    ImageDraw.SampleKey(shape).ellipse((0, 0, *piece.size), fill=255)
+    ImageDraw.Draw(shape).ellipse((0, 0, *piece.size), fill=255)
     noise = rng.normal(0, kind.noise, (8, kind.height, kind.width, 1))
     largest = min(scene.width / kind.width, scene.height / kind.height)
     x, y, zoom, across, down = (_wander(count, fps, rng) for _ in range(5))

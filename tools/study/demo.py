@@ -139,7 +139,7 @@ def show_predictions(run: Path, data: Path, picture: Path, shown: int = 8) -> No
         strip = [Image.fromarray(frames[i]).resize((96, 96)) for i in (0, len(frames) // 2, len(frames) - 1)]
         rows.append((strip, f"is: {predictor.name(record.label)}", best, second))
     sheet = Image.new("RGB", (3 * 100 + 330, 100 * len(rows)), "white")
-    draw = ImageDraw.SampleKey(sheet)
+    draw = ImageDraw.Draw(sheet)
     for place, (strip, truth, best, second) in enumerate(rows):
         for column, frame in enumerate(strip):
             sheet.paste(frame, (100 * column, 100 * place))

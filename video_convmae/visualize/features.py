@@ -158,7 +158,7 @@ def write_picture(rows: Sequence[Row], lines: Sequence[str], path: Path, tubelet
     top = 4 + 20 * len(lines)
     across = max(left + len(times) * (width + 4), int(max((font.getlength(line) for line in lines), default=0)) + 16)
     picture = Image.new("RGB", (across, top + 20 + len(rows) * (height + 4)), "white")
-    draw = ImageDraw.SampleKey(picture)
+    draw = ImageDraw.Draw(picture)
     for place, line in enumerate(lines):
         draw.text((8, 4 + 20 * place), line, fill="black", font=font)
     for column, time in enumerate(times):

@@ -123,7 +123,7 @@ def write_picture(result: Reconstructions, path: Path, text: str, frames: int = 
     body = np.concatenate(clips)
     font = ImageFont.load_default(14)
     picture = Image.new("RGB", (max(body.shape[1], int(font.getlength(text)) + 16), body.shape[0] + 26), "white")
-    ImageDraw.SampleKey(picture).text((8, 4), text, fill="black", font=font)
+    ImageDraw.Draw(picture).text((8, 4), text, fill="black", font=font)
     picture.paste(Image.fromarray(body), (0, 26))
     picture.save(path)
 
