@@ -255,10 +255,10 @@ class _FieldParser(jsonargparse.ArgumentParser):
             message = f"{missing[1]} must be given: on the command line, or by a --config that has it"
         fail(self.prog, message)
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """Return the complete help, or the fields that most runs set."""
         if self._is_complete:
-            return super().format_help()
+            return super().format_help(formatter)
         names = list(self._fields) if len(self._fields) <= MANY else [name for name in FIRST if name in self._fields]
         options = [
             ("--config NAME", "Shipped configuration (video/pretrain_k400_base_msd), or a YAML file."),

@@ -295,14 +295,13 @@ def main(arguments: Sequence[str]) -> int:
     """Submit a job; with --cluster local, wait for its end. Returns the exit code."""
     options, script = parse_options(arguments)
     try:
-        import submitit  # noqa: F401
+        import submitit
     except ImportError as error:
         raise UserError('submit needs submitit: pip install "video-convmae[slurm]"') from error
-    if options.cluster == "slurm":
-        try:
-            submit(options, script)
-        except RuntimeError as error:
-            raise UserError(f"{error} Without Slurm, --cluster local runs the job on this machine.") from error
-        return 0
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by submitit's controller: `wait` passes Ctrl-C on once
-    return wait(submit(options, script))
+    if options.cluster == "local":  # inherited by submitit's controller: `wait` passes Ctrl-C on, once
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        job = submit(options, script)
+    except RuntimeError as error:
+        raise UserError(f"{error} Without Slurm, --cluster local runs the job on this machine.") from error
+    return wait(job) if isinstance(job, submitit.LocalJob) else 0
