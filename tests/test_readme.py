@@ -103,8 +103,9 @@ def test_every_command_names_a_tool_that_has_those_options(document: Path) -> No
 
 
 def help_of(tool: str, *subcommand: str) -> str:
+    configured = tool.endswith(("pretrain.py", "finetune.py", "evaluate.py", "extract_features.py"))
     result = subprocess.run(
-        [sys.executable, str(ROOT / tool), *subcommand, "--help"],
+        [sys.executable, str(ROOT / tool), *subcommand, "--help-all" if configured else "--help"],
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
         capture_output=True,
