@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 from video_convmae import predictor
 from video_convmae.config import DataConfig, FinetuneConfig, plain, run_tool
-from video_convmae.data.decoding import ReaderName
-from video_convmae.data.records import ListFormat, Records, read_list
+from video_convmae.data.options import ListFormat, ReaderName
+from video_convmae.data.records import Records, read_list
 from video_convmae.engine import checkpoint, distributed, features
 from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.evaluation import ProtocolConfig, partial_folder, write_faults
