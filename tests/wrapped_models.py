@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from video_convmae import create_autoencoder, create_classifier, masking
 from video_convmae.data.loader import Batch
-from video_convmae.data.mixing import Mixing, MixingConfig
+from video_convmae.data.mixing import Mixing
+from video_convmae.data.options import MixingConfig
 from video_convmae.engine import distributed
 from video_convmae.engine.optim import EMA, OptimConfig, build_optimization, clip_gradients
 from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, Task
@@ -56,7 +57,7 @@ def batch(visible_of: tuple[int, int, int], step: int, records: slice) -> Batch:
     clips = torch.randint(0, 256, (RECORDS, 3, 4, 32, 32), generator=generator, dtype=torch.uint8)
     visible = torch.stack([masking.tube(visible_of, 0.5, generator) for _ in range(RECORDS)])
     labels = torch.arange(RECORDS) % CLASSES
-    return Batch(clips[records], visible[records], labels[records], torch.arange(RECORDS)[records], ())
+    return Batch(clips[records], visible[records], None, labels[records], torch.arange(RECORDS)[records], ())
 
 
 def steps(name: str, group: distributed.DistInfo, way: dict | None) -> dict[str, list]:

@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import torch
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
+from torch import Tensor
 
-from video_convmae.data.datasets import ClipDataset, TestViewDataset, ViewConfig
-from video_convmae.data.decoding import ReaderName
+from video_convmae.data.datasets import ClipDataset, TestViewDataset
 from video_convmae.data.decoding.process import ReaderProcess
-from video_convmae.data.mixing import MixingConfig
-from video_convmae.data.records import ListError, ListFormat, Records, class_names, read_list
+from video_convmae.data.options import AugmentationConfig, ListFormat, MixingConfig, ReaderName, ViewConfig
+from video_convmae.data.records import ListError, Records, class_names, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
 from video_convmae.engine import checkpoint
@@ -36,7 +37,7 @@ from video_convmae.engine.evaluation import ProtocolConfig
 from video_convmae.engine.log import LogConfig
 from video_convmae.engine.optim import OptimConfig
 from video_convmae.engine.trainer import TrainConfig
-from video_convmae.masking import MASKS
+from video_convmae.masking import MASKS, Grid
 from video_convmae.models.autoencoder import Autoencoder, Target, create_autoencoder
 from video_convmae.models.classifier import Classifier, Probe, ProbeKind, create_classifier, create_probe
 from video_convmae.models.encoder import EncoderConfig
@@ -132,6 +133,10 @@ class MaskConfig:
     """Share of the tokens that is hidden."""
 
 
+def _draw_mask(mask: MaskConfig, grid: Grid, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    return MASKS[mask.kind](grid, mask.ratio, generator), None
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The list, and how clips are made of its records."""
@@ -155,8 +160,8 @@ class DataConfig:
     """Frames between two of a dense clip."""
     repeats: int = 1
     """Clips of each decoded record: own start, crop and mask; not counted in the batch size."""
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    """What happens to a training clip."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    """Augmentation of a training clip."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Of each channel, for pixels from 0 to 1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -179,9 +184,9 @@ class DataConfig:
         return ClipDataset(
             records,
             self.frames(encoder),
-            self.augmentation,
+            Augmentation(self.augmentation),
             encoder.image_size,
-            None if mask is None else partial(MASKS[mask.kind], encoder.grid, mask.ratio),
+            None if mask is None else partial(_draw_mask, mask, encoder.grid),
             ReaderProcess(self.decoder, self.decode_timeout),
             self.repeats,
             seed,
@@ -190,7 +195,8 @@ class DataConfig:
     def views(self, records: Records, encoder: EncoderConfig, views: ViewConfig) -> TestViewDataset:
         """Test views in the shape that the encoder takes."""
         decoder = ReaderProcess(self.decoder, self.decode_timeout)
-        return TestViewDataset(records, self.frames(encoder), views, self.augmentation, encoder.image_size, decoder)
+        augmentation = Augmentation(self.augmentation)
+        return TestViewDataset(records, self.frames(encoder), views, augmentation, encoder.image_size, decoder)
 
 
 @dataclass(frozen=True)

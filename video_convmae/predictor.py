@@ -24,10 +24,11 @@ from video_convmae.config import (
     LabelledDataConfig,
     PretrainConfig,
 )
-from video_convmae.data.datasets import TestViewDataset, ViewConfig
-from video_convmae.data.decoding import DecodeError, ReaderName, resolve_reader
+from video_convmae.data.datasets import TestViewDataset
+from video_convmae.data.decoding import DecodeError, resolve_reader
 from video_convmae.data.decoding.process import ReaderProcess
-from video_convmae.data.records import IMAGE_SUFFIXES, ListError, ListFormat, Record, Records, class_names
+from video_convmae.data.options import IMAGE_SUFFIXES, AugmentationConfig, ListFormat, ReaderName, ViewConfig
+from video_convmae.data.records import ListError, Record, Records, class_names
 from video_convmae.data.transforms import Augmentation
 from video_convmae.engine import checkpoint
 from video_convmae.engine.evaluation import ProtocolConfig
@@ -123,7 +124,8 @@ class Predictor:
         data, encoder = self.config.data, self.model.encoder.config
         record = Record(str(path), format=_format(Path(path)))
         records, size = Records([record], record.format), encoder.image_size
-        sample = TestViewDataset(records, data.frames(encoder), views, data.augmentation, size, self._decoder)[0]
+        augmentation = Augmentation(data.augmentation)
+        sample = TestViewDataset(records, data.frames(encoder), views, augmentation, size, self._decoder)[0]
         if sample.faults:
             raise DecodeError(sample.faults[0].error)
         return sample.clips
@@ -215,7 +217,7 @@ def _usual_settings(model: Autoencoder | Classifier) -> PretrainConfig | Finetun
     encoder = model.encoder.config
     shape = {"num_frames": encoder.num_frames, "image_size": encoder.image_size}
     is_image = encoder.num_frames == 1
-    how = Augmentation(interpolation="bicubic" if is_image else "bilinear")
+    how = AugmentationConfig(interpolation="bicubic" if is_image else "bilinear")
     data = {"train": "", "format": "image" if is_image else "video", "augmentation": how}
     if isinstance(model, Autoencoder):
         return PretrainConfig("", DataConfig(**data), AutoencoderConfig(**shape))

@@ -23,7 +23,7 @@ from torch import nn
 from video_convmae.config import FinetuneConfig, PretrainConfig, from_plain, plain, write_yaml
 from video_convmae.data.datasets import ClipDataset
 from video_convmae.data.decoding import resolve_reader
-from video_convmae.data.loader import Batch, BatchPlan, ResumableBatchSampler, load
+from video_convmae.data.loader import Batch, BatchPlan, ResumableBatchSampler, iter_batches
 from video_convmae.data.records import Records
 from video_convmae.engine import checkpoint, distributed
 from video_convmae.engine.distributed import DistInfo
@@ -111,7 +111,7 @@ def carry_out(
 
     def load_from(first_step: int) -> Generator[Batch]:
         batches = ResumableBatchSampler(count, share, config.seed, first_step, last_step)
-        return load(clips, batches, config.data.workers, group.device.type == "cuda", config.data.start_method)
+        return iter_batches(clips, batches, config.data.workers, group.device.type == "cuda", config.data.start_method)
 
     started = time.perf_counter()
     steps = train(

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from video_convmae.data.datasets import BadRecord, TestViewDataset, ViewConfig
-from video_convmae.data.loader import Batch, load
+from video_convmae.data.datasets import BadRecord, TestViewDataset
+from video_convmae.data.loader import Batch, iter_batches
+from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import Records
 
 from . import distributed
@@ -206,7 +207,7 @@ def score_chunks(
     training = model.training
     model.eval()
     try:
-        batches = load(views, mine, workers, group.device.type == "cuda", start_method)
+        batches = iter_batches(views, mine, workers, group.device.type == "cuda", start_method)
         for chunk in _score(compute, batches, views.views.count, pixels, config.precision):
             distributed.heartbeat(f"scores the records after {chunk.records[-1]}")
             yield chunk
