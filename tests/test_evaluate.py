@@ -20,7 +20,7 @@ from video_convmae.cli.evaluate import run, summary
 from video_convmae.cli.finetune import finetune
 from video_convmae.config import EvaluateConfig, FinetuneConfig, parse
 from video_convmae.data.sampling import dense_views
-from video_convmae.data.transforms import view_crops
+from video_convmae.data.transforms import Augmentation, view_crops
 from video_convmae.engine import checkpoint
 from video_convmae.engine.evaluation import Progress, partial_folder
 from video_convmae.predictor import load
@@ -149,7 +149,7 @@ def test_scores_are_the_mean_softmax_of_the_views(trained: Path, videos: Path, a
     scores = []
     for segment in dense_views(len(frames), 4, 2, 2):
         for crop in view_crops(48, 80, (32, 32), 3):
-            clip = data.augmentation.apply(frames[segment], crop, (32, 32))[None]
+            clip = Augmentation(data.augmentation).apply(frames[segment], crop, (32, 32))[None]
             mean, std = (255 * torch.tensor(v).view(1, 3, 1, 1, 1) for v in (data.mean, data.std))
             with torch.inference_mode():
                 scores.append(predictor.model((clip - mean) / std).softmax(dim=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,11 +54,11 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def clips(folder: Path, name: str, **changes: object) -> ClipDataset:
+def clips(folder: Path, name: str, **changes: Any) -> ClipDataset:
     return clips_of(read_list(folder / name, root=folder), **changes)
 
 
-def clips_of(records: Records, **changes: object) -> ClipDataset:
+def clips_of(records: Records, **changes: Any) -> ClipDataset:
     return ClipDataset(
         records,
         **{

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def augment(**fields: object) -> Augmentation:
+def augment(**fields: Any) -> Augmentation:
     return Augmentation(AugmentationConfig(**fields))
 
 

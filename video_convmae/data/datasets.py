@@ -120,7 +120,8 @@ class ClipDataset(Dataset[Sample]):
                 generator = sample_generator(self.seed, epoch, line, attempt, REPLACEMENT)
                 index = int(torch.randint(len(self.records), (), generator=generator))
             else:
-                return Sample(clips, visible, predicted, int(self.records.labels[index]), index, tuple(faults))
+                label = -1 if record.label is None else record.label
+                return Sample(clips, visible, predicted, label, index, tuple(faults))
         raise DecodeError(
             f"{len(faults)} records in a row could not be read, from record {key[1]} on; the first: {faults[0].error}"
         )
@@ -128,30 +129,27 @@ class ClipDataset(Dataset[Sample]):
     def _read(
         self, record: Record, generators: list[torch.Generator]
     ) -> tuple[Tensor | RaggedCrops, Tensor | None, Tensor | None]:
-        """Decode a record once and make a clip and a mask with each generator: clips, visible, predicted."""
+        """Decode a record once; draw a clip and a mask with each generator. Returns clips, visible, predicted."""
         with self.reader.open(record) as reader:
             indices = np.stack([self.sampling.clip(len(reader), generator) for generator in generators])
             wanted, places = np.unique(indices, return_inverse=True)  # repeats that overlap share their frames
             frames = reader.read(wanted)
+        # Each generator gives the numbers of one clip in this order: start, transform, mask.
         height, width = frames.shape[1:3]
-        crops: list[RaggedCrops] = []
-        clips, visible, predicted = [], [], []
-        for generator, clip_places in zip(generators, places.reshape(indices.shape)):
-            transform = self.augmentation.draw(height, width, generator)
-            if self.augmentation.config.on_device:
-                crops.append(self.augmentation.crop_only(frames, transform, self.size, clip_places))
-            else:
-                clips.append(self.augmentation.apply(frames, transform, self.size, clip_places))
-            if self.draw_mask is not None:
-                clip_visible, clip_predicted = self.draw_mask(generator)
-                visible.append(clip_visible)
-                if clip_predicted is not None:
-                    predicted.append(clip_predicted)
-        return (
-            concatenate_crops(crops) if crops else torch.stack(clips),
-            torch.stack(visible) if visible else None,
-            torch.stack(predicted) if predicted else None,
-        )
+        transforms = [self.augmentation.draw(height, width, generator) for generator in generators]
+        masks = [self.draw_mask(generator) for generator in generators] if self.draw_mask is not None else []
+        parts = zip(transforms, places.reshape(indices.shape))
+        clips: Tensor | RaggedCrops
+        if self.augmentation.config.on_device:
+            crops = [self.augmentation.crop_only(frames, transform, self.size, where) for transform, where in parts]
+            clips = concatenate_crops(crops)
+        else:
+            clips = torch.stack(
+                [self.augmentation.apply(frames, transform, self.size, where) for transform, where in parts]
+            )
+        visible = torch.stack([clip_visible for clip_visible, _ in masks]) if masks else None
+        predicted = [clip_predicted for _, clip_predicted in masks if clip_predicted is not None]
+        return clips, visible, torch.stack(predicted) if predicted else None
 
 
 @dataclass(eq=False)
@@ -180,7 +178,7 @@ class TestViewDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Return a record's views, segment by segment; zeros and a fault if it is bad."""
         record = self.records[index]
-        label = int(self.records.labels[index])
+        label = -1 if record.label is None else record.label
         try:
             with self.reader.open(record) as reader:
                 segments = self.sampling.views(len(reader), self.views.segments)

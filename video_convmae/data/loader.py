@@ -85,12 +85,12 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
         return (self.last_step - self.first_step) * self.plan.accumulate
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        plan, epoch, order = self.plan, -1, []
+        plan, global_batch, epoch, order = self.plan, self.plan.global_batch, -1, []
         for step in range(self.first_step, self.last_step):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 order = epoch_order(self.count, self.seed, epoch)
-            start = step % self.steps_per_epoch * plan.global_batch
+            start = step % self.steps_per_epoch * global_batch
             for part in range(plan.accumulate):
                 ours = start + (part * plan.ranks + plan.rank) * plan.per_device
                 yield [SampleKey(epoch, index) for index in order[ours : ours + plan.per_device]]

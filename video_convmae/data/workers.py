@@ -1,8 +1,8 @@
-"""Loading processes: how they start, how they end, and what is reported if one is lost.
+"""Loading processes: their start, their end, and the report of a lost one.
 
-PyTorch's loader is made for workers that end by themselves. Here a worker may wait for a codec that hangs or be killed
-for its memory, and the training process must then still save, report and exit. For this the private members of
-PyTorch's iterator that `supervise` and `_end_workers` name are used; there is no public way.
+PyTorch's loader expects workers that end by themselves. Here a worker may wait for a codec that hangs, or be killed for
+its memory, and the training process must still save, report and exit. That takes private members of PyTorch's iterator
+(`supervise`, `_shut_down`); there are no public ones.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class LoaderError(RuntimeError):
 
 
 def prepare_worker(worker: int) -> None:
-    """Set up a loading process (`worker_init_fn`): one thread, no signals, no life after the training process.
+    """Set up a loading process (`worker_init_fn`): one thread, no signals, exit with the training process.
 
-    Threads within each worker would only take turns on the same cores. Ctrl-C and a scheduler's signals reach every
-    process of a run: the training process saves and then ends its workers, which must serve it until then. If it is
-    killed, they exit at once; PyTorch's would first wait for their reader, and under forkserver for ever.
+    The workers share the cores already, so more threads in each bring nothing. Ctrl-C and a scheduler's signals reach
+    every process of a run: the training process saves and then ends its workers, which must serve it until then. If it
+    is killed, they exit at once; PyTorch's workers would first finish their read, and under forkserver never exit.
     """
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -61,8 +61,8 @@ def supervise(iterator: Any) -> Iterator[None]:
     Raises:
         LoaderError: a worker was lost, which is noticed within 5 s.
     """
-    # PyTorch's SIGCHLD handler raises as soon as a worker is lost, wherever the training process is then, be it within
-    # an optimizer step. Without it, the iterator looks for lost workers when a batch is 5 s late: a safe place.
+    # Take the workers from PyTorch's SIGCHLD handler: it raises at once, possibly in the middle of an optimizer step.
+    # The iterator also looks for lost workers when it has waited 5 s for a batch, where it is safe to raise.
     _remove_worker_pids(id(iterator))
     iterator._worker_pids_set = False
     # An iterator that nobody closes, or that a traceback holds, must not keep the program from exiting.
@@ -80,7 +80,7 @@ def supervise(iterator: Any) -> Iterator[None]:
 
 
 def _shut_down(iterator: Any) -> None:
-    """End the workers as PyTorch does, but kill them after a while: one may wait for a reader that hangs."""
+    """End the workers by PyTorch's own method, and kill them if it takes long: one may wait for a codec that hangs."""
     force = threading.Timer(_SHUTDOWN_SECONDS, _kill_all, [iterator._workers])
     force.daemon = True
     force.start()
