@@ -15,6 +15,8 @@ import torch
 from clips import encode, pictures
 from PIL import Image
 
+from states import load_state
+
 from video_convmae import create_autoencoder, create_classifier
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.pretrain import pretrain
@@ -369,7 +371,7 @@ def test_pretraining_starts_from_a_finetuned_classifier(
     option, value = re.search(r"(--init.exclude) (\[positions\])", str(error.value)).groups()
     assert pretrain(load(path, *edits, f"{option}={value}")) == 2
     assert "left out as asked: positions" in capsys.readouterr().out
-    trained = checkpoint.load(checkpoint.find(tmp_path / "run"))["model"]
+    trained = load_state(tmp_path / "run")["model"]
     name = "encoder.attention_blocks.0.mlp.fc1.weight"
     assert torch.equal(trained[name], classifier.state_dict()[name])
 
@@ -377,7 +379,7 @@ def test_pretraining_starts_from_a_finetuned_classifier(
 def test_a_video_run_starts_from_image_weights(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     torch.manual_seed(7)
     image = create_autoencoder("tiny", num_frames=1, image_size=32)
-    checkpoint.save(tmp_path, 1, {"model": image.state_dict()})
+    checkpoint.save_checkpoint(tmp_path, 1, {"model": image.state_dict()})
     config = load(
         ROOT / "configs" / "debug" / "pretrain.yaml",
         f"--init.weights={tmp_path / 'step_00000001'}",
@@ -391,7 +393,7 @@ def test_a_video_run_starts_from_image_weights(videos: Path, tmp_path: Path, cap
     )
     pretrain(config)
     assert "inflated: depthwise kernels over 3 frames (center)" in capsys.readouterr().out
-    video = checkpoint.load(checkpoint.find(tmp_path / "run"))["model"]
+    video = load_state(tmp_path / "run")["model"]
     name = "encoder.attention_blocks.0.mlp.fc1.weight"
     assert torch.equal(video[name], image.state_dict()[name])
     shutil.rmtree(tmp_path / "step_00000001")  # a run that goes on does not need what it started from

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from states import load_state
+
 from video_convmae.engine import checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +32,7 @@ def command(videos: Path, output: Path, *edits: str, processes: int = 1) -> list
         f"--config={ROOT / 'configs' / 'debug' / 'pretrain.yaml'}",
         f"--data.train={videos / 'list.txt'}",
         f"--data.root={videos}",
-        "--data.decoder=pyav",
+        "--data.reader=pyav",
         "--model.image_size=32",
         "--device=cpu",
         f"--output={output}",
@@ -49,20 +51,20 @@ def log(output: Path) -> list[dict]:
 
 
 def model_of(output: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(checkpoint.find(output))["model"]
+    return load_state(output)["model"]
 
 
 def test_a_run_folder(videos: Path, tmp_path: Path) -> None:
     lines = run(videos, tmp_path, "--train.epochs=1")
     assert [line["step"] for line in lines] == list(range(1, 9))
     config = (tmp_path / "config.yaml").read_text()
-    assert "decoder: pyav" in config
+    assert "reader: pyav" in config
     assert json.loads((tmp_path / "metrics.json").read_text())["step"] == 8
     bad = [json.loads(line) for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
     assert [fault["path"] for fault in bad] == [str(videos / "bad.mp4")]
     assert lines[-1]["bad_records"] == 1
     assert list(tmp_path.glob("events.out.tfevents.*"))
-    assert len(checkpoint.checkpoints(tmp_path / "checkpoints")) == 2
+    assert len(checkpoint.list_checkpoints(tmp_path / "checkpoints")) == 2
 
 
 @pytest.mark.parametrize(("batch", "accumulate", "processes"), [(2, 2, 1), (2, 1, 2), (1, 2, 2)])
