@@ -34,9 +34,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from video_convmae.data import shards
-from video_convmae.data.records import IMAGE_SUFFIXES, Record
+from video_convmae.data.options import IMAGE_SUFFIXES, ReaderName
+from video_convmae.data.records import Record
 
-ReaderName = Literal["auto", "torchcodec", "pyav", "decord", "torchcodec_cuda"]
 
 _IN_ORDER_OF_CHOICE = ("torchcodec", "pyav", "decord")
 _MODULES = {"torchcodec": "torchcodec.decoders", "pyav": "av", "decord": "decord"}
