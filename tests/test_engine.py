@@ -58,6 +58,13 @@ def test_the_learning_rate_follows_the_batch_and_says_so() -> None:
     assert build_optimization(model, OptimConfig(lr=3e-4), TrainConfig(epochs=1), 2048, 10).schedule.peak == 3e-4
 
 
+def test_a_run_of_max_steps_replaces_its_epochs() -> None:
+    train = TrainConfig(epochs=800, max_steps=8)
+    assert build_optimization(nn.Linear(2, 2), OptimConfig(), train, 2048, 117).schedule.steps == 8
+    with pytest.raises(ValueError, match=r"train\.max_steps is 0"):
+        TrainConfig(max_steps=0)
+
+
 def test_vectors_and_positions_are_not_decayed() -> None:
     model = create_autoencoder("tiny", num_frames=4, image_size=32, learnable_positions=True)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -159,6 +166,23 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
         assert re.search(reason, complaint)
     with pytest.raises(ValueError, match="has changed since it was written"):
         load_state(tmp_path / "step_00000005")
+
+
+def test_a_checkpoint_is_verified_once_and_gives_the_parts_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte is checksummed once, whatever is read of it afterwards; the optimizer's tensors are not read."""
+    state = state_of(1) | {"optimizer": {"w/exp_avg": torch.ones(3, 2)}}
+    path = checkpoint.save_checkpoint(tmp_path, 1, state)
+    checked: list[str] = []
+    crc = checkpoint._crc
+    monkeypatch.setattr(checkpoint, "_crc", lambda file: checked.append(file.name) or crc(file))
+    found = checkpoint.find_weights(tmp_path)
+    assert found.tensors("model").keys() == {"w", "n"}
+    assert found.tensors("ema") == {}
+    assert sorted(checked) == sorted(file.name for file in path.glob("*.safetensors"))
+    Checkpoint(path, verified=True).tensors("model")  # another rank's: the main process has verified it
+    assert len(checked) == len(set(checked))
 
 
 def test_no_room_is_an_error_that_says_how_much_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

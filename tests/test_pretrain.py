@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -128,3 +129,21 @@ def test_too_many_bad_records_stop_the_run(videos: Path, tmp_path: Path) -> None
     assert result.returncode != 0
     assert "1 of 16 records cannot be read" in result.stderr
     assert "bad.mp4" in result.stderr
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "finetune"])
+def test_a_trace_shows_the_phases_of_a_few_steps(recipe: str, videos: Path, tmp_path: Path) -> None:
+    """`--log.trace 3 --train.max_steps 6`: three steps to warm up, three recorded, and the run ends by itself."""
+    program = command(videos, tmp_path, "--data.workers=0", "--log.trace=3", "--train.max_steps=6")
+    if recipe == "finetune":
+        edits = ["--data.validation=null", "--data.num_classes=16", "--data.augmentation.flip=false"]
+        program = [part.replace("pretrain", "finetune") for part in program] + edits
+    subprocess.run(program, env=ENVIRONMENT, check=True, timeout=300)
+    assert json.loads((tmp_path / "metrics.json").read_text())["step"] == 6
+    with gzip.open(tmp_path / "logs" / "trace_rank_0000.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    phases = {"forward", "backward", "optimizer"}
+    assert all(names.count(phase) == 3 * names.count("ProfilerStep#3") for phase in phases), names
+    assert "aten::addmm" in {event["name"] for event in events}
+    assert "aten::" in (tmp_path / "logs" / "trace_rank_0000.txt").read_text()
