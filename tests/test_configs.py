@@ -202,7 +202,7 @@ def test_the_numbers_of_the_image_probe_are_the_recipes() -> None:
     assert (optim.optimizer, optim.betas[0], optim.weight_decay, optim.layer_decay) == ("lars", 0.9, 0.0, 1.0)
     assert (optim.base_lr, optim.base_min_lr) == (0.1, 0.0)
     assert (augmentation.crop, augmentation.area, augmentation.flip) == ("random_resized", (0.08, 1.0), True)
-    assert (augmentation.rand_augment, augmentation.erasing) == (None, 0.0)
+    assert (augmentation.rand_augment, augmentation.reprob) == (None, 0.0)
     assert (mixing.mixup, mixing.cutmix, mixing.smoothing, config.model.drop_path) == (0.0, 0.0, 0.0, 0.0)
     assert (config.test.segments, config.test.crops, config.test.crop_pct) == (1, 1, 0.875)
     assert config.validate.crop_pct == 0.875
@@ -224,7 +224,7 @@ def test_the_numbers_of_finetuning_are_the_recipes(path: Path) -> None:
     assert f"Effective batch {batch} " in text
     optim, mixing, augmentation = config.optim, config.mixing, config.data.augmentation
     assert (mixing.mixup, mixing.cutmix, mixing.smoothing, mixing.switch) == (0.8, 1.0, 0.1, 0.5)
-    assert (augmentation.erasing, augmentation.area, optim.weight_decay) == (0.25, (0.08, 1.0), 0.05)
+    assert (augmentation.reprob, augmentation.area, optim.weight_decay) == (0.25, (0.08, 1.0), 0.05)
     assert (optim.betas, optim.warmup_epochs) == ((0.9, 0.999), 5)
     is_image, is_ssv2 = path.parent.name == "image", "ssv2" in path.name
     assert augmentation.flip is not is_ssv2

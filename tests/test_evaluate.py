@@ -145,7 +145,7 @@ def test_scores_are_the_mean_softmax_of_the_views(trained: Path, videos: Path, a
     """Made anew from the frames, segment by segment and crop by crop."""
     predictor = load(trained)
     data, number = predictor.config.data, 7
-    with data.views(data.validation_records(), predictor.model.encoder.config, predictor.config.test).decoder.open(
+    with data.views(data.validation_records(), predictor.model.encoder.config, predictor.config.test).reader.open(
         data.validation_records()[number]
     ) as reader:
         frames = reader.read(list(range(len(reader))))

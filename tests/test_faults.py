@@ -33,9 +33,10 @@ from test_pretrain import ENVIRONMENT, command, log, model_of
 from video_convmae import masking
 from video_convmae.data.datasets import ClipDataset, SampleKey
 from video_convmae.data.decoding.process import ReaderProcess
-from video_convmae.data.loader import BatchPlan, LoaderError, ResumableBatchSampler, load
+from video_convmae.data.loader import BatchPlan, ResumableBatchSampler, iter_batches
 from video_convmae.data.records import read_list
 from video_convmae.data.sampling import Sampling
+from video_convmae.data.workers import LoaderError
 from video_convmae.engine import checkpoint
 from video_convmae.engine.log import BadRecords
 
@@ -142,8 +143,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data(folder: Path, name: str, **changes: object) -> ClipDataset:
-    decoder = ReaderProcess("pyav", timeout=TIMEOUT)
-    return clips_of(read_list(folder / f"{name}.txt", root=folder), **{"decoder": decoder, **changes})
+    reader = ReaderProcess("pyav", timeout=TIMEOUT)
+    return clips_of(read_list(folder / f"{name}.txt", root=folder), **{"reader": reader, **changes})
 
 
 # ---- 1. what each fault does ----------------------------------------------------------------------------------------
@@ -154,11 +155,11 @@ def _what_happens(folder: Path, names: list[str]) -> dict[str, str]:
     torch.set_num_threads(1)
     _permissions_bind()
     happened = {}
-    decoder = ReaderProcess("pyav", timeout=TIMEOUT)
+    reader = ReaderProcess("pyav", timeout=TIMEOUT)
     for name in names:
         (folder / "one.txt").write_text(f"{name}\ngood 0.mp4")
         samples = [
-            data(folder, "one", decoder=decoder)[SampleKey(epoch, 0)] for epoch in range(1 if "never" in name else 4)
+            data(folder, "one", reader=reader)[SampleKey(epoch, 0)] for epoch in range(1 if "never" in name else 4)
         ]
         errors = [fault.error for sample in samples for fault in sample.faults[:1]]
         happened[name] = errors[0].removeprefix(f"{folder}/") if errors else "shown, as far as it goes"
@@ -212,7 +213,7 @@ def test_an_epoch_over_a_list_with_bad_files(start_method: str, workers: int, fo
     bad_records = BadRecords(tmp_path / "bad_records.jsonl", count, max_fraction=0.2)
     compared, files = 0, len(os.listdir("/proc/self/fd"))
     places = {int(label): index for index, label in enumerate(commented.records.labels)}
-    with contextlib.closing(load(mixed, batches, workers, start_method=start_method)) as loaded:
+    with contextlib.closing(iter_batches(mixed, batches, workers, start_method=start_method)) as loaded:
         for draws, batch in zip(batches, loaded, strict=True):
             bad_records.add(batch.faults, write=True)
             for place, draw in enumerate(draws):
@@ -224,7 +225,7 @@ def test_an_epoch_over_a_list_with_bad_files(start_method: str, workers: int, fo
                     compared += 1
     assert compared == 0.9 * count
     assert reported_in(bad_records.path) == reported_of(not os.access(folder / "no permission.mp4", os.R_OK))
-    commented.decoder.close()
+    commented.reader.close()
     assert not decoding(descendants(os.getpid()))
     assert len(os.listdir("/proc/self/fd")) <= files + 6  # of the fork server and the resource tracker, which stay
 
@@ -239,7 +240,7 @@ def test_a_file_that_vanishes_during_the_run(folder: Path, tmp_path: Path) -> No
     batches = ResumableBatchSampler(8, BatchPlan(1), seed=0, first_step=0, last_step=16)
     last = list(batches)[-1][0].index
     shown, faults = [], []
-    for step, batch in enumerate(load(some, batches, 2)):
+    for step, batch in enumerate(iter_batches(some, batches, 2)):
         shown.append(int(batch.records))
         faults += batch.faults
         if step == 7:
@@ -341,7 +342,8 @@ def test_a_killed_worker_ends_the_run(
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_worker_that_dies_is_an_error_of_the_loader(start_method: str, good: Path) -> None:
     """Not one that is raised wherever the main process happens to be: only where it asks for a batch."""
-    loaded = load(data(good, "list"), ResumableBatchSampler(16, BatchPlan(1), 0, 0, 160), 2, start_method=start_method)
+    batches = ResumableBatchSampler(16, BatchPlan(1), 0, 0, 160)
+    loaded = iter_batches(data(good, "list"), batches, 2, start_method=start_method)
     next(loaded)
     victim = max(workers_of(os.getpid()))
     os.kill(victim, signal.SIGBUS)
@@ -442,8 +444,9 @@ def test_a_program_that_closes_nothing_ends(start_method: str, ending: str, good
         "from pathlib import Path\n"
         "from test_faults import *\n"
         "if __name__ == '__main__':\n"
-        f"    mine = data(Path({str(tmp_path)!r}), 'list', decoder=IsolatedDecoder('pyav', 100))\n"
-        f"    loaded = load(mine, Batches(16, Share(1), 0, 0, 160), 2, start_method={start_method!r})\n"
+        f"    mine = data(Path({str(tmp_path)!r}), 'list', reader=ReaderProcess('pyav', 100))\n"
+        "    batches = ResumableBatchSampler(16, BatchPlan(1), 0, 0, 160)\n"
+        f"    loaded = iter_batches(mine, batches, 2, start_method={start_method!r})\n"
         "    print(next(loaded).records, flush=True)\n"
         f"    {ending}\n"
     )
@@ -471,7 +474,7 @@ def test_memory_and_files_stay_flat(folder: Path, tmp_path: Path, capsys: pytest
     mixed = data(tmp_path, "list", sampling=Sampling("dense", 16, 2), size=(64, 64), draw_mask=draw_mask)
     batches = ResumableBatchSampler(len(mixed), BatchPlan(10), seed=0, first_step=0, last_step=2000)
     table = []
-    for step, batch in enumerate(load(mixed, batches, 2), start=1):
+    for step, batch in enumerate(iter_batches(mixed, batches, 2), start=1):
         assert len(batch.clips) == 10
         if step % 50 == 0:
             workers = workers_of(os.getpid())

@@ -31,7 +31,7 @@ from video_convmae.config import (
     parse,
     plain,
 )
-from video_convmae.data.datasets import ViewConfig
+from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import Record, Records
 from video_convmae.engine import checkpoint, features
 from video_convmae.engine.evaluation import ChunkStore, Evaluation, ProtocolConfig

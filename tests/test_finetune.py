@@ -21,7 +21,7 @@ from states import load_state
 from video_convmae import create_autoencoder, create_classifier
 from video_convmae.cli.finetune import finetune
 from video_convmae.config import FinetuneConfig, parse, run_tool
-from video_convmae.data.mixing import MixingConfig
+from video_convmae.data.options import MixingConfig
 from video_convmae.engine import checkpoint
 from video_convmae.engine.optim import OptimConfig, build_optimization, parameter_groups
 from video_convmae.models import positions
@@ -77,7 +77,7 @@ PLAIN = (
     "--mixing.mixup=0",
     "--mixing.cutmix=0",
     "--data.augmentation.rand_augment=null",
-    "--data.augmentation.erasing=0",
+    "--data.augmentation.reprob=0",
 )
 
 

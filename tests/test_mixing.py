@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from video_convmae.data.mixing import Mixing, MixingConfig
+from video_convmae.data.mixing import Mixing
+from video_convmae.data.options import MixingConfig
 
 MIXUP, CUTMIX, BOTH = MixingConfig(cutmix=0.0), MixingConfig(mixup=0.0), MixingConfig()
 

@@ -22,8 +22,8 @@ from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig, parse
-from video_convmae.data.datasets import ViewConfig
 from video_convmae.data.decoding import DecodeError
+from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import ListError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
