@@ -324,11 +324,11 @@ def test_a_killed_worker_ends_the_run(
     steps = [line["step"] for line in log(tmp_path)]
     assert f"LoaderError: loading process {victim} (worker" in said(tmp_path)
     assert "was ended by SIGKILL: the system does this when memory runs out; set fewer data.workers" in said(tmp_path)
-    assert f"The state after step {steps[-1]} is saved; the same command goes on from there" in said(tmp_path)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == [f"step_{steps[-1]:08d}"]
+    assert f"The state after step {steps[-1]} is saved; the same command resumes from there" in said(tmp_path)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [f"step_{steps[-1]:08d}"]
     with started(good, tmp_path, *edits, ranks=ranks) as process:
         assert process.wait(120) == 0, said(tmp_path)
-    assert f"goes on from step {steps[-1]}" in said(tmp_path)
+    assert f"resumes from step {steps[-1]}" in said(tmp_path)
     losses, theirs = ([line["loss"] for line in log(output)] for output in (tmp_path, undisturbed))
     assert len(losses) == len(theirs)
     if ranks == 1:

@@ -18,7 +18,7 @@ from PIL import Image
 import video_convmae
 from video_convmae import create_autoencoder, create_classifier, predictor
 from video_convmae.cli import predict
-from video_convmae.cli.evaluate import run as evaluate
+from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig, parse
@@ -55,7 +55,7 @@ def settings(videos: Path, kind: str, output: Path) -> list[str]:
         f"--config={ROOT / 'configs' / 'debug' / f'{kind}.yaml'}",
         f"--data.train={videos / 'list.txt'}",
         f"--data.root={videos}",
-        "--data.decoder=pyav",
+        "--data.reader=pyav",
         "--data.workers=0",
         "--model.image_size=32",
         "--device=cpu",

@@ -185,7 +185,7 @@ def test_a_local_job_is_preempted_and_goes_on(videos: Path, tmp_path: Path, star
     assert job.wait(300) == 0
     output = (tmp_path / "logs" / f"{controller}_0_log.out").read_text()
     assert output.count("stopped by a signal after step") == 1
-    assert output.count("goes on from step") == 1
+    assert output.count("resumes from step") == 1
     assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, 25))
 
 
@@ -277,5 +277,5 @@ def test_a_job_on_two_nodes_saves_and_is_queued_again_unless_it_was_cancelled(
     assert stopped < 24
     signal_all(tasks, signal.SIGKILL)  # as Slurm does to what is left
     assert [task.wait(60) for task in slurm.run()] == [0, 0]
-    assert f"goes on from step {stopped}" in "".join((tmp_path / f"log_{node}").read_text() for node in range(2))
+    assert f"resumes from step {stopped}" in "".join((tmp_path / f"log_{node}").read_text() for node in range(2))
     assert [line["step"] for line in log(output)] == list(range(1, 25))
