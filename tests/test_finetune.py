@@ -306,7 +306,7 @@ def test_a_run_that_was_killed_while_it_validated_does_so_again(
     assert (tmp_path / "killed" / "checkpoints" / "best").exists()
 
 
-@pytest.mark.faults
+@pytest.mark.bad_records
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
     videos: Path, tmp_path: Path, ending: signal.Signals

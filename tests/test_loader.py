@@ -82,7 +82,7 @@ def test_a_sample(videos: Path) -> None:
     assert sample.clips.shape == (3, 3, 4, 32, 32)
     assert sample.clips.dtype == torch.uint8
     assert sample.visible.shape == (3, *GRID)
-    assert (sample.label, sample.index, sample.faults) == (6, 6, ())
+    assert (sample.label, sample.index, sample.bad_records) == (6, 6, ())
     assert len({clip.numpy().tobytes() for clip in sample.clips}) == 3  # repeats differ
     assert len({mask.numpy().tobytes() for mask in sample.visible}) == 3
 
@@ -166,9 +166,9 @@ def test_a_bad_record_is_replaced_and_reported(videos: Path) -> None:
     data = clips(videos, "mixed.txt")
     for index, name in ((8, "text.mp4"), (9, "empty.mp4"), (10, "missing.mp4")):
         sample = data[SampleKey(0, index)]
-        assert sample.faults[0].index == index
-        assert sample.faults[0].path == str(videos / name)
-        assert name in sample.faults[0].error
+        assert sample.bad_records[0].index == index
+        assert sample.bad_records[0].path == str(videos / name)
+        assert name in sample.bad_records[0].error
         assert sample.index != index
         assert equal(data[SampleKey(0, index)], sample)
         assert len({data[SampleKey(epoch, index)].index for epoch in range(8)}) > 2  # not always the same replacement
@@ -198,11 +198,11 @@ def test_batches_do_not_depend_on_the_workers(videos: Path, start_method: str) -
         assert torch.equal(a.clips, b.clips)
         assert torch.equal(a.visible, b.visible)
         assert torch.equal(a.records, b.records)
-        assert [tuple(fault) for fault in a.faults] == [tuple(fault) for fault in b.faults]
+        assert [tuple(fault) for fault in a.bad_records] == [tuple(fault) for fault in b.bad_records]
     assert alone[0].clips.shape == (6, 3, 4, 32, 32)
     assert (alone[0].records.view(3, 2).diff(dim=1) == 0).all()  # the clips of a record next to each other
     assert torch.equal(alone[0].records, alone[0].labels)
-    assert sum(len(batch.faults) for batch in alone) > 0
+    assert sum(len(batch.bad_records) for batch in alone) > 0
 
 
 def draws(count: int, plan: BatchPlan, first: int, last: int) -> list[list[SampleKey]]:

@@ -54,7 +54,7 @@ class Sample(NamedTuple):
         predicted: `(R, t, h, w)` bool, True = the decoder predicts the token; None: all hidden tokens, or no masks.
         label: -1 where the list has none.
         index: the record shown.
-        faults: records that could not be read.
+        bad_records: records that could not be read.
     """
 
     clips: Tensor | RaggedCrops
@@ -62,7 +62,7 @@ class Sample(NamedTuple):
     predicted: Tensor | None
     label: int
     index: int  # type: ignore[assignment]
-    faults: tuple[BadRecord, ...]
+    bad_records: tuple[BadRecord, ...]
 
 
 def sample_generator(seed: int, *key: int) -> torch.Generator:
@@ -109,21 +109,21 @@ class ClipDataset(Dataset[Sample]):
         """
         epoch, index = key
         line = int(self.records.lines[index])
-        faults: list[BadRecord] = []
+        bad_records: list[BadRecord] = []
         for attempt in range(1, self.attempts + 1):
             generators = [sample_generator(self.seed, epoch, line, n, attempt, CLIP) for n in range(self.repeats)]
             record = self.records[index]
             try:
                 clips, visible, predicted = self._read(record, generators)
             except DecodeError as error:
-                faults.append(BadRecord(index, record.path, str(error)))
+                bad_records.append(BadRecord(index, record.path, str(error)))
                 generator = sample_generator(self.seed, epoch, line, attempt, REPLACEMENT)
                 index = int(torch.randint(len(self.records), (), generator=generator))
             else:
                 label = -1 if record.label is None else record.label
-                return Sample(clips, visible, predicted, label, index, tuple(faults))
+                return Sample(clips, visible, predicted, label, index, tuple(bad_records))
         raise DecodeError(
-            f"{len(faults)} records in a row could not be read, from record {key[1]} on; the first: {faults[0].error}"
+            f"{len(bad_records)} records in a row could not be read, from record {key[1]} on; the first: {bad_records[0].error}"
         )
 
     def _read(
@@ -176,7 +176,7 @@ class TestViewDataset(Dataset[Sample]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        """Return a record's views, segment by segment; zeros and a fault if it is bad."""
+        """Return a record's views, segment by segment; zeros and a bad record if it cannot be read."""
         record = self.records[index]
         label = -1 if record.label is None else record.label
         try:

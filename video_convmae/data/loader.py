@@ -29,7 +29,7 @@ class Batch(NamedTuple):
         visible: `(B, t, h, w)` bool, True = the encoder sees the token; None without masks.
         predicted: `(B, t, h, w)` bool, True = the decoder predicts the token; None: all hidden tokens, or no masks.
         labels, records: `(B,)` int64.
-        faults: records that could not be read while this batch was made.
+        bad_records: records that could not be read while this batch was made.
     """
 
     clips: Tensor | RaggedCrops
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     predicted: Tensor | None
     labels: Tensor
     records: Tensor
-    faults: tuple[BadRecord, ...]
+    bad_records: tuple[BadRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         predicted=torch.cat(predicted) if predicted else None,
         labels=torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
         records=torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),
-        faults=tuple(fault for sample in samples for fault in sample.faults),
+        bad_records=tuple(record for sample in samples for record in sample.bad_records),
     )
 
 
