@@ -13,11 +13,14 @@ import pytest
 import torch
 from test_pretrain import ENVIRONMENT, ROOT, command, log, model_of, run
 
+from states import load_state
+
 from video_convmae.config import DataConfig, FinetuneConfig, LabelledDataConfig, PretrainConfig
 from video_convmae.engine import checkpoint
 from video_convmae.engine.distributed import DistInfo
-from video_convmae.engine.trainer import TrainConfig
-from video_convmae.runs import load_autoencoder, plan_batches
+from video_convmae.engine.options import TrainConfig
+from video_convmae.build import plan_batches
+from video_convmae.runs import load_autoencoder
 
 
 def torchrun(count: int, *program: str) -> list[str]:
@@ -27,7 +30,7 @@ def torchrun(count: int, *program: str) -> list[str]:
 # Wrapped models
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.bad_records)])
 def test_every_recipe_wrapped_in_every_way_equals_the_bare_model(ranks: int, capsys: pytest.CaptureFixture) -> None:
     """Loss, gradients, weights and their average after two steps; INTERFACES.md promises 1e-5."""
     program = torchrun(ranks, str(ROOT / "tests" / "wrapped_models.py"))
@@ -59,7 +62,7 @@ def test_a_sharded_run_takes_the_steps_of_one_process(videos: Path, tmp_path: Pa
     whole = run(videos, tmp_path / "whole", "--train.batch_size=4", *common, *[e for e in edits if "ema" in e])
     dealt = tmp_path / "dealt"
     parts = [(1, 3, "--train.batch_size=4"), (2, 8, "--train.batch_size=2"), (1, 12, "--train.batch_size=4")]
-    ends = [stop_after(last, videos, dealt, batch, *common, *edits, init_distributed=n) for n, last, batch in parts[:2]]
+    ends = [stop_after(last, videos, dealt, batch, *common, *edits, processes=n) for n, last, batch in parts[:2]]
     lines = run(videos, dealt, parts[2][2], *common, *edits)
     rel = 1e-2 if "compress" in edits[0] else 1e-4
     assert [line["step"] for line in lines] == [line["step"] for line in whole]
@@ -74,7 +77,7 @@ def test_a_sharded_run_takes_the_steps_of_one_process(videos: Path, tmp_path: Pa
     ours, theirs = model_of(dealt), model_of(tmp_path / "whole")
     assert ours.keys() == theirs.keys()
     published, _ = load_autoencoder(dealt / "model.safetensors")
-    expected = checkpoint.load(checkpoint.find(dealt))
+    expected = load_state(dealt)
     expected = expected["ema"] or expected["model"]
     assert all(torch.equal(tensor, expected[name]) for name, tensor in published.state_dict().items())
     for rank in (0, 1):
@@ -84,16 +87,16 @@ def test_a_sharded_run_takes_the_steps_of_one_process(videos: Path, tmp_path: Pa
         )
 
 
-def stop_after(last: int, videos: Path, output: Path, *edits: str, init_distributed: int) -> int:
+def stop_after(last: int, videos: Path, output: Path, *edits: str, processes: int) -> int:
     """Run until a step is logged, then ask to stop; the step after which it did. torchrun passes SIGTERM on."""
-    process = subprocess.Popen(command(videos, output, *edits, init_distributed=init_distributed), env=ENVIRONMENT)
+    process = subprocess.Popen(command(videos, output, *edits, processes=processes), env=ENVIRONMENT)
     deadline = time.monotonic() + 120
     while not ((output / "log.jsonl").exists() and len(log(output)) >= last):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
     process.terminate()
-    assert (process.wait(60) == 0) == (init_distributed == 1)  # torchrun says that it was stopped
+    assert (process.wait(60) == 0) == (processes == 1)  # torchrun says that it was stopped
     return log(output)[-1]["step"]
 
 
@@ -102,8 +105,8 @@ def stop_after(last: int, videos: Path, output: Path, *edits: str, init_distribu
 
 def config_of(mixes: bool = False, **train: object) -> PretrainConfig | FinetuneConfig:
     if mixes:
-        return FinetuneConfig("run", LabelledDataConfig("list"), train=TrainConfig(**train))
-    return PretrainConfig("run", DataConfig("list"), train=TrainConfig(**train))
+        return FinetuneConfig(output="run", data=LabelledDataConfig("list"), train=TrainConfig(**train))
+    return PretrainConfig(output="run", data=DataConfig("list"), train=TrainConfig(**train))
 
 
 @pytest.mark.parametrize(
@@ -142,8 +145,8 @@ def test_a_process_on_the_cpu_keeps_the_memory_of_freed_tensors() -> None:
     """Tensors above 32 MB, which glibc maps anew by default: each time 12,288 pages."""
     program = """
 import resource, torch
-from video_convmae.engine.distributed import processes
-with processes("cpu"):
+from video_convmae.engine.distributed import init_distributed
+with init_distributed("cpu"):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(30):
         tensors = [torch.ones(3, 2**22) for _ in range(2)]

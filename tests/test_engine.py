@@ -17,17 +17,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from states import load_state
+
 from video_convmae import create_autoencoder
 from video_convmae.data.datasets import BadRecord
 from video_convmae.data.loader import Batch
-from video_convmae.engine import checkpoint, distributed
-from video_convmae.engine.checkpoint import CheckpointError, Saver
+from video_convmae.build import build_optimization
+from video_convmae.engine import checkpoint
+from video_convmae.engine.checkpoint import Checkpoint, CheckpointError, Saver
 from video_convmae.engine.distributed import DistInfo
-from video_convmae.engine.log import BadRecords, RunLog, TooManyBadRecords
-from video_convmae.engine.optim import OptimConfig, Schedule, build_optimization, parameter_groups
+from video_convmae.engine.log import BadRecordLog, RunLog, TooManyBadRecords
+from video_convmae.engine.optim import Schedule, parameter_groups
+from video_convmae.engine.options import LogConfig, OptimConfig, TrainConfig
+from video_convmae.engine.parallel import RECOMPUTED, parallelize
 from video_convmae.engine.tasks import Normalizer
-from video_convmae.engine.trainer import NonFiniteLoss, StopSignal, TrainConfig, train
-from video_convmae.runs import BLOCKS, CHECKPOINTED
+from video_convmae.engine.trainer import NonFiniteLoss, StopSignal, Trainer
 from video_convmae.weights import files
 
 ALONE = DistInfo(0, 1, torch.device("cpu"))
@@ -44,12 +48,21 @@ def test_the_schedule_rises_linearly_and_falls_as_a_half_cosine() -> None:
 
 def test_the_learning_rate_follows_the_batch_and_says_so() -> None:
     model = nn.Linear(2, 2)
-    scaled = build_optimization(model, OptimConfig(base_lr=1.5e-4, base_min_lr=1e-5), 2048, 800, 117)
+    scaled = build_optimization(
+        model, OptimConfig(base_lr=1.5e-4, base_min_lr=1e-5), TrainConfig(epochs=800), 2048, 117
+    )
     assert scaled.schedule.peak == pytest.approx(1.2e-3)
     assert scaled.schedule.end == pytest.approx(8e-5)
     assert (scaled.schedule.warmup, scaled.schedule.steps) == (40 * 117, 800 * 117)
     assert scaled.origin == "lr 0.0012 = base_lr 0.00015 x effective batch 2048 / 256"
-    assert build_optimization(model, OptimConfig(lr=3e-4), 2048, 1, 10).schedule.peak == 3e-4
+    assert build_optimization(model, OptimConfig(lr=3e-4), TrainConfig(epochs=1), 2048, 10).schedule.peak == 3e-4
+
+
+def test_a_run_of_max_steps_replaces_its_epochs() -> None:
+    train = TrainConfig(epochs=800, max_steps=8)
+    assert build_optimization(nn.Linear(2, 2), OptimConfig(), train, 2048, 117).schedule.steps == 8
+    with pytest.raises(ValueError, match=r"train\.max_steps is 0"):
+        TrainConfig(max_steps=0)
 
 
 def test_vectors_and_positions_are_not_decayed() -> None:
@@ -88,13 +101,15 @@ def test_checkpoints_are_whole_pruned_and_found(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     save(folder, 1, 2, 30, keep=2)
     assert names(folder) == ["step_00000002", "step_00000030"]
-    assert checkpoint.find(tmp_path) == checkpoint.find(folder) == folder / "step_00000030"
-    assert checkpoint.find(folder / "step_00000002") == folder / "step_00000002"
-    assert checkpoint.latest(folder) == (folder / "step_00000030", [])
-    state = checkpoint.load(folder / "step_00000030")
+    assert checkpoint.find_weights(tmp_path).path == checkpoint.find_weights(folder).path == folder / "step_00000030"
+    assert checkpoint.find_weights(folder / "step_00000002").path == folder / "step_00000002"
+    newest, errors = checkpoint.find_latest(folder)
+    assert (newest.path, errors) == (folder / "step_00000030", [])
+    state = load_state(folder / "step_00000030")
     assert torch.equal(state["model"]["w"], torch.full((3, 2), 30.0))
     assert (state["step"], int(state["model"]["n"]), state["ema"], state["config"]) == (30, 30, None, {"a": [1]})
-    assert "model" not in checkpoint.load(folder / "step_00000030", "optimizer")
+    assert "model" not in load_state(folder / "step_00000030", "optimizer")
+    assert Checkpoint(folder / "step_00000030").tensors("optimizer") == {}
 
 
 def test_what_is_saved_is_what_it_was_when_it_was_saved(tmp_path: Path) -> None:
@@ -103,7 +118,7 @@ def test_what_is_saved_is_what_it_was_when_it_was_saved(tmp_path: Path) -> None:
     saver.save(5, state)
     state["model"]["w"].fill_(-1)
     saver.wait()
-    assert torch.equal(checkpoint.load(tmp_path / "step_00000005")["model"]["w"], torch.full((3, 2), 5.0))
+    assert torch.equal(load_state(tmp_path / "step_00000005")["model"]["w"], torch.full((3, 2), 5.0))
 
 
 def test_the_best_and_every_so_manyth_checkpoint_stay(tmp_path: Path) -> None:
@@ -113,11 +128,11 @@ def test_the_best_and_every_so_manyth_checkpoint_stay(tmp_path: Path) -> None:
         saver.save(step, state_of(step))
     saver.wait()
     assert names(tmp_path) == ["best", "step_00000004", "step_00000010", "step_00000020", "step_00000026"]
-    assert checkpoint.load(tmp_path / "best")["step"] == checkpoint.step_of(tmp_path / "best") == 4
+    assert load_state(tmp_path / "best")["step"] == checkpoint.step_of(tmp_path / "best") == 4
     saver.mark_best(26)
     save(tmp_path, 30, 31, keep=1, keep_every=10)
     assert names(tmp_path)[:2] == ["best", "step_00000010"]
-    assert checkpoint.find(tmp_path) == tmp_path / "step_00000031"
+    assert checkpoint.find_weights(tmp_path).path == tmp_path / "step_00000031"
 
 
 def test_pruning_keeps_the_newest_good_checkpoint(tmp_path: Path) -> None:
@@ -125,9 +140,9 @@ def test_pruning_keeps_the_newest_good_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 20, 30)
     (tmp_path / "step_00000030" / "checkpoint.json").write_text("damaged")
     save(tmp_path, 25, keep=1)
-    assert checkpoint.find(tmp_path).name == "step_00000025"
+    assert checkpoint.find_weights(tmp_path).path.name == "step_00000025"
     save(tmp_path, 30, keep=1)
-    assert checkpoint.find(tmp_path).name == "step_00000030"
+    assert checkpoint.find_weights(tmp_path).path.name == "step_00000030"
     with pytest.raises(ValueError, match=r"train\.keep is 0"):
         Saver(tmp_path, keep=0)
 
@@ -143,20 +158,37 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
     file[3].unlink()
     shutil.rmtree(tmp_path / "step_00000002")
     (tmp_path / "step_00000002").mkdir()
-    path, complaints = checkpoint.latest(tmp_path)
-    assert path == tmp_path / "step_00000001"
+    newest, complaints = checkpoint.find_latest(tmp_path)
+    assert newest.path == tmp_path / "step_00000001"
     reasons = ["has changed since it was written", r"has \d+ bytes, expected \d+", "has None bytes", "No such file"]
     for step, complaint, reason in zip((5, 4, 3, 2), complaints, reasons, strict=True):
         assert f"step_0000000{step}" in complaint
         assert re.search(reason, complaint)
     with pytest.raises(ValueError, match="has changed since it was written"):
-        checkpoint.load(tmp_path / "step_00000005")
+        load_state(tmp_path / "step_00000005")
+
+
+def test_a_checkpoint_is_verified_once_and_gives_the_parts_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte is checksummed once, whatever is read of it afterwards; the optimizer's tensors are not read."""
+    state = state_of(1) | {"optimizer": {"w/exp_avg": torch.ones(3, 2)}}
+    path = checkpoint.save_checkpoint(tmp_path, 1, state)
+    checked: list[str] = []
+    crc = checkpoint._crc
+    monkeypatch.setattr(checkpoint, "_crc", lambda file: checked.append(file.name) or crc(file))
+    found = checkpoint.find_weights(tmp_path)
+    assert found.tensors("model").keys() == {"w", "n"}
+    assert found.tensors("ema") == {}
+    assert sorted(checked) == sorted(file.name for file in path.glob("*.safetensors"))
+    Checkpoint(path, verified=True).tensors("model")  # another rank's: the main process has verified it
+    assert len(checked) == len(set(checked))
 
 
 def test_no_room_is_an_error_that_says_how_much_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5))
-    with pytest.raises(CheckpointError, match=r"MB are needed .* go(es)? on from the newest"):
+    with pytest.raises(CheckpointError, match="MB are needed .* resumes from the newest"):
         save(tmp_path, 2)
     assert names(tmp_path) == ["step_00000001"]
 
@@ -168,20 +200,20 @@ class Malice:
 
 def test_no_pickle_of_a_stranger_is_executed(tmp_path: Path) -> None:
     """Nothing that a checkpoint consists of is a pickle, and one in its place is not read."""
-    path = checkpoint.save(tmp_path, 1, state_of(1))
+    path = checkpoint.save_checkpoint(tmp_path, 1, state_of(1))
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
     torch.save({"model": Malice()}, next(path.glob("*.safetensors")))
     (path / ".metadata").write_bytes(pickle.dumps(Malice()))
     with pytest.raises(ValueError, match="bytes, expected"):
-        checkpoint.load(path)
+        load_state(path)
     with pytest.raises(ValueError, match="cannot be read as weights"):
-        files.read(path)
+        files.read_file(path)
     assert not Path("/tmp/executed_by_a_checkpoint").exists()
 
 
 def test_no_checkpoint_is_an_error_that_says_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="run folder"):
-        checkpoint.find(tmp_path)
+        checkpoint.find_weights(tmp_path)
 
 
 # Logs
@@ -209,7 +241,7 @@ def test_a_resumed_run_takes_up_its_log(tmp_path: Path) -> None:
 
 def test_bad_records_are_written_once_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "bad_records.jsonl"
-    bad = BadRecords(path, records=100, max_fraction=0.02)
+    bad = BadRecordLog(path, records=100, max_fraction=0.02)
     assert bad.add([BadRecord(3, "a.mp4", "a.mp4: broken"), BadRecord(3, "a.mp4", "again")], write=True) == [
         BadRecord(3, "a.mp4", "a.mp4: broken")
     ]
@@ -219,7 +251,7 @@ def test_bad_records_are_written_once_and_counted(tmp_path: Path) -> None:
     ]
     with open(path, "a") as file:
         file.write('{"index": 9, "pa')  # the run was killed while it wrote
-    resumed = BadRecords(path, records=100, max_fraction=0.02)
+    resumed = BadRecordLog(path, records=100, max_fraction=0.02)
     assert len(resumed) == 1
     with pytest.raises(TooManyBadRecords, match=r"3 of 100 .*max_bad_fraction 0.02(.|\n)*a.mp4: broken"):
         resumed.add([BadRecord(8, "c", "c: gone"), BadRecord(9, "d", "d: gone")], write=True)
@@ -246,7 +278,8 @@ def batches(first: int, last: int, broken: int | None = None) -> Iterator[Batch]
     for step in range(first, last):
         clips = torch.randint(0, 2, (4, 1, 1, 2, 2), generator=torch.Generator().manual_seed(step))
         labels = torch.full((4,), math.inf) if step == broken else torch.ones(4)
-        yield Batch(clips, torch.ones(4, 1, 1, 1, dtype=torch.bool), labels, torch.arange(4) + 10 * step, ())
+        visible = torch.ones(4, 1, 1, 1, dtype=torch.bool)
+        yield Batch(clips, visible, None, labels, torch.arange(4) + 10 * step, ())
 
 
 def run(folder: Path, steps: int = 12, broken: int | None = None, end: int | None = None, **changes: object) -> Toy:
@@ -254,14 +287,24 @@ def run(folder: Path, steps: int = 12, broken: int | None = None, end: int | Non
     task = Toy()
     config = TrainConfig(**{"epochs": 1, "precision": "fp32", "log_every": 4, "save_every": 0.5, **changes})
     parts = config.accumulate
-    optimization = build_optimization(task.model, OptimConfig(lr=0.05, warmup_epochs=0.2), 4, 1, steps)
+    optimization = build_optimization(task.model, OptimConfig(lr=0.05, warmup_epochs=0.2), config, 4, steps)
 
-    def load_from(first: int) -> Iterator[Batch]:
+    def batches_from(first: int) -> Iterator[Batch]:
         yield from batches(first * parts, steps * parts if end is None else end * parts, broken)
 
-    bad = BadRecords(folder / "bad_records.jsonl", 40, 0.01)
-    begun, _ = checkpoint.latest(folder / "checkpoints")
-    train(task, optimization, load_from, config, ALONE, folder, bad, {"name": "toy"}, begun=begun)
+    trainer = Trainer(
+        task=task,
+        optimization=optimization,
+        batches=batches_from,
+        train=config,
+        log=LogConfig(),
+        info=ALONE,
+        folder=folder,
+        bad_records=BadRecordLog(folder / "bad_records.jsonl", 40, 0.01),
+        run_config={"name": "toy"},
+        resume_from=checkpoint.find_latest(folder / "checkpoints")[0],
+    )
+    trainer.fit()
     return task
 
 
@@ -284,7 +327,7 @@ def test_the_loop_learns_logs_and_saves(tmp_path: Path) -> None:
         "bad_records",
         "residual",
     } <= set(lines[0])
-    state = checkpoint.load(checkpoint.find(tmp_path))
+    state = load_state(tmp_path)
     assert state["step"] == 40
     assert state["config"] == {"name": "toy"}
 
@@ -296,7 +339,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, changes: 
     with pytest.raises(StopIteration):
         run(tmp_path / "parts", end=9, **changes)  # the data breaks off after the checkpoint at step 6
     assert torch.equal(weights(run(tmp_path / "parts", **changes)), weights(whole))
-    ema = [checkpoint.load(checkpoint.find(tmp_path / name))["ema"] for name in ("whole", "parts")]
+    ema = [load_state(tmp_path / name)["ema"] for name in ("whole", "parts")]
     if "ema" in changes:
         assert all(torch.equal(ema[0][name], ema[1][name]) for name in ema[0])
         assert not torch.equal(ema[0]["0.weight"], whole.model[0].weight)
@@ -315,7 +358,7 @@ def test_a_repeated_signal_is_one_request_and_ctrl_c_twice_ends_at_once() -> Non
 def test_a_non_finite_loss_stops_the_run_and_names_step_and_records(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLoss, match=r"step 6: loss inf.*rank 0's records \[50, 51, 52, 53\]"):
         run(tmp_path, broken=5)
-    assert checkpoint.latest(tmp_path / "checkpoints")[0] is None  # the step of the checkpoint was the bad one
+    assert checkpoint.find_latest(tmp_path / "checkpoints")[0] is None  # the step of the checkpoint was the bad one
 
 
 def test_a_non_finite_step_can_be_skipped(tmp_path: Path) -> None:
@@ -328,9 +371,9 @@ def test_a_non_finite_step_can_be_skipped(tmp_path: Path) -> None:
 # Wrapping
 
 
-@pytest.mark.parametrize("compile_blocks", [False, True])
-@pytest.mark.parametrize("checkpointed", CHECKPOINTED)
-def test_wrapping_changes_neither_values_nor_names(checkpointed: str, compile_blocks: bool) -> None:
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("recomputed", RECOMPUTED)
+def test_wrapping_changes_neither_values_nor_names(recomputed: str, compile: bool) -> None:
     """Compilation itself is left out (it wants a C++ compiler): this holds the wiring."""
 
     def build() -> nn.Module:
@@ -339,13 +382,7 @@ def test_wrapping_changes_neither_values_nor_names(checkpointed: str, compile_bl
 
     bare, model = build(), build()
     names = list(model.state_dict())
-    wrapped = distributed.parallelize(
-        model,
-        ALONE,
-        BLOCKS,
-        checkpointed=CHECKPOINTED[checkpointed],
-        compile_blocks=compile_blocks,
-    )
+    wrapped = parallelize(model, ALONE, activation_checkpointing=recomputed, compile=compile)
     clips, visible = torch.randn(2, 3, 4, 32, 32), torch.tensor([True, False, False, True] * 4).view(2, 2, 2, 2)
     losses = []
     for each in (bare, wrapped):

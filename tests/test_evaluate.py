@@ -15,15 +15,17 @@ import pytest
 import torch
 from clips import encode
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
+from states import load_state
 
-from video_convmae.cli.evaluate import run, summary
+from video_convmae.cli.evaluate import evaluate as run
+from video_convmae.cli.evaluate import metrics_line as summary
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.config import EvaluateConfig, FinetuneConfig
 from video_convmae.data.sampling import dense_views
-from video_convmae.data.transforms import view_crops
+from video_convmae.data.transforms import Augmentation, view_crops
 from video_convmae.engine import checkpoint
-from video_convmae.engine.evaluation import Progress, partial_folder
+from video_convmae.engine.inference import Progress, chunk_folder
 from video_convmae.predictor import load
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +62,7 @@ def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 f"--data.train={videos / 'list.txt'}",
                 f"--data.validation={videos / 'list.txt'}",
                 f"--data.root={videos}",
-                "--data.decoder=pyav",
+                "--data.reader=pyav",
                 "--data.workers=0",
                 "--model.image_size=32",
                 "--model.head_init_std=0.5",
@@ -143,14 +145,14 @@ def test_scores_are_the_mean_softmax_of_the_views(trained: Path, videos: Path, a
     """Made anew from the frames, segment by segment and crop by crop."""
     predictor = load(trained)
     data, number = predictor.config.data, 7
-    with data.views(data.validation_records(), predictor.model.encoder.config, predictor.config.test).decoder.open(
+    with data.views(data.validation_records(), predictor.model.encoder.config, predictor.config.test).reader.open(
         data.validation_records()[number]
     ) as reader:
         frames = reader.read(list(range(len(reader))))
     scores = []
     for segment in dense_views(len(frames), 4, 2, 2):
         for crop in view_crops(48, 80, (32, 32), 3):
-            clip = data.augmentation.apply(frames[segment], crop, (32, 32))[None]
+            clip = Augmentation(data.augmentation).apply(frames[segment], crop, (32, 32))[None]
             mean, std = (255 * torch.tensor(v).view(1, 3, 1, 1, 1) for v in (data.mean, data.std))
             with torch.inference_mode():
                 scores.append(predictor.model((clip - mean) / std).softmax(dim=1))
@@ -202,16 +204,16 @@ def test_an_interrupted_test_goes_on_from_what_was_scored(
 
 def test_chunks_of_another_evaluation_are_not_mixed_in(trained: Path, videos: Path, tmp_path: Path) -> None:
     settings = {"weights": "a", "data": {"stride": 4, "workers": 1}}
-    folder = partial_folder(tmp_path, settings)
-    assert partial_folder(tmp_path, {"weights": "a", "data": {"stride": 4, "workers": 8}}) == folder
-    assert partial_folder(tmp_path, {"weights": "b", "data": {"stride": 4, "workers": 1}}) != folder
-    assert partial_folder(tmp_path, {"weights": "a", "data": {"stride": 2, "workers": 1}}) != folder
+    folder = chunk_folder(tmp_path, settings)
+    assert chunk_folder(tmp_path, {"weights": "a", "data": {"stride": 4, "workers": 8}}) == folder
+    assert chunk_folder(tmp_path, {"weights": "b", "data": {"stride": 4, "workers": 1}}) != folder
+    assert chunk_folder(tmp_path, {"weights": "a", "data": {"stride": 2, "workers": 1}}) != folder
 
 
 def test_scores_that_are_not_finite_are_no_predictions(trained: Path, videos: Path, tmp_path: Path) -> None:
-    state = checkpoint.load(checkpoint.find(trained), "model")
+    state = load_state(trained, "model")
     state["model"]["head.weight"][0, 0] = float("nan")
-    broken = checkpoint.save(tmp_path, state.pop("step"), state)
+    broken = checkpoint.save_checkpoint(tmp_path, state.pop("step"), state)
     with pytest.raises(FloatingPointError, match="not finite for the records"):
         run(parse(EvaluateConfig, options(broken, videos, tmp_path / "test", "--workers=0")))
 

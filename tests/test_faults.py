@@ -33,9 +33,10 @@ from test_pretrain import ENVIRONMENT, command, log, model_of
 from video_convmae import masking
 from video_convmae.data.datasets import ClipDataset, SampleKey
 from video_convmae.data.decoding.process import ReaderProcess
-from video_convmae.data.loader import BatchPlan, LoaderError, ResumableBatchSampler, load
+from video_convmae.data.loader import BatchPlan, ResumableBatchSampler, iter_batches
 from video_convmae.data.records import read_list
 from video_convmae.data.sampling import Sampling
+from video_convmae.data.workers import LoaderError
 from video_convmae.engine import checkpoint
 from video_convmae.engine.log import BadRecords
 
@@ -142,8 +143,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data(folder: Path, name: str, **changes: object) -> ClipDataset:
-    decoder = ReaderProcess("pyav", timeout=TIMEOUT)
-    return clips_of(read_list(folder / f"{name}.txt", root=folder), **{"decoder": decoder, **changes})
+    reader = ReaderProcess("pyav", timeout=TIMEOUT)
+    return clips_of(read_list(folder / f"{name}.txt", root=folder), **{"reader": reader, **changes})
 
 
 # ---- 1. what each fault does ----------------------------------------------------------------------------------------
@@ -154,18 +155,18 @@ def _what_happens(folder: Path, names: list[str]) -> dict[str, str]:
     torch.set_num_threads(1)
     _permissions_bind()
     happened = {}
-    decoder = ReaderProcess("pyav", timeout=TIMEOUT)
+    reader = ReaderProcess("pyav", timeout=TIMEOUT)
     for name in names:
         (folder / "one.txt").write_text(f"{name}\ngood 0.mp4")
         samples = [
-            data(folder, "one", decoder=decoder)[SampleKey(epoch, 0)] for epoch in range(1 if "never" in name else 4)
+            data(folder, "one", reader=reader)[SampleKey(epoch, 0)] for epoch in range(1 if "never" in name else 4)
         ]
-        errors = [fault.error for sample in samples for fault in sample.faults[:1]]
+        errors = [fault.error for sample in samples for fault in sample.bad_records[:1]]
         happened[name] = errors[0].removeprefix(f"{folder}/") if errors else "shown, as far as it goes"
     return happened
 
 
-@pytest.mark.faults
+@pytest.mark.bad_records
 def test_what_each_fault_does(folder: Path, capsys: pytest.CaptureFixture) -> None:
     """Each is reported by a line that names the file and says what is wrong, or shows the frames that it still has."""
     names = [name for name in FAULTS if name != "no permission.mp4" or _binds(folder / name)]
@@ -201,7 +202,7 @@ def test_good_samples_do_not_feel_bad_rows_anywhere(folder: Path) -> None:
 # ---- 2. an epoch over a list with bad files -------------------------------------------------------------------------
 
 
-@pytest.mark.faults
+@pytest.mark.bad_records
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_an_epoch_over_a_list_with_bad_files(start_method: str, workers: int, folder: Path, tmp_path: Path) -> None:
@@ -212,9 +213,9 @@ def test_an_epoch_over_a_list_with_bad_files(start_method: str, workers: int, fo
     bad_records = BadRecords(tmp_path / "bad_records.jsonl", count, max_fraction=0.2)
     compared, files = 0, len(os.listdir("/proc/self/fd"))
     places = {int(label): index for index, label in enumerate(commented.records.labels)}
-    with contextlib.closing(load(mixed, batches, workers, start_method=start_method)) as loaded:
+    with contextlib.closing(iter_batches(mixed, batches, workers, start_method=start_method)) as loaded:
         for draws, batch in zip(batches, loaded, strict=True):
-            bad_records.add(batch.faults, write=True)
+            bad_records.add(batch.bad_records, write=True)
             for place, draw in enumerate(draws):
                 if draw.index in places:  # a good one
                     alone = commented[SampleKey(0, places[draw.index])]
@@ -224,12 +225,12 @@ def test_an_epoch_over_a_list_with_bad_files(start_method: str, workers: int, fo
                     compared += 1
     assert compared == 0.9 * count
     assert reported_in(bad_records.path) == reported_of(not os.access(folder / "no permission.mp4", os.R_OK))
-    commented.decoder.close()
+    commented.reader.close()
     assert not decoding(descendants(os.getpid()))
     assert len(os.listdir("/proc/self/fd")) <= files + 6  # of the fork server and the resource tracker, which stay
 
 
-@pytest.mark.faults
+@pytest.mark.bad_records
 def test_a_file_that_vanishes_during_the_run(folder: Path, tmp_path: Path) -> None:
     """Shown in the first epoch, removed, reported in the second."""
     for i in range(8):
@@ -239,9 +240,9 @@ def test_a_file_that_vanishes_during_the_run(folder: Path, tmp_path: Path) -> No
     batches = ResumableBatchSampler(8, BatchPlan(1), seed=0, first_step=0, last_step=16)
     last = list(batches)[-1][0].index
     shown, faults = [], []
-    for step, batch in enumerate(load(some, batches, 2)):
+    for step, batch in enumerate(iter_batches(some, batches, 2)):
         shown.append(int(batch.records))
-        faults += batch.faults
+        faults += batch.bad_records
         if step == 7:
             (tmp_path / f"{last}.mp4").unlink()
     assert last in shown[:8]
@@ -250,7 +251,7 @@ def test_a_file_that_vanishes_during_the_run(folder: Path, tmp_path: Path) -> No
     assert "No such file" in faults[0].error
 
 
-@pytest.mark.faults
+@pytest.mark.bad_records
 def test_a_run_over_a_list_with_bad_files(folder: Path, tmp_path: Path) -> None:
     """tools/pretrain.py: `bad_records.jsonl` and the log's counter; two start methods give the same losses."""
     expected = reported_of(_binds(folder / "no permission.mp4"))
@@ -268,7 +269,7 @@ def test_a_run_over_a_list_with_bad_files(folder: Path, tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.faults
+@pytest.mark.bad_records
 def test_too_many_bad_files_end_a_run_at_once(folder: Path, tmp_path: Path) -> None:
     edits = ("--data.max_bad_fraction=0.015", "--data.workers=3")
     with started(folder, tmp_path, *edits) as process:
@@ -304,7 +305,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.faults
+@pytest.mark.bad_records
 @pytest.mark.parametrize(("start_method", "ranks"), [("fork", 1), ("forkserver", 1), ("fork", 2)])
 def test_a_killed_worker_ends_the_run(
     start_method: str, ranks: int, good: Path, undisturbed: Path, tmp_path: Path
@@ -323,11 +324,11 @@ def test_a_killed_worker_ends_the_run(
     steps = [line["step"] for line in log(tmp_path)]
     assert f"LoaderError: loading process {victim} (worker" in said(tmp_path)
     assert "was ended by SIGKILL: the system does this when memory runs out; set fewer data.workers" in said(tmp_path)
-    assert f"The state after step {steps[-1]} is saved; the same command goes on from there" in said(tmp_path)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == [f"step_{steps[-1]:08d}"]
+    assert f"The state after step {steps[-1]} is saved; the same command resumes from there" in said(tmp_path)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [f"step_{steps[-1]:08d}"]
     with started(good, tmp_path, *edits, ranks=ranks) as process:
         assert process.wait(120) == 0, said(tmp_path)
-    assert f"goes on from step {steps[-1]}" in said(tmp_path)
+    assert f"resumes from step {steps[-1]}" in said(tmp_path)
     losses, theirs = ([line["loss"] for line in log(output)] for output in (tmp_path, undisturbed))
     assert len(losses) == len(theirs)
     if ranks == 1:
@@ -337,11 +338,12 @@ def test_a_killed_worker_ends_the_run(
     assert reported_in(tmp_path / "bad_records.jsonl") == ["3.mp4"]
 
 
-@pytest.mark.faults
+@pytest.mark.bad_records
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_worker_that_dies_is_an_error_of_the_loader(start_method: str, good: Path) -> None:
     """Not one that is raised wherever the main process happens to be: only where it asks for a batch."""
-    loaded = load(data(good, "list"), ResumableBatchSampler(16, BatchPlan(1), 0, 0, 160), 2, start_method=start_method)
+    batches = ResumableBatchSampler(16, BatchPlan(1), 0, 0, 160)
+    loaded = iter_batches(data(good, "list"), batches, 2, start_method=start_method)
     next(loaded)
     victim = max(workers_of(os.getpid()))
     os.kill(victim, signal.SIGBUS)
@@ -353,7 +355,7 @@ def test_a_worker_that_dies_is_an_error_of_the_loader(start_method: str, good: P
     assert not workers_of(os.getpid())
 
 
-@pytest.mark.faults
+@pytest.mark.bad_records
 def test_a_killed_decoding_process_costs_one_record(good: Path, tmp_path: Path) -> None:
     """All of them are killed while one waits for a file that never comes; the others are idle by then."""
     folder = tmp_path / "videos"
@@ -377,7 +379,7 @@ def test_a_killed_decoding_process_costs_one_record(good: Path, tmp_path: Path) 
     assert "the decoding process was ended by SIGKILL (out of memory?)" in (output / "bad_records.jsonl").read_text()
 
 
-@pytest.mark.faults
+@pytest.mark.bad_records
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_nothing_outlives_a_killed_run(start_method: str, folder: Path, tmp_path: Path) -> None:
     """One decoding process hangs at that moment or soon."""
@@ -402,7 +404,7 @@ QUICK |= {("SIGTERM to the main process", "spawn", 1), ("SIGTERM to the main pro
 
 @pytest.mark.parametrize(
     ("end", "start_method", "workers"),
-    [pytest.param(*way, marks=pytest.mark.faults if way in QUICK else pytest.mark.slow) for way in WAYS],
+    [pytest.param(*way, marks=pytest.mark.bad_records if way in QUICK else pytest.mark.slow) for way in WAYS],
 )
 def test_a_run_ends_at_once(
     end: str, start_method: str, workers: int, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -430,7 +432,7 @@ def test_a_run_ends_at_once(
     assert ("stopped by a signal after step" in said(tmp_path)) == (end not in edits)
 
 
-@pytest.mark.faults
+@pytest.mark.bad_records
 @pytest.mark.parametrize(("start_method", "ending"), [("forkserver", ""), ("fork", "raise KeyError")])
 def test_a_program_that_closes_nothing_ends(start_method: str, ending: str, good: Path, tmp_path: Path) -> None:
     """A loader that is not closed, or that a traceback holds, does not keep the program; nor does a hanging decoder."""
@@ -442,8 +444,9 @@ def test_a_program_that_closes_nothing_ends(start_method: str, ending: str, good
         "from pathlib import Path\n"
         "from test_faults import *\n"
         "if __name__ == '__main__':\n"
-        f"    mine = data(Path({str(tmp_path)!r}), 'list', decoder=IsolatedDecoder('pyav', 100))\n"
-        f"    loaded = load(mine, Batches(16, Share(1), 0, 0, 160), 2, start_method={start_method!r})\n"
+        f"    mine = data(Path({str(tmp_path)!r}), 'list', reader=ReaderProcess('pyav', 100))\n"
+        "    batches = ResumableBatchSampler(16, BatchPlan(1), 0, 0, 160)\n"
+        f"    loaded = iter_batches(mine, batches, 2, start_method={start_method!r})\n"
         "    print(next(loaded).records, flush=True)\n"
         f"    {ending}\n"
     )
@@ -471,7 +474,7 @@ def test_memory_and_files_stay_flat(folder: Path, tmp_path: Path, capsys: pytest
     mixed = data(tmp_path, "list", sampling=Sampling("dense", 16, 2), size=(64, 64), draw_mask=draw_mask)
     batches = ResumableBatchSampler(len(mixed), BatchPlan(10), seed=0, first_step=0, last_step=2000)
     table = []
-    for step, batch in enumerate(load(mixed, batches, 2), start=1):
+    for step, batch in enumerate(iter_batches(mixed, batches, 2), start=1):
         assert len(batch.clips) == 10
         if step % 50 == 0:
             workers = workers_of(os.getpid())

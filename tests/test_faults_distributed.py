@@ -23,12 +23,14 @@ from test_faults import descendants
 from test_isolation import is_gone
 from test_pretrain import ENVIRONMENT, command, log, model_of
 
+from states import load_state
+
 from video_convmae.engine import checkpoint
 from video_convmae.engine.checkpoint import CheckpointError, Saver
 from video_convmae.engine.distributed import Watchdog
 
 pytestmark = [
-    pytest.mark.faults,
+    pytest.mark.bad_records,
     pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc, mounts, makes network namespaces"),
 ]
 STEPS = 16
@@ -150,7 +152,7 @@ def test_a_killed_rank_is_started_again(
         rank = step % 2
         os.kill(run.ranks()[rank], signal.SIGKILL)
         assert run.wait() == 0, run.said
-        begun = [line for line in run.said.splitlines() if line.startswith("goes on from step")]
+        begun = [line for line in run.said.splitlines() if line.startswith("resumes from step")]
     check_equal(tmp_path, undisturbed)
     tell(capsys, f"{parallel}: SIGKILL of rank {rank} after step {step} -> {begun[0].split(',')[0]}, losses equal")
 
@@ -164,7 +166,7 @@ def test_all_processes_are_killed(
         run.kill()
     finish(videos, tmp_path)
     check_equal(tmp_path, undisturbed)
-    newest = [line for line in (tmp_path / "said.txt").read_text().splitlines() if "goes on from" in line]
+    newest = [line for line in (tmp_path / "said.txt").read_text().splitlines() if "resumes from" in line]
     tell(capsys, f"SIGKILL of all after step 6 -> {newest[0].split(',')[0]}, losses equal")
 
 
@@ -194,8 +196,8 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path, capsys: pytest.Cap
             process.kill()
             done = 2 + len(process.stdout.readlines())
         left = [path.name for path in folder.glob("*.partial/*")]
-        path, complaints = checkpoint.latest(folder)
-        state = checkpoint.load(path)
+        path, complaints = checkpoint.find_latest(folder)
+        state = load_state(path)
         assert not complaints
         assert state["step"] >= done  # what was announced is there
         assert all((tensor == state["step"]).all() for tensor in state["model"].values())
@@ -203,7 +205,7 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path, capsys: pytest.Cap
         saver = Saver(folder, keep=1)  # the next attempt is not in the way of what was left
         saver.save(state["step"] + 1, {"model": {"0": torch.zeros(3)}})
         saver.wait()
-        assert [path.name for path in checkpoint.checkpoints(folder)] == [f"step_{state['step'] + 1:08d}"]
+        assert [path.name for path in checkpoint.list_checkpoints(folder)] == [f"step_{state['step'] + 1:08d}"]
     tell(capsys, "kill during a checkpoint write\n    " + "\n    ".join(seen))
 
 
@@ -227,8 +229,8 @@ def test_a_signal_stops_a_run_and_it_goes_on(
         run.wait(60)
         seconds = time.monotonic() - asked
         last = steps_in(tmp_path)
-        assert f"stopped by a signal after step {last}; the same command goes on from there" in run.said
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == [f"step_{last:08d}"]
+        assert f"stopped by a signal after step {last}; the same command resumes from there" in run.said
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [f"step_{last:08d}"]
     finish(videos, tmp_path, *edits)
     check_equal(tmp_path, undisturbed)
     tell(
@@ -279,7 +281,7 @@ def test_a_disk_fills_up_between_two_checkpoints(
         assert run.wait() != 0
         said = next(line for line in run.said.splitlines() if "CheckpointError" in line)
     assert "the checkpoints before it are whole" in said
-    kept, complaints = checkpoint.latest(output / "checkpoints")
+    kept, complaints = checkpoint.find_latest(output / "checkpoints")
     assert not complaints
     (output.parent / "ballast").unlink()
     finish(videos, output, "--train.keep=1")
@@ -299,7 +301,7 @@ def test_a_disk_fills_up_while_a_checkpoint_is_written(
     saver.save(2, {"model": {"w": torch.ones(1 << 21)}})
     with pytest.raises(CheckpointError, match="No space left on device") as error:
         saver.wait()
-    assert checkpoint.latest(folder)[0].name == "step_00000001"
+    assert checkpoint.find_latest(folder)[0].name == "step_00000001"
     assert [path.name for path in folder.iterdir()] == ["step_00000001"]  # what was begun does not take room
     tell(capsys, f"disk full while writing -> {error.value}")
 
@@ -310,14 +312,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_a_run(
     with started(videos, tmp_path) as run:
         run.until_step(8)
         run.kill()
-    newest = checkpoint.checkpoints(tmp_path / "checkpoints")[-1]
+    newest = checkpoint.list_checkpoints(tmp_path / "checkpoints")[-1]
     file = next(newest.glob("shard-00002*.safetensors"))  # rank 1's
     os.truncate(file, file.stat().st_size - 100)
     finish(videos, tmp_path)
     said = (tmp_path / "said.txt").read_text()
-    passed_over = next(line for line in said.splitlines() if line.startswith("passed over: "))
+    passed_over = next(line for line in said.splitlines() if line.startswith("skipped: "))
     assert str(newest) in passed_over
-    assert f"goes on from step {checkpoint.step_of(newest) - 1}," in said
+    assert f"resumes from step {checkpoint.step_of(newest) - 1}," in said
     check_equal(tmp_path, undisturbed)
     tell(capsys, passed_over.replace(f"{tmp_path}/", ""))
 
@@ -362,7 +364,7 @@ def test_data_that_never_come_are_named(
         family = descendants(run.process.pid)
         assert code == (Watchdog.EXIT_CODE if ranks == 1 else 1), run.said
     said = next(line for line in run.said.splitlines() if "has made no progress" in line)
-    assert "(hang_timeout 10): waits for the data of step" in run.said
+    assert "(hang_timeout 10): waiting for the data of step" in run.said
     assert all(is_gone(pid, 20) for pid in family)
     tell(capsys, f"a hanging file, {ranks} rank(s) -> {said.strip()}")
 
@@ -470,7 +472,7 @@ def test_two_nodes_whose_link_is_cut(
     check_equal(tmp_path, undisturbed)
     assert during <= at_cut + 1  # nothing is trained without the other node
     said = _said(tmp_path)
-    resumed = [line.split(",")[0] for line in said.splitlines() if line.startswith("goes on from")]
+    resumed = [line.split(",")[0] for line in said.splitlines() if line.startswith("resumes from")]
     if seconds > hang_timeout:
         for node in (0, 1):
             assert f"rank {node} of 2 has made no progress for" in said

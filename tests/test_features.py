@@ -17,9 +17,10 @@ from PIL import Image
 from torch import nn
 
 from video_convmae import create_classifier, create_probe, load
-from video_convmae.cli.evaluate import run as evaluate
-from video_convmae.cli.features import FeaturesConfig, run
+from video_convmae.cli.evaluate import evaluate
+from video_convmae.cli.features import extract_features as run
 from video_convmae.cli.parser import parse
+from video_convmae.config import FeaturesConfig
 from video_convmae.config import (
     AutoencoderConfig,
     ClassifierConfig,
@@ -30,7 +31,7 @@ from video_convmae.config import (
     PretrainConfig,
     plain,
 )
-from video_convmae.data.datasets import ViewConfig
+from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import Record, Records
 from video_convmae.engine import checkpoint, features
 from video_convmae.engine.evaluation import ChunkStore, Evaluation, ProtocolConfig
@@ -75,7 +76,7 @@ def runs(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     for name, config in configs.items():
         model = config.model.autoencoder() if name == "pretrained" else config.model.build(CLASSES)
         state = {"model": scrambled(model).state_dict(), "ema": None, "config": plain(config)}
-        checkpoint.save(folder / name / "checkpoints", 1, state)
+        checkpoint.save_checkpoint(folder / name / "checkpoints", 1, state)
     image = scrambled(create_classifier("tiny", num_classes=CLASSES, num_frames=1, image_size=32))
     save(release(image, "convmae"), folder / "published.pth")
     return {**{name: folder / name for name in configs}, "published": folder / "published.pth"}

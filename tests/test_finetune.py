@@ -11,14 +11,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from clips import encode
+
+from states import load_state
 
 from video_convmae import create_autoencoder, create_classifier
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.config import FinetuneConfig
+from video_convmae.data.options import MixingConfig
 from video_convmae.engine import checkpoint
 from video_convmae.engine.optim import OptimConfig, build_optimization, parameter_groups
 from video_convmae.models import positions
@@ -45,7 +49,7 @@ def arguments(videos: Path, output: Path, *edits: str, train: str = "list.txt") 
         f"--data.train={videos / train}",
         f"--data.validation={videos / train}",
         f"--data.root={videos}",
-        "--data.decoder=pyav",
+        "--data.reader=pyav",
         "--data.workers=0",
         "--model.image_size=32",
         "--device=cpu",
@@ -67,7 +71,7 @@ def log(output: Path) -> list[dict]:
 
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(checkpoint.find(path))["model"]
+    return load_state(path)["model"]
 
 
 PLAIN = (
@@ -88,12 +92,12 @@ def test_a_run_keeps_the_last_and_the_best_checkpoint(
     assert list(validated) == [8, 16, 24, 32, 40]
     metrics, highest = json.loads((tmp_path / "metrics.json").read_text()), max(validated.values())
     assert metrics["best"]["top1"] == highest > 0.5  # eight clips are learnt by heart; chance is 0.25
-    best = checkpoint.load(tmp_path / "checkpoints" / "best")
+    best = load_state(tmp_path / "checkpoints" / "best")
     assert best["step"] == metrics["best"]["step"] == next(step for step in validated if validated[step] == highest)
-    assert checkpoint.load(checkpoint.find(tmp_path))["step"] == 40
+    assert load_state(tmp_path)["step"] == 40
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert metrics["last"] == {"path": "checkpoints/step_00000040", "step": 40, "top1": validated[40]}
-    steps = [checkpoint.load(tmp_path / metrics[name]["path"])["step"] for name in ("last", "best")]
+    steps = [load_state(tmp_path / metrics[name]["path"])["step"] for name in ("last", "best")]
     assert steps == [40, metrics["best"]["step"]]
     line = capsys.readouterr().out.strip().splitlines()[-1]
     assert line == (
@@ -108,7 +112,7 @@ def test_pretrained_weights_start_a_classifier_of_other_frames_and_size(
     torch.manual_seed(1)
     pretrained = create_autoencoder("tiny", num_frames=8, image_size=64)
     sizes = {"size": "tiny", "num_frames": 8, "image_size": 64}
-    checkpoint.save(tmp_path, 1, {"model": pretrained.state_dict(), "config": {"model": sizes}})
+    checkpoint.save_checkpoint(tmp_path, 1, {"model": pretrained.state_dict(), "config": {"model": sizes}})
     run(videos, tmp_path / "run", f"--init.weights={tmp_path / 'step_00000001'}", "--optim.lr=0", "--train.epochs=1")
     said = capsys.readouterr().out
     assert "missing: norm.weight, norm.bias, head.weight" in said
@@ -124,7 +128,7 @@ def test_pretrained_weights_start_a_classifier_of_other_frames_and_size(
 def test_an_image_run_starts_a_video_classifier_with_positions_in_time(videos: Path, tmp_path: Path, size: int) -> None:
     image = create_autoencoder("tiny", num_frames=1, image_size=size)
     sizes = {"size": "tiny", "num_frames": 1, "image_size": size}
-    checkpoint.save(tmp_path, 1, {"model": image.state_dict(), "config": {"model": sizes}})
+    checkpoint.save_checkpoint(tmp_path, 1, {"model": image.state_dict(), "config": {"model": sizes}})
     run(videos, tmp_path / "run", f"--init.weights={tmp_path / 'step_00000001'}", "--optim.lr=0", "--train.epochs=1")
     ours = weights_of(tmp_path / "run")["encoder.positions"].view(2, 2, 2, -1)
     expected = positions.sincos((2, size // 16, size // 16), 192)
@@ -283,7 +287,7 @@ def test_a_run_that_was_killed_while_it_validated_does_so_again(
         patch.setattr("tools.finetune.evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             run(videos, tmp_path / "killed", "--train.epochs=2")
-    assert checkpoint.load(checkpoint.find(tmp_path / "killed"))["step"] == 4
+    assert load_state(tmp_path / "killed")["step"] == 4
     run(videos, tmp_path / "killed", "--train.epochs=2")
     ours, theirs = log(tmp_path / "killed"), log(tmp_path / "whole")
     assert {line["step"]: line["val_top1"] for line in ours if "val_top1" in line} == {
@@ -292,7 +296,7 @@ def test_a_run_that_was_killed_while_it_validated_does_so_again(
     assert (tmp_path / "killed" / "checkpoints" / "best").exists()
 
 
-@pytest.mark.faults
+@pytest.mark.bad_records
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
     videos: Path, tmp_path: Path, ending: signal.Signals
@@ -322,7 +326,7 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
         {line["step"]: [line.get(name) for name in values] for line in log(f)} for f in (stopped, tmp_path / "whole")
     ]
     assert lines[0] == lines[1]
-    best = [checkpoint.load(folder / "checkpoints" / "best")["step"] for folder in (stopped, tmp_path / "whole")]
+    best = [load_state(folder / "checkpoints" / "best")["step"] for folder in (stopped, tmp_path / "whole")]
     assert best[0] == best[1]
 
 
@@ -360,7 +364,7 @@ def test_nearest_neighbours_know_what_they_remember(videos: Path, tmp_path: Path
     edits = ("--model.probe=knn", "--optim.layer_decay=1", "--data.max_bad_fraction=0.5")
     assert run(videos, tmp_path, *PLAIN, *edits, train="with_bad.txt") == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert (metrics["remembered"], metrics["val_scored"], metrics["val_failed"]) == (7, 7, 1)
+    assert (metrics["fitted"], metrics["val_scored"], metrics["val_failed"]) == (7, 7, 1)
     assert metrics["val_top1"] == 1.0
     assert (tmp_path / "bad_records.jsonl").exists()
     model, _ = load_classifier(tmp_path)

@@ -1,4 +1,4 @@
-"""Mixing: what is in a clip is in its target, all frames are mixed alike, nobody else's numbers are drawn on."""
+"""Mixing: targets follow the mixed clips, all frames are mixed alike, global generators are left alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from video_convmae.data.mixing import Mixing, MixingConfig
+from video_convmae.data.mixing import Mixing
+from video_convmae.data.options import MixingConfig
 
 MIXUP, CUTMIX, BOTH = MixingConfig(cutmix=0.0), MixingConfig(mixup=0.0), MixingConfig()
 
@@ -23,7 +24,7 @@ def mixed(config: MixingConfig, clips: Tensor, labels: Tensor, seed: int, classe
 
 
 def flat_clips(count: int, frames: int = 2, height: int = 9, width: int = 13) -> tuple[Tensor, Tensor]:
-    """Clip i is of class i, and i everywhere."""
+    """Clips of constant pixels: clip i has the label i and the value i."""
     labels = torch.arange(count)
     return labels.float().view(-1, 1, 1, 1, 1).expand(-1, 3, frames, height, width).clone(), labels
 
@@ -36,7 +37,7 @@ def flat_clips(count: int, frames: int = 2, height: int = 9, width: int = 13) ->
     width=st.integers(4, 20),
     seed=seeds,
 )
-def test_a_target_says_what_is_in_the_clip(
+def test_targets_follow_the_mixed_clips(
     kind: MixingConfig, half: int, frames: int, height: int, width: int, seed: int
 ) -> None:
     clips, labels = flat_clips(2 * half, frames, height, width)
@@ -61,15 +62,15 @@ def test_a_cutmix_rectangle_spans_all_frames_and_channels(seed: int) -> None:
     clips, labels = flat_clips(2, frames=5, height=16, width=24)
     changed = mixed(CUTMIX, clips, labels, seed)[0] != clips
     assert (changed == changed[:1, :1, :1]).all()
-    window = changed[0, 0, 0]
-    assert window.sum() == window.any(0).sum() * window.any(1).sum()
+    rectangle = changed[0, 0, 0]
+    assert rectangle.sum() == rectangle.any(0).sum() * rectangle.any(1).sum()
 
 
 def test_cutmix_cuts_rows_and_columns() -> None:
     clips, labels = flat_clips(2, frames=5, height=16, width=24)
-    windows = [(mixed(CUTMIX, clips, labels, seed)[0] != clips)[0, 0, 0] for seed in range(50)]
-    assert {int(window.any(1).sum()) for window in windows} > set(range(4, 10))
-    assert {int(window.any(0).sum()) for window in windows} > set(range(6, 12))
+    rectangles = [(mixed(CUTMIX, clips, labels, seed)[0] != clips)[0, 0, 0] for seed in range(50)]
+    assert {int(rectangle.any(1).sum()) for rectangle in rectangles} > set(range(4, 10))
+    assert {int(rectangle.any(0).sum()) for rectangle in rectangles} > set(range(6, 12))
 
 
 @given(kind=kinds, seed=seeds)
@@ -83,7 +84,7 @@ def test_frames_are_mixed_alike(kind: MixingConfig, seed: int) -> None:
 
 
 @given(kind=kinds, seed=seeds, state=st.integers(0, 100))
-def test_numbers_follow_from_torchs_and_numpys_go_on(kind: MixingConfig, seed: int, state: int) -> None:
+def test_mixing_follows_torchs_generator_and_leaves_numpys_alone(kind: MixingConfig, seed: int, state: int) -> None:
     clips, labels = flat_clips(4)
     out, targets = mixed(kind, clips, labels, seed)
     np.random.seed(state)
@@ -111,11 +112,11 @@ def test_the_given_clips_are_not_changed(kind: MixingConfig, seed: int, frames_f
     assert torch.equal(clips, before)
 
 
-def test_how_many_batches_are_mixed_and_how() -> None:
+def test_shares_of_mixed_batches_and_of_cutmix() -> None:
     clips, labels = flat_clips(2)
 
     def counts(config: MixingConfig) -> tuple[int, int]:
-        """Of 200 batches, those left as they were, and those that hold no more than the given values: cutmix."""
+        """Count, of 200 batches, the unchanged ones and those that hold only the given values (cutmix)."""
         outs = [mixed(config, clips, labels, seed)[0] for seed in range(200)]
         same = sum(torch.equal(out, clips) for out in outs)
         return same, sum(bool(((out == 0) | (out == 1)).all()) for out in outs) - same

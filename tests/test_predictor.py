@@ -18,13 +18,13 @@ from PIL import Image
 import video_convmae
 from video_convmae import create_autoencoder, create_classifier, predictor
 from video_convmae.cli import predict
-from video_convmae.cli.evaluate import run as evaluate
+from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig
-from video_convmae.data.datasets import ViewConfig
 from video_convmae.data.decoding import DecodeError
+from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import ListError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
@@ -56,7 +56,7 @@ def settings(videos: Path, kind: str, output: Path) -> list[str]:
         f"--config={ROOT / 'configs' / 'debug' / f'{kind}.yaml'}",
         f"--data.train={videos / 'list.txt'}",
         f"--data.root={videos}",
-        "--data.decoder=pyav",
+        "--data.reader=pyav",
         "--data.workers=0",
         "--model.image_size=32",
         "--device=cpu",

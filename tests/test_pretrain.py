@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from states import load_state
 
 from video_convmae.engine import checkpoint
 
@@ -30,7 +33,7 @@ def command(videos: Path, output: Path, *edits: str, processes: int = 1) -> list
         f"--config={ROOT / 'configs' / 'debug' / 'pretrain.yaml'}",
         f"--data.train={videos / 'list.txt'}",
         f"--data.root={videos}",
-        "--data.decoder=pyav",
+        "--data.reader=pyav",
         "--model.image_size=32",
         "--device=cpu",
         f"--output={output}",
@@ -49,20 +52,20 @@ def log(output: Path) -> list[dict]:
 
 
 def model_of(output: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(checkpoint.find(output))["model"]
+    return load_state(output)["model"]
 
 
 def test_a_run_folder(videos: Path, tmp_path: Path) -> None:
     lines = run(videos, tmp_path, "--train.epochs=1")
     assert [line["step"] for line in lines] == list(range(1, 9))
     config = (tmp_path / "config.yaml").read_text()
-    assert "decoder: pyav" in config
+    assert "reader: pyav" in config
     assert json.loads((tmp_path / "metrics.json").read_text())["step"] == 8
     bad = [json.loads(line) for line in (tmp_path / "bad_records.jsonl").read_text().splitlines()]
     assert [fault["path"] for fault in bad] == [str(videos / "bad.mp4")]
     assert lines[-1]["bad_records"] == 1
     assert list(tmp_path.glob("events.out.tfevents.*"))
-    assert len(checkpoint.checkpoints(tmp_path / "checkpoints")) == 2
+    assert len(checkpoint.list_checkpoints(tmp_path / "checkpoints")) == 2
 
 
 @pytest.mark.parametrize(("batch", "accumulate", "processes"), [(2, 2, 1), (2, 1, 2), (1, 2, 2)])
@@ -86,7 +89,7 @@ def test_the_same_global_batch_gives_the_same_steps(
         assert ours["bad_records"] == theirs["bad_records"]
 
 
-@pytest.mark.faults
+@pytest.mark.bad_records
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
     videos: Path, tmp_path: Path, ending: signal.Signals
@@ -126,3 +129,21 @@ def test_too_many_bad_records_stop_the_run(videos: Path, tmp_path: Path) -> None
     assert result.returncode != 0
     assert "1 of 16 records cannot be read" in result.stderr
     assert "bad.mp4" in result.stderr
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "finetune"])
+def test_a_trace_shows_the_phases_of_a_few_steps(recipe: str, videos: Path, tmp_path: Path) -> None:
+    """`--log.trace 3 --train.max_steps 6`: three steps to warm up, three recorded, and the run ends by itself."""
+    program = command(videos, tmp_path, "--data.workers=0", "--log.trace=3", "--train.max_steps=6")
+    if recipe == "finetune":
+        edits = ["--data.validation=null", "--data.num_classes=16", "--data.augmentation.flip=false"]
+        program = [part.replace("pretrain", "finetune") for part in program] + edits
+    subprocess.run(program, env=ENVIRONMENT, check=True, timeout=300)
+    assert json.loads((tmp_path / "metrics.json").read_text())["step"] == 6
+    with gzip.open(tmp_path / "logs" / "trace_rank_0000.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    phases = {"forward", "backward", "optimizer"}
+    assert all(names.count(phase) == 3 * names.count("ProfilerStep#3") for phase in phases), names
+    assert "aten::addmm" in {event["name"] for event in events}
+    assert "aten::" in (tmp_path / "logs" / "trace_rank_0000.txt").read_text()

@@ -1,4 +1,4 @@
-"""Which frames: small cases by hand, properties for any frame count, stride and T."""
+"""Frame sampling: small cases by hand, properties for any frame count, stride and T."""
 
 from __future__ import annotations
 
@@ -75,10 +75,8 @@ def test_uniform_views_run_through_the_video(count: int, length: int, segments: 
 
 @pytest.mark.parametrize("count", [16, 31, 48, 49, 117])
 def test_uniform_views_are_videomaes(count: int) -> None:
-    """Two views: the starts and the centres of 16 segments, sorted and dealt out; one view: the centres.
-
-    From the description of VideoMAE's Something-Something test in shared/reference/video_frameworks.md section 1.2.
-    """
+    """Two views, as in VideoMAE's test on Something-Something: the starts and the centres of 16 segments, sorted and
+    dealt out in turn; one view: the centres."""
     tick = count / 16
     starts = [int(tick * x) for x in range(16)]
     centres = [int(tick / 2 + tick * x) for x in range(16)]

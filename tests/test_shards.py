@@ -48,7 +48,7 @@ def test_samples_are_those_of_the_files(folder: Path) -> None:
     of_files, of_shards = (clips_of(read_list(folder / name, root=folder)) for name in ("files.txt", "shards.txt"))
     for index in range(len(NAMES)):
         ours, theirs = of_shards[SampleKey(1, index)], of_files[SampleKey(1, index)]
-        assert ours.faults == ()
+        assert ours.bad_records == ()
         assert ours.label == index
         assert torch.equal(ours.clips, theirs.clips)
 

@@ -183,7 +183,7 @@ def test_a_local_job_that_fails(videos: Path, tmp_path: Path) -> None:
 
 
 @needs_proc
-@pytest.mark.faults
+@pytest.mark.bad_records
 def test_a_local_job_is_preempted_and_goes_on(videos: Path, tmp_path: Path, start: Callable) -> None:
     """The signal goes to every process of the job, as Slurm sends it."""
     job = start(local(videos, tmp_path, "--train.epochs=6"), env=ENVIRONMENT, stdout=subprocess.PIPE)
@@ -194,12 +194,12 @@ def test_a_local_job_is_preempted_and_goes_on(videos: Path, tmp_path: Path, star
     assert job.wait(300) == 0
     output = (tmp_path / "logs" / f"{controller}_0_log.out").read_text()
     assert output.count("stopped by a signal after step") == 1
-    assert output.count("goes on from step") == 1
+    assert output.count("resumes from step") == 1
     assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, 25))
 
 
 @needs_proc
-@pytest.mark.faults
+@pytest.mark.bad_records
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_a_local_job_that_is_stopped_saves(
     ending: signal.Signals,
@@ -261,7 +261,7 @@ def signal_all(tasks: list[subprocess.Popen], number: signal.Signals) -> None:
 
 
 @needs_proc
-@pytest.mark.faults
+@pytest.mark.bad_records
 @pytest.mark.parametrize(
     ("number", "state"), [(PREEMPTION, "RUNNING"), (signal.SIGTERM, "RUNNING"), (signal.SIGTERM, "COMPLETING")]
 )
@@ -286,5 +286,5 @@ def test_a_job_on_two_nodes_saves_and_is_queued_again_unless_it_was_cancelled(
     assert stopped < 24
     signal_all(tasks, signal.SIGKILL)  # as Slurm does to what is left
     assert [task.wait(60) for task in slurm.run()] == [0, 0]
-    assert f"goes on from step {stopped}" in "".join((tmp_path / f"log_{node}").read_text() for node in range(2))
+    assert f"resumes from step {stopped}" in "".join((tmp_path / f"log_{node}").read_text() for node in range(2))
     assert [line["step"] for line in log(output)] == list(range(1, 25))

@@ -1,9 +1,10 @@
-"""Crops, flips, RandAugment, erasing: one draw for every frame, windows inside it, pixels where they should be."""
+"""Crops, flips, RandAugment, erasing: one draw for every frame, crops inside it, pixels where they should be."""
 
 from __future__ import annotations
 
 import pickle
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from video_convmae.data.options import AugmentationConfig
 from video_convmae.data.transforms import Augmentation, ClipTransform, multi_scale_crop, random_resized_crop, view_crops
 
 VIDEOMAE = "rand-m7-n4-mstd0.5-inc1"
@@ -24,40 +26,44 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def augment(**fields: Any) -> Augmentation:
+    return Augmentation(AugmentationConfig(**fields))
+
+
 def noise(count: int, height: int, width: int) -> np.ndarray:
     """Frames `(count, height, width, 3)` that have nothing in common."""
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-def inside(window: tuple[int, int, int, int], height: int, width: int) -> bool:
-    top, left, h, w = window
+def inside(crop: tuple[int, int, int, int], height: int, width: int) -> bool:
+    top, left, h, w = crop
     return top >= 0 and left >= 0 and h >= 1 and w >= 1 and top + h <= height and left + w <= width
 
 
 @given(height=sides, width=sides, seed=seeds)
-def test_multi_scale_windows(height: int, width: int, seed: int) -> None:
+def test_multi_scale_crops(height: int, width: int, seed: int) -> None:
     scales = (1.0, 0.875, 0.75, 0.66)
-    window = multi_scale_crop(height, width, scales, generator(seed))
-    assert inside(window, height, width)
+    crop = multi_scale_crop(height, width, scales, generator(seed))
+    assert inside(crop, height, width)
     allowed = [int(min(height, width) * scale) for scale in scales]
-    assert abs(allowed.index(window[2]) - allowed.index(window[3])) <= 1
+    assert abs(allowed.index(crop[2]) - allowed.index(crop[3])) <= 1
 
 
-def test_multi_scale_windows_take_thirteen_places_and_ten_shapes() -> None:
-    windows = [multi_scale_crop(256, 340, (1.0, 0.875, 0.75, 0.66), generator(seed)) for seed in range(2000)]
-    assert len({window[2:] for window in windows}) == 10
-    assert len({window[:2] for window in windows if window[2:] == (168, 168)}) == 13
+def test_multi_scale_crops_take_thirteen_places_and_ten_shapes() -> None:
+    crops = [multi_scale_crop(256, 340, (1.0, 0.875, 0.75, 0.66), generator(seed)) for seed in range(2000)]
+    assert len({crop[2:] for crop in crops}) == 10
+    assert len({crop[:2] for crop in crops if crop[2:] == (168, 168)}) == 13
 
 
 @given(height=sides, width=sides, low=st.floats(0.05, 1), seed=seeds)
-def test_random_resized_windows(height: int, width: int, low: float, seed: int) -> None:
+def test_random_resized_crops(height: int, width: int, low: float, seed: int) -> None:
     assert inside(random_resized_crop(height, width, (low, 1.0), (3 / 4, 4 / 3), generator(seed)), height, width)
 
 
-def test_random_resized_windows_have_the_area_and_aspect_asked_for() -> None:
-    windows = np.array([random_resized_crop(240, 320, (0.2, 0.5), (3 / 4, 4 / 3), generator(s)) for s in range(500)])
-    area = windows[:, 2] * windows[:, 3] / (240 * 320)
-    aspect = windows[:, 3] / windows[:, 2]
+def test_random_resized_crops_have_the_area_and_aspect_asked_for() -> None:
+    crops = np.array([random_resized_crop(240, 320, (0.2, 0.5), (3 / 4, 4 / 3), generator(s)) for s in range(500)])
+    area = crops[:, 2] * crops[:, 3] / (240 * 320)
+    aspect = crops[:, 3] / crops[:, 2]
     assert 0.19 < area.min() < 0.25
     assert 0.45 < area.max() < 0.51
     assert 0.73 < aspect.min() < 0.8
@@ -65,7 +71,7 @@ def test_random_resized_windows_have_the_area_and_aspect_asked_for() -> None:
 
 
 @given(height=sides, width=sides, count=st.integers(1, 5))
-def test_view_windows_span_the_longer_side(height: int, width: int, count: int) -> None:
+def test_view_crops_span_the_longer_side(height: int, width: int, count: int) -> None:
     crops = view_crops(height, width, (56, 56), count)
     assert len(crops) == count
     for crop in crops:
@@ -78,7 +84,7 @@ def test_view_windows_span_the_longer_side(height: int, width: int, count: int) 
 
 def test_one_draw_for_every_frame() -> None:
     frame = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    augmentation = Augmentation(flip=True)
+    augmentation = augment(flip=True)
     crop = augmentation.draw(60, 80, generator(1))
     clip = augmentation.apply(np.stack([frame] * 5), crop, (32, 32))
     assert clip.shape == (3, 5, 32, 32)
@@ -86,7 +92,7 @@ def test_one_draw_for_every_frame() -> None:
     assert (clip == clip[:, :1]).all()
 
 
-def test_a_flip_mirrors_and_a_full_window_keeps_the_pixels() -> None:
+def test_a_flip_mirrors_and_a_full_crop_keeps_the_pixels() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
     plain = Augmentation().apply(frames, ClipTransform(0, 0, 40, 40), (40, 40))
     mirrored = Augmentation().apply(frames, ClipTransform(0, 0, 40, 40, flip=True), (40, 40))
@@ -96,19 +102,19 @@ def test_a_flip_mirrors_and_a_full_window_keeps_the_pixels() -> None:
 
 def test_flips_are_drawn_only_where_asked_for() -> None:
     assert not any(Augmentation().draw(64, 64, generator(seed)).flip for seed in range(50))
-    assert 10 < sum(Augmentation(flip=True).draw(64, 64, generator(seed)).flip for seed in range(50)) < 40
+    assert 10 < sum(augment(flip=True).draw(64, 64, generator(seed)).flip for seed in range(50)) < 40
 
 
 def test_the_whole_frame_can_be_kept() -> None:
     frames = noise(3, 28, 28)
-    augmentation = Augmentation(crop="whole")
+    augmentation = augment(crop="whole")
     crop = augmentation.draw(28, 28, generator(0))
     assert torch.equal(augmentation.apply(frames, crop, (28, 28)), torch.from_numpy(frames).permute(3, 0, 1, 2))
     assert augmentation.draw(20, 30) == ClipTransform(0, 0, 20, 30)
 
 
 @given(height=sides, width=sides, count=st.integers(1, 5), share=st.floats(0.5, 1))
-def test_smaller_view_windows_keep_to_the_middle_of_the_shorter_side(
+def test_smaller_view_crops_keep_to_the_middle_of_the_shorter_side(
     height: int, width: int, count: int, share: float
 ) -> None:
     crops = view_crops(height, width, (56, 56), count, share)
@@ -128,26 +134,24 @@ def test_a_view_of_seven_eighths_is_what_resizing_to_256_and_cropping_224_shows(
 
 
 @given(height=sides, width=sides, flip=st.booleans(), seed=seeds)
-def test_what_is_off_draws_nothing_and_what_is_on_moves_no_window(
-    height: int, width: int, flip: bool, seed: int
-) -> None:
+def test_what_is_off_draws_nothing_and_what_is_on_moves_no_crop(height: int, width: int, flip: bool, seed: int) -> None:
     by_hand, ours, more = generator(seed), generator(seed), generator(seed)
-    window = multi_scale_crop(height, width, (1.0, 0.875, 0.75, 0.66), by_hand)
+    crop = multi_scale_crop(height, width, (1.0, 0.875, 0.75, 0.66), by_hand)
     mirrored = flip and bool(torch.rand((), generator=by_hand) < 0.5)
-    plain = Augmentation(flip=flip).draw(height, width, ours)
-    assert plain == ClipTransform(*window, flip=mirrored)
+    plain = augment(flip=flip).draw(height, width, ours)
+    assert plain == ClipTransform(*crop, flip=mirrored)
     assert torch.equal(by_hand.get_state(), ours.get_state())  # masks are drawn next
-    rich = Augmentation(flip=flip, rand_augment=VIDEOMAE, reprob=1.0).draw(height, width, more)
-    assert (rich.top, rich.left, rich.height, rich.width, rich.flip) == (*window, mirrored)
-    assert rich.rand_augment is not None
-    assert rich.erasing is not None
+    rich = augment(flip=flip, rand_augment=VIDEOMAE, reprob=1.0).draw(height, width, more)
+    assert (rich.top, rich.left, rich.height, rich.width, rich.flip) == (*crop, mirrored)
+    assert rich.rand_augment_seed is not None
+    assert rich.erase_seed is not None
 
 
 @given(policy=policies, seed=seeds)
 def test_rand_augment_treats_every_frame_alike(policy: str, seed: int) -> None:
     frames = noise(3, 40, 48)
     frames[2] = frames[0]
-    augmentation = Augmentation(rand_augment=policy, flip=True)
+    augmentation = augment(rand_augment=policy, flip=True)
     crop = augmentation.draw(40, 48, generator(seed))
     clip = augmentation.apply(frames, crop, (24, 32))
     assert clip.shape == (3, 3, 24, 32)
@@ -157,11 +161,11 @@ def test_rand_augment_treats_every_frame_alike(policy: str, seed: int) -> None:
 
 
 @given(seed=seeds, state=st.integers(0, 100))
-def test_clips_follow_from_the_generator_alone_and_global_numbers_go_on(seed: int, state: int) -> None:
+def test_clips_follow_from_the_generator_alone_and_leave_global_generators_alone(seed: int, state: int) -> None:
     frames = noise(2, 40, 48)
 
     def made() -> torch.Tensor:
-        augmentation = Augmentation(flip=True, rand_augment=VIDEOMAE, reprob=0.5)
+        augmentation = augment(flip=True, rand_augment=VIDEOMAE, reprob=0.5)
         return augmentation.apply(frames, augmentation.draw(40, 48, generator(seed)), (32, 32))
 
     first = made()
@@ -180,7 +184,7 @@ def test_clips_follow_from_the_generator_alone_and_global_numbers_go_on(seed: in
     "policy", ["rand-m20-n15-p1-mmax20", "rand-m0-n15-p1", "rand-m10-n15-inc1-p1", "rand-m10-n14-t3aw-p1"]
 )
 def test_rand_augment_works_at_its_strongest_and_weakest(policy: str) -> None:
-    augmentation = Augmentation(crop="whole", rand_augment=policy)
+    augmentation = augment(crop="whole", rand_augment=policy)
     for seed in range(50):
         augmentation.apply(noise(1, 16, 16), augmentation.draw(16, 16, generator(seed)), (16, 16))
 
@@ -188,8 +192,8 @@ def test_rand_augment_works_at_its_strongest_and_weakest(policy: str) -> None:
 def test_seeds_give_different_clips() -> None:
     frames = noise(1, 32, 32)
     for augmentation in (
-        Augmentation(crop="whole", rand_augment="rand-m7-n4-mstd0.5-p1"),
-        Augmentation(crop="whole", reprob=1.0),
+        augment(crop="whole", rand_augment="rand-m7-n4-mstd0.5-p1"),
+        augment(crop="whole", reprob=1.0),
     ):
         clips = [augmentation.apply(frames, augmentation.draw(32, 32, generator(seed)), (32, 32)) for seed in range(20)]
         assert len({clip.numpy().tobytes() for clip in clips}) == 20
@@ -200,19 +204,19 @@ def test_seeds_give_different_clips() -> None:
 )
 def test_a_policy_that_timm_would_misread_is_an_error(policy: str) -> None:
     with pytest.raises(ValueError, match=rf"rand_augment is '{policy}'.*for example rand-m7-n4-mstd0.5-inc1"):
-        Augmentation(rand_augment=policy)
+        AugmentationConfig(rand_augment=policy)
 
 
 def test_a_policy_that_timm_cannot_follow_is_an_error() -> None:
     with pytest.raises(ValueError, match="rand_augment is 'rand-n20-tweights', which timm cannot follow"):
-        Augmentation(rand_augment="rand-n20-tweights")
+        augment(rand_augment="rand-n20-tweights")
 
 
 @given(height=st.integers(8, 64), width=st.integers(8, 64), seed=seeds)
 def test_erasing_takes_one_rectangle_of_all_frames(height: int, width: int, seed: int) -> None:
     frames = noise(4, height, width)
     before = frames.copy()
-    augmentation = Augmentation(crop="whole", reprob=1.0)
+    augmentation = augment(crop="whole", reprob=1.0)
     clip = augmentation.apply(frames, augmentation.draw(height, width, generator(seed)), (height, width))
     assert (frames == before).all()
     changed = (clip != torch.from_numpy(frames).permute(3, 0, 1, 2)).any(0).any(0)
@@ -228,7 +232,7 @@ def test_erasing_takes_one_rectangle_of_all_frames(height: int, width: int, seed
 
 def test_erased_pixels_are_noise_of_their_own() -> None:
     black = np.zeros((8, 200, 200, 3), dtype=np.uint8)
-    augmentation = Augmentation(crop="whole", reprob=1.0)
+    augmentation = augment(crop="whole", reprob=1.0)
     clip = augmentation.apply(black, augmentation.draw(200, 200, generator(2)), (200, 200))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     erased = clip[:, :, clip.amax((0, 1)) > 0].permute(1, 2, 0)  # frames, pixels, channels
@@ -241,23 +245,23 @@ def test_erased_pixels_are_noise_of_their_own() -> None:
 
 def test_erasing_is_as_frequent_as_asked_for() -> None:
     def erased(share: float) -> int:
-        return sum(Augmentation(reprob=share).draw(64, 64, generator(s)).erasing is not None for s in range(400))
+        return sum(augment(reprob=share).draw(64, 64, generator(s)).erase_seed is not None for s in range(400))
 
     assert 70 < erased(0.25) < 130
     assert (erased(0.0), erased(1.0)) == (0, 400)
     with pytest.raises(ValueError, match=r"augmentation\.reprob is 25.*from 0 to 1"):
-        Augmentation(reprob=25)
+        AugmentationConfig(reprob=25)
 
 
-def test_test_windows_are_not_augmented() -> None:
+def test_test_crops_are_not_augmented() -> None:
     frames = noise(2, 32, 48)
     (crop,) = view_crops(32, 48, (32, 32), 1)
-    rich = Augmentation(flip=True, rand_augment=VIDEOMAE, reprob=1.0)
+    rich = augment(flip=True, rand_augment=VIDEOMAE, reprob=1.0)
     assert torch.equal(rich.apply(frames, crop, (32, 32)), Augmentation().apply(frames, crop, (32, 32)))
 
 
 def test_settings_can_be_sent_to_workers() -> None:
-    augmentation = Augmentation(rand_augment=VIDEOMAE, reprob=0.25)
+    augmentation = augment(rand_augment=VIDEOMAE, reprob=0.25)
     augmentation.apply(noise(1, 32, 32), augmentation.draw(32, 32), (32, 32))
     assert pickle.loads(pickle.dumps(augmentation)) == augmentation
-    assert len({augmentation, Augmentation(rand_augment=VIDEOMAE, reprob=0.25), Augmentation()}) == 2
+    assert len({augmentation, augment(rand_augment=VIDEOMAE, reprob=0.25), Augmentation()}) == 2

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from video_convmae.models.probe import create_probe
 
 from video_convmae import create_autoencoder, create_classifier, masking
+from video_convmae.build import build_optimization
 from video_convmae.data.loader import Batch
-from video_convmae.data.mixing import Mixing, MixingConfig
-from video_convmae.engine import distributed
-from video_convmae.engine.optim import EMA, OptimConfig, build_optimization, clip_gradients
+from video_convmae.data.mixing import Mixing
+from video_convmae.data.options import MixingConfig
+from video_convmae.engine.distributed import DistInfo, all_reduce_mean, init_distributed
+from video_convmae.engine.ema import EMA
+from video_convmae.engine.options import OptimConfig, TrainConfig
+from video_convmae.engine.parallel import full_tensor, no_sync, parallelize, unwrap
 from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, Task
-from video_convmae.models.classifier import create_probe
-from video_convmae.runs import BLOCKS, CHECKPOINTED
 
 RECORDS, STEPS, CLASSES = 8, 2, 5
 SHAPE = {"num_frames": 4, "image_size": 32}
@@ -41,11 +45,11 @@ for kind in ("linear", "attentive"):
 WAYS = {
     "ddp": {},
     "ddp, accumulated": {"accumulates": True},
-    "ddp, checkpointed": {"checkpointed": CHECKPOINTED["all"]},
+    "ddp, checkpointed": {"activation_checkpointing": "all"},
     "ddp, bf16 gradients": {"compress_gradients": True},
     "fsdp": {"parallel": "fsdp"},
     "fsdp, accumulated": {"parallel": "fsdp", "accumulates": True},
-    "fsdp, checkpointed": {"parallel": "fsdp", "checkpointed": CHECKPOINTED["all"]},
+    "fsdp, checkpointed": {"parallel": "fsdp", "activation_checkpointing": "all"},
     "fsdp, bf16 gradients": {"parallel": "fsdp", "compress_gradients": True},
 }
 
@@ -56,42 +60,44 @@ def batch(visible_of: tuple[int, int, int], step: int, records: slice) -> Batch:
     clips = torch.randint(0, 256, (RECORDS, 3, 4, 32, 32), generator=generator, dtype=torch.uint8)
     visible = torch.stack([masking.tube(visible_of, 0.5, generator) for _ in range(RECORDS)])
     labels = torch.arange(RECORDS) % CLASSES
-    return Batch(clips[records], visible[records], labels[records], torch.arange(RECORDS)[records], ())
+    return Batch(clips[records], visible[records], None, labels[records], torch.arange(RECORDS)[records], ())
 
 
-def steps(name: str, group: distributed.DistInfo, way: dict | None) -> dict[str, list]:
+def steps(name: str, info: DistInfo, way: dict | None) -> dict[str, list]:
     """Losses, gradients, weights and their average over a few optimizer steps; `way` None is the bare model."""
     build, task_of = RECIPES[name]
     torch.manual_seed(0)
     model = build()
-    wrapped = model if way is None else distributed.parallelize(model, group, BLOCKS, **way)
-    task, bare = task_of(wrapped), distributed.unwrap(wrapped)
-    optimizer = build_optimization(bare, OptimConfig(lr=1e-3, warmup_epochs=0), RECORDS, 1, STEPS).optimizer
+    wrapped = model if way is None else parallelize(model, info, **way)
+    task, bare = task_of(wrapped), unwrap(wrapped)
+    optim, train = OptimConfig(lr=1e-3, warmup_epochs=0), TrainConfig(epochs=1)
+    optimization = build_optimization(bare, optim, train, RECORDS, STEPS)
+    optimizer = optimization.optimizer
     average = EMA(bare, 0.5)
     parts = 2 if way and way.get("accumulates") else 1
-    ranks = 1 if way is None else group.count
+    ranks = 1 if way is None else info.world_size
     result: dict[str, list] = {"loss": [], "norm": [], "gradient": [], "weights": [], "average": []}
     for step in range(STEPS):
         loss = torch.zeros(())
         for part in range(parts):
             share = RECORDS // (parts * ranks)
-            start = (part * ranks + (0 if way is None else group.rank)) * share
-            with distributed.gradient_sync(wrapped, sync=part == parts - 1):
+            start = (part * ranks + (0 if way is None else info.rank)) * share
+            with no_sync(wrapped) if part + 1 < parts else nullcontext():
                 part_loss, _ = task(batch((2, 2, 2), step, slice(start, start + share)))
                 (part_loss / parts).backward()
             loss += part_loss.detach() / parts
         parameters = [p for p in bare.parameters() if p.requires_grad]
-        result["gradient"].append([distributed.full_tensor(p.grad).clone() for p in parameters])
-        result["norm"].append(float(clip_gradients(parameters, None)))
-        result["loss"].append(float(loss if way is None else distributed.all_reduce_mean(loss)))
+        result["gradient"].append([full_tensor(p.grad).clone() for p in parameters])
+        result["norm"].append(float(optimization.clip_gradients()))
+        result["loss"].append(float(loss if way is None else all_reduce_mean(loss)))
         for options in optimizer.param_groups:
             options["lr"] = 1e-3
         optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())
         optimizer.step()
         optimizer.zero_grad()
         average.update(bare)
-    result["weights"] = [distributed.full_tensor(t).clone() for t in bare.state_dict().values()]
-    result["average"] = [distributed.full_tensor(t).clone() for t in average.tensors.values()]
+    result["weights"] = [full_tensor(t).clone() for t in bare.state_dict().values()]
+    result["average"] = [full_tensor(t).clone() for t in average.tensors.values()]
     return result
 
 
@@ -104,14 +110,14 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 def main() -> None:
     """Print a line for each case."""
     torch.set_num_threads(1)
-    with distributed.init_distributed("cpu", 120) as group:
+    with init_distributed("cpu", 120) as info:
         for name in RECIPES:
-            bare = steps(name, group, None)
+            bare = steps(name, info, None)
             for title, way in WAYS.items():
                 if "BatchNorm" in str(RECIPES[name][0]()) and "accumulates" in way:
                     continue  # its statistics are those of one forward pass
-                wrapped = steps(name, group, way)
-                line = {"recipe": name, "way": title, "ranks": group.count}
+                wrapped = steps(name, info, way)
+                line = {"recipe": name, "way": title, "ranks": info.world_size}
                 for value in ("loss", "norm"):
                     pairs = zip(wrapped[value], bare[value])
                     line[value] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
@@ -119,7 +125,7 @@ def main() -> None:
                 line["gradient"] = difference(wrapped["gradient"][0], bare["gradient"][0])
                 line["weights"] = difference(wrapped["weights"], bare["weights"])
                 line["average"] = difference(wrapped["average"], bare["average"])
-                if group.is_main:
+                if info.is_main:
                     print(json.dumps(line), flush=True)
 
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors; at run time see __getattr__
+    from video_convmae import masking
+    from video_convmae.models.autoencoder import create_autoencoder
+    from video_convmae.models.classifier import create_classifier
+    from video_convmae.models.probe import create_probe
+    from video_convmae.predictor import load
+    from video_convmae.weights.load import load_weights
 
 __version__ = "0.1.0"
+__all__ = ["create_autoencoder", "create_classifier", "create_probe", "load", "load_weights", "masking"]
 
-# Names are imported when first used: a decoding process imports `video_convmae.data.decoding` without paying for torch.
+# Imported on first use: a reading process and `--help` import parts of this package without paying for torch.
 _HOMES = {
     "create_autoencoder": "video_convmae.models.autoencoder",
     "create_classifier": "video_convmae.models.classifier",
-    "create_probe": "video_convmae.models.classifier",
+    "create_probe": "video_convmae.models.probe",
     "load": "video_convmae.predictor",
     "load_weights": "video_convmae.weights.load",
 }
-__all__ = ["create_autoencoder", "create_classifier", "create_probe", "load", "load_weights", "masking"]
 
 
 def __getattr__(name: str) -> Any:

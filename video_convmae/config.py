@@ -1,130 +1,52 @@
-"""The configuration of a run: dataclasses, filled from a YAML file and the command line, strictly.
+"""The configuration of a run: plain dataclasses. They describe and build nothing (build.py does).
 
-    python tools/pretrain.py --config configs/video/pretrain_k400_base.yaml --optim.base_lr 3e-4
-    python tools/pretrain.py --help             every field, explained
-    python tools/pretrain.py ... --print_config the whole run
+    video-convmae pretrain --config video/pretrain_k400_base --optim.base_lr 3e-4
+    video-convmae pretrain --help-all           every field, explained
+    video-convmae pretrain ... --print_config   the whole run
 
-An unknown field or a wrong type is an error that names the field. The settings of a part stand with that part.
+An unknown field or a wrong type is an error that names the field. Options of one part (model, data, engine, weights) are
+defined beside that part. Nothing here imports torch, so that `--help` is fast.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-import yaml
 from jsonargparse import ArgumentParser
 
-from video_convmae.data.datasets import ClipDataset, TestViewDataset, ViewConfig
-from video_convmae.data.decoding import ReaderName
-from video_convmae.data.decoding.process import ReaderProcess
-from video_convmae.data.mixing import MixingConfig
-from video_convmae.data.records import ListError, ListFormat, Records, class_names, read_list
-from video_convmae.data.sampling import Sampling
-from video_convmae.data.transforms import Augmentation
-from video_convmae.engine import checkpoint
-from video_convmae.engine.distributed import HANG_TIMEOUT
-from video_convmae.engine.evaluation import ProtocolConfig
-from video_convmae.engine.log import LogConfig
-from video_convmae.engine.optim import OptimConfig
-from video_convmae.engine.trainer import TrainConfig
-from video_convmae.masking import MASKS
-from video_convmae.models.autoencoder import Autoencoder, Target, create_autoencoder
-from video_convmae.models.classifier import Classifier, Probe, ProbeKind, create_classifier, create_probe
-from video_convmae.models.encoder import EncoderConfig
-from video_convmae.weights.load import Inflation, LoadReport, load_weights
+from video_convmae.data.options import AugmentationConfig, ListFormat, MixingConfig, ReaderName
+from video_convmae.engine.options import (
+    HANG_TIMEOUT,
+    FeatureKind,
+    LogConfig,
+    OptimConfig,
+    Precision,
+    ProtocolConfig,
+    TrainConfig,
+)
+from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
+from video_convmae.weights.options import Inflation
 
-
-@dataclass(frozen=True)
-class EncoderFields:
-    """What an autoencoder and a classifier of the same encoder have in common; what is none follows from size and
-    frames."""
-
-    size: str = "base"
-    """tiny, small, base, large, huge; vit_tiny to vit_huge are plain ViTs."""
-    num_frames: int = 16
-    """Frames of a clip; 1 makes an image model."""
-    image_size: int | tuple[int, int] = 224
-    """Pixels: one number, or height and width."""
-    widths: tuple[int, ...] | None = None
-    """Values of a position in each stage; the last stage is attention, those before it are convolutional."""
-    depths: tuple[int, ...] | None = None
-    """Blocks of each stage."""
-    heads: int | None = None
-    """Of the attention."""
-    strides: tuple[int, ...] | None = None
-    """Spatial stride of each stage; 4, 2, 2 by default, 16 pixels a token."""
-    tubelet: int | None = None
-    """Frames of a token."""
-    temporal_kernel: int | None = None
-    """Frames that a depthwise convolution sees."""
-    drop_path: float = 0.0
-    """Stochastic depth of the last block; it rises linearly from 0."""
-    position_table: Literal["sincos", "flat"] = "sincos"
-    """sincos over (t, h, w), or VideoMAE's flat table over the numbered tokens."""
-
-    def given(self, *but: str) -> dict[str, Any]:
-        """The fields that are not none, without those named."""
-        return {name: value for name, value in asdict(self).items() if value is not None and name not in but}
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig(EncoderFields):
-    """Arguments of `create_autoencoder`; what is none follows from size and frames."""
-
-    msd: bool = True
-    """Multi-scale fusion: the convolutional stages join the tokens before the final norm."""
-    implementation: Literal["packed", "dense"] = "packed"
-    """Compute the visible cells alone, or all of them; the result is the same."""
-    decoder: tuple[int, int, int] | None = None
-    """Width, depth and heads of the decoder."""
-    decoder_ratio: float | None = None
-    """Share of the hidden tokens that are predicted, in running cells (VideoMAE V2; faster); none: all of them."""
-    target: Target | None = None
-    """Normalise a patch's pixels: patch, patch_channel, none."""
-
-    def autoencoder(self) -> Autoencoder:
-        """Build the model."""
-        return create_autoencoder(**self.given())
-
-
-@dataclass(frozen=True)
-class ClassifierConfig(EncoderFields):
-    """Arguments of `create_classifier` or, with `probe`, of `create_probe`."""
-
-    probe: ProbeKind | None = None
-    """Freeze the encoder and train this head on its features: linear, attentive, or knn, which remembers the training
-    list and trains nothing; none: finetune everything."""
-    msd: bool = True
-    """Probes read the tokens after fusion and norm, as pretrained. A finetuned classifier has no fusion."""
-    head_init_std: float | None = None
-    """Deviation of the head's first weights; none: 2e-5 to finetune (ConvMAE; VideoMAE scales 0.02 by 0.001), 0.01 to
-    probe."""
-    head_dropout: float = 0.0
-    """Share of the pooled values that are dropped before the head while it is finetuned."""
-
-    def build(self, num_classes: int) -> Classifier | Probe:
-        """Build the model."""
-        if self.probe is not None:
-            given = self.given("probe", "drop_path", "head_dropout")
-            return create_probe(num_classes=num_classes, kind=self.probe, **given)
-        given = {"head_init_std": 2e-5, **self.given("probe", "msd")}
-        return create_classifier(num_classes=num_classes, **given)
+SamplingKind = Literal["dense", "uniform"]
 
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """What the encoder does not see."""
+    """The tokens hidden from the encoder, and those that are predicted."""
 
     kind: Literal["tube", "random", "frame", "block"] = "tube"
-    """See video_convmae/masking.py."""
+    """tube: one spatial mask repeated in time; random: every token for itself; frame; block (video_convmae/masking.py)."""
     ratio: float = 0.9
-    """Share of the tokens that is hidden."""
+    """Fraction of the tokens that is hidden."""
+    decoder_ratio: float | None = None
+    """Fraction of the hidden tokens that is predicted, in running cells (VideoMAE V2; faster); none: all of them."""
+
+    def __post_init__(self) -> None:
+        if self.decoder_ratio is not None and not 0 < self.decoder_ratio <= 1:
+            raise ValueError(
+                f"mask.decoder_ratio is {self.decoder_ratio}; expected 0 < ratio <= 1, or none for all hidden tokens"
+            )
 
 
 @dataclass(frozen=True)
@@ -132,60 +54,34 @@ class DataConfig:
     """The list, and how clips are made of its records."""
 
     train: str
-    """List file; data_lists/README.md tells its forms."""
+    """List file; data_lists/README.md describes its forms."""
     root: str = ""
     """Folder that the list's relative paths are joined to."""
     format: ListFormat = "video"
-    """What a line holds: video, frames or image."""
-    decoder: ReaderName = "auto"
-    """auto, torchcodec, pyav, decord, or torchcodec_cuda, which decodes on the GPU; auto is never that one. It is
-    resolved once and written into the run's config."""
+    """Contents of a line: video, frames or image."""
+    reader: ReaderName = "auto"
+    """auto, torchcodec, pyav, decord, or torchcodec_cuda, which decodes on the GPU and is never chosen by auto. auto is
+    resolved once and written into the run's configuration."""
     decode_timeout: float = 60.0
     """Seconds after which a decode is ended and its record counts as bad."""
     max_bad_fraction: float = 0.01
-    """Share of the list that may be bad before the run stops."""
-    sampling: Literal["dense", "uniform"] = "dense"
-    """Frames `stride` apart from one place (Kinetics), or one of each of T segments (Something-Something)."""
+    """Fraction of the list that may be bad before the run stops."""
+    sampling: SamplingKind = "dense"
+    """dense: frames `stride` apart from one place (Kinetics); uniform: one of each of T segments (Something-Something)."""
     stride: int = 4
     """Frames between two of a dense clip."""
     repeats: int = 1
-    """Clips of each decoded record: own start, crop and mask; not counted in the batch size."""
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    """What happens to a training clip."""
+    """Clips of each decoded record, each with its own start, crop and mask; not counted in the batch size."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    """Augmentation of a training clip."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Of each channel, for pixels from 0 to 1."""
+    """Mean of each channel, for pixels from 0 to 1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Of each channel, for pixels from 0 to 1."""
+    """Standard deviation of each channel, for pixels from 0 to 1."""
     workers: int = 8
     """Loading processes of each device."""
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
-    """How loading processes start; none: the platform's own way."""
-
-    def records(self) -> Records:
-        """Read the list."""
-        return read_list(self.train, self.format, self.root)
-
-    def frames(self, encoder: EncoderConfig) -> Sampling:
-        """Which frames make a clip that this encoder takes."""
-        return Sampling(self.sampling, encoder.num_frames, self.stride)
-
-    def clips(self, records: Records, encoder: EncoderConfig, seed: int, mask: MaskConfig | None = None) -> ClipDataset:
-        """Training clips in the shape that the encoder takes."""
-        return ClipDataset(
-            records,
-            self.frames(encoder),
-            self.augmentation,
-            encoder.image_size,
-            None if mask is None else partial(MASKS[mask.kind], encoder.grid, mask.ratio),
-            ReaderProcess(self.decoder, self.decode_timeout),
-            self.repeats,
-            seed,
-        )
-
-    def views(self, records: Records, encoder: EncoderConfig, views: ViewConfig) -> TestViewDataset:
-        """Test views in the shape that the encoder takes."""
-        decoder = ReaderProcess(self.decoder, self.decode_timeout)
-        return TestViewDataset(records, self.frames(encoder), views, self.augmentation, encoder.image_size, decoder)
+    """Start method of the loading processes; none: the platform's default."""
 
 
 @dataclass(frozen=True)
@@ -193,179 +89,83 @@ class LabelledDataConfig(DataConfig):
     """Lists with classes."""
 
     validation: str | None = None
-    """List of validation records, with the same format and root; none: nothing is validated."""
+    """List of validation records, with the same format and root; none: no validation."""
     labels: str | tuple[str, ...] | None = None
-    """File of class names, line n (from 0) names class n; a shipped one (kinetics400, something_something_v2); or the
-    names. None: the file beside the list (train.labels.txt beside train.txt), or the class folders. A run writes the
-    names into its own configuration."""
+    """Class names: kinetics400, something_something_v2, a file whose line n (from 0) names class n, or the names; none:
+    the file beside the list (train.labels.txt beside train.txt), or the class folders. A run writes the names into its
+    own configuration."""
     num_classes: int | None = None
-    """Classes; none: as many as there are names, else the largest label and one."""
-
-    def validation_records(self) -> Records:
-        """Read the validation list.
-
-        Raises:
-            ListError: the configuration has none, or its classes are others than the training list's.
-        """
-        if self.validation is None:
-            raise ListError("data.validation is none: name a list to validate or test on")
-        ours, theirs = self.class_names(), class_names(self.validation, self.root)
-        if ours is not None and theirs is not None and ours != tuple(theirs):
-            source = self.train if self.labels is None else "data.labels"
-            raise ListError(
-                f"the classes of {source} ({len(ours)}) and of {self.validation} ({len(theirs)}) differ, so their "
-                "numbers mean different things: list both with the same class names (tools/make_list.py); for a list "
-                "with classes of its own set data.labels to null"
-            )
-        return read_list(self.validation, self.format, self.root)
-
-    def class_names(self) -> tuple[str, ...] | None:
-        """The names of the classes, where something says them."""
-        if isinstance(self.labels, tuple):
-            return self.labels
-        if not self.train and self.labels is None:  # a published file's usual settings: there is no list
-            return None
-        names = class_names(self.train, self.root, self.labels)
-        return None if names is None else tuple(names)
-
-    def count_classes(self, *lists: Records) -> int:
-        """How many classes the model must tell apart.
-
-        Raises:
-            ListError: a label is missing or beyond `num_classes`, there are more or fewer names, or left and right are
-                labels and clips are flipped.
-        """
-        names = self.class_names()
-        largest = max(int(records.labels.max()) for records in lists)
-        count = self.num_classes or (len(names) if names else largest + 1)
-        if names and len(names) != count:
-            raise ListError(
-                f"data.num_classes is {count} and there are {len(names)} class names, the first {names[0]!r}; expected "
-                "as many: leave data.num_classes out, or name the file of all classes with data.labels"
-            )
-        for records in lists:
-            check_labels(records, count)
-        if self.augmentation.flip and names is None:
-            warnings.warn(
-                "data.augmentation.flip is on and no class names are known: whether a class names left or right cannot "
-                "be checked; name them with data.labels",
-                stacklevel=2,
-            )
-        sided = [name for name in names or [] if {"left", "right"} & set(re.split(r"[\W_]+", name.lower()))]
-        if sided and self.augmentation.flip:
-            raise ListError(
-                f"data.augmentation.flip is on and {len(sided)} classes name left or right, the first {sided[0]!r}: a "
-                "flipped clip would have a wrong label; turn it off"
-            )
-        return count
-
-
-def check_labels(records: Records, num_classes: int, least: int = 0) -> None:
-    """Raise a ListError unless every label lies in `least` (-1: may be missing) to `num_classes - 1`."""
-    for wrong in np.flatnonzero((records.labels < least) | (records.labels >= num_classes))[:1]:
-        record = records[int(wrong)]
-        if record.label is None:
-            raise ListError(
-                f"{record.path} has no label, like {int((records.labels < 0).sum())} of the {len(records)} records of "
-                "its list; expected 'path label' in every line (data_lists/README.md)"
-            )
-        raise ListError(
-            f"{record.path} has the label {record.label}; expected 0 to {num_classes - 1}: there are {num_classes} "
-            "classes, as data.num_classes, the class names or the trained model say"
-        )
+    """Number of classes; none: the number of names, else the largest label plus one."""
 
 
 @dataclass(frozen=True)
 class InitConfig:
-    """What a new run starts from. A run that goes on takes its own checkpoint instead."""
+    """Initial weights of a new run. A resumed run takes its own checkpoint instead."""
 
     weights: str | None = None
-    """Checkpoint, run folder or published file (models/released.py tells the layouts); none: random."""
+    """Checkpoint, run folder or published file (weights/formats/ has the families); none: random."""
     inflation: Inflation = field(default_factory=Inflation)
-    """How image weights become video weights: average or center, over the frames of a token and of a kernel."""
+    """Conversion of image weights to video weights: average or center, over the frames of a token and of a kernel."""
     exclude: tuple[Literal["positions", "norm", "fusion", "decoder", "head"], ...] = ()
-    """What of the file is not taken; in place of learnt positions, pretraining and probes have their fixed table."""
-
-    def load(self, model: Autoencoder | Classifier | Probe) -> LoadReport | None:
-        """Load the weights, if any, and say what was loaded.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file does not fit the model.
-        """
-        if self.weights is None:
-            return None
-        path = Path(self.weights)
-        source = checkpoint.find(path) if path.is_dir() else path
-        return load_weights(model, source, inflation=self.inflation, exclude=self.exclude)
+    """Parts of the file that are not loaded; instead of learnt positions, pretraining and probes have a fixed table."""
 
 
-@dataclass(frozen=True)
-class PretrainConfig:
-    """A pretraining run."""
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Options of every training run."""
 
     output: str
-    """Run folder; the same command on a folder that holds a run goes on with it."""
+    """Run folder; the same command on a folder that holds a run resumes it."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """Initial weights."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning rate."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batch, precision and parallelism."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Measurements beside the usual log."""
+    hang_timeout: float = HANG_TIMEOUT
+    """Seconds without progress, for data or for other processes, after which a process ends and says what each does."""
+    device: str = "auto"
+    """auto (CUDA if available), cpu, cuda."""
+    seed: int = 0
+    """Seed of every random number of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """A pretraining run."""
+
     data: DataConfig
     """The list, and how clips are made of its records."""
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """The autoencoder."""
-    init: InitConfig = field(default_factory=InitConfig)
-    """What the run starts from."""
     mask: MaskConfig = field(default_factory=MaskConfig)
-    """What the encoder does not see."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """The optimizer and its learning rate."""
-    train: TrainConfig = field(default_factory=TrainConfig)
-    """The loop."""
-    log: LogConfig = field(default_factory=LogConfig)
-    """What is logged besides the usual."""
-    hang_timeout: float = HANG_TIMEOUT
-    """Seconds without progress, for data or for other processes, after which a process ends and says what each does."""
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda."""
-    seed: int = 0
-    """Every random number of the run follows from it."""
+    """The tokens hidden from the encoder."""
 
 
 @dataclass(frozen=True)
 class ValidateConfig(ProtocolConfig):
-    """What is measured on the validation list while a classifier is trained."""
+    """Validation while a classifier is trained."""
 
     every: float = 1.0
-    """Epochs between two measurements; the last step is always followed by one."""
+    """Epochs between two validations; the last step is always followed by one."""
 
 
-@dataclass(frozen=True)
-class FinetuneConfig:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig):
     """A finetuning or probing run."""
 
-    output: str
-    """Run folder; the same command on a folder that holds a run goes on with it."""
     data: LabelledDataConfig
     """The lists, and how clips are made of their records."""
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
-    """The classifier."""
-    init: InitConfig = field(default_factory=InitConfig)
-    """What the run starts from."""
+    """The classifier or probe."""
     mixing: MixingConfig = field(default_factory=MixingConfig)
     """Mixup, cutmix and label smoothing."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """The optimizer and its learning rate."""
-    train: TrainConfig = field(default_factory=TrainConfig)
-    """The loop."""
-    log: LogConfig = field(default_factory=LogConfig)
-    """What is logged besides the usual."""
-    hang_timeout: float = HANG_TIMEOUT
-    """Seconds without progress, for data or for other processes, after which a process ends and says what each does."""
     validate: ValidateConfig = field(default_factory=ValidateConfig)
-    """The validation during training."""
+    """Validation during training."""
     test: ProtocolConfig = field(default_factory=ProtocolConfig)
-    """The protocol of tools/evaluate.py for this run."""
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda."""
-    seed: int = 0
-    """Every random number of the run follows from it."""
+    """Protocol of `video-convmae evaluate` for this run."""
 
     def __post_init__(self) -> None:
         if self.model.probe is not None and self.optim.layer_decay != 1:
@@ -386,53 +186,69 @@ class FinetuneConfig:
             )
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """A test of a classifier on a list; what is none is as in the run that trained it."""
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """A trained model over a list; an option that is none is that of the run that trained the model."""
 
     weights: str
-    """Run folder, a checkpoint of one (checkpoints/best), or a published classifier."""
+    """Run folder, a checkpoint of one (checkpoints/best), or a published file."""
     output: str
-    """Folder for predictions.csv, scores.npz and metrics.json; after an interruption the same command goes on."""
-    list: str | None = None
-    """The list to test on; none: the run's data.validation."""
+    """Folder of the results; after an interruption the same command resumes."""
     root: str | None = None
     """Folder that the list's relative paths are joined to."""
     format: ListFormat | None = None
-    """What a line holds: video, frames or image."""
-    sampling: Literal["dense", "uniform"] | None = None
-    """Frames `stride` apart (Kinetics), or one of each of T segments (Something-Something); published: dense."""
+    """Contents of a line: video, frames or image."""
+    sampling: SamplingKind | None = None
+    """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
     stride: int | None = None
-    """Frames between two of a dense clip; of a published classifier: 4."""
-    labels: str | None = None
-    """File of class names; they are needed for pictures and printed names alone."""
+    """Frames between two of a dense clip; of a published file: 4."""
     segments: int | None = None
-    """Clips over the length of a video."""
+    """Clips over the length of a video; for features: 1."""
     crops: int | None = None
-    """Windows along the longer side of a frame."""
+    """Crops along the longer side of a frame; for features: 1."""
     crop_pct: float | None = None
-    """Side of a window over the largest one's."""
+    """Side of a crop over that of the largest one."""
     batch_size: int | None = None
-    """Records whose views go through the model together."""
-    precision: Literal["bf16", "fp16", "fp32"] | None = None
-    """Autocast type."""
+    """Records whose views go through the model together; the result may depend on it in the last bits."""
+    precision: Precision | None = None
+    """Autocast type; none: that of the run's test or training. Of a published file: bf16."""
     workers: int | None = None
     """Loading processes of each device."""
-    decoder: ReaderName | None = None
+    reader: ReaderName | None = None
     """auto, torchcodec, pyav, decord or torchcodec_cuda."""
     ema: bool | None = None
-    """Test the average of the weights; none: where the run kept one."""
+    """Use the average of the weights; none: for a classifier, if the run kept one."""
+    device: str = "auto"
+    """auto (CUDA if available), cpu, cuda."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(InferenceConfig):
+    """Test of a classifier on a list."""
+
+    list: str | None = None
+    """The list to test on; none: the run's data.validation."""
+    labels: str | None = None
+    """Class names, for pictures and printed names alone: kinetics400, something_something_v2, or a file."""
     plot: bool = False
     """Also write confusion.png and classes.png, the accuracy of each class."""
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig(InferenceConfig):
+    """Features of every record of a list."""
+
+    list: str
+    """The list, or a folder of class folders."""
+    kind: FeatureKind = "pooled"
+    """pooled: one vector a record, the mean over all views; tokens: all of them, of one view."""
 
 
 Config = TypeVar("Config")
 
 
-def plain(config: Any) -> dict[str, Any]:
-    """A configuration as what YAML and checkpoints hold: dicts, lists, numbers, strings."""
+def to_plain(config: Any) -> dict[str, Any]:
+    """Return a configuration as dicts, lists, numbers and strings, for YAML and checkpoints."""
 
     def simplify(value: Any) -> Any:
         if isinstance(value, dict):
@@ -442,13 +258,9 @@ def plain(config: Any) -> dict[str, Any]:
     return simplify(asdict(config))
 
 
-def write_yaml(config: Any, path: Path) -> None:
-    """Write a configuration so that `--config` reads it again."""
-    path.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
-
 
 def from_plain(kind: type[Config], values: dict[str, Any]) -> Config:
-    """The configuration that `plain` took apart, checked as strictly as a file.
+    """Return the configuration that `to_plain` turned into plain data, checked as strictly as a file.
 
     Raises:
         ValueError: a field is unknown, missing or of a wrong type.

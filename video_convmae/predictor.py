@@ -16,27 +16,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from video_convmae.config import (
-    AutoencoderConfig,
-    ClassifierConfig,
-    DataConfig,
-    FinetuneConfig,
-    LabelledDataConfig,
-    PretrainConfig,
-)
-from video_convmae.data.datasets import TestViewDataset, ViewConfig
-from video_convmae.data.decoding import DecodeError, ReaderName, resolve_reader
+from video_convmae.build import build_normalizer, build_sampling, read_class_names
+from video_convmae.config import DataConfig, FinetuneConfig, LabelledDataConfig, PretrainConfig
+from video_convmae.data.datasets import TestViewDataset
+from video_convmae.data.decoding import DecodeError, resolve_reader
 from video_convmae.data.decoding.process import ReaderProcess
-from video_convmae.data.records import IMAGE_SUFFIXES, ListError, ListFormat, Record, Records, class_names
+from video_convmae.data.options import IMAGE_SUFFIXES, AugmentationConfig, ListFormat, ReaderName, ViewConfig
+from video_convmae.data.records import ListError, Record, Records, class_names
 from video_convmae.data.transforms import Augmentation
-from video_convmae.engine import checkpoint
-from video_convmae.engine.evaluation import ProtocolConfig
-from video_convmae.engine.tasks import Normalizer
+from video_convmae.engine.checkpoint import Checkpoint, find_weights
+from video_convmae.engine.options import ProtocolConfig
 from video_convmae.models.autoencoder import Autoencoder
-from video_convmae.models.classifier import Classifier, Probe
+from video_convmae.models.classifier import Classifier
+from video_convmae.models.probe import Probe
+from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
 from video_convmae.runs import load_autoencoder, load_classifier, run_kind
-from video_convmae.weights.load import model_from
-from video_convmae.weights.released import summarize_names, weights_of
+from video_convmae.weights.load import model_from, read_weights, summarize_names
 
 
 class Prediction(NamedTuple):
@@ -49,14 +44,14 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model in evaluation mode, and all that lies between a file and its input.
+    """A model in evaluation mode with its preprocessing.
 
-    Files are decoded in a process of its own, which can be ended and lives as long as the predictor: not for several
-    threads at once. The model computes in float32, or as an autocast of the caller says.
+    Files are decoded in a separate process, which lives as long as the predictor: not for several threads at once. The
+    model computes in float32, or under the caller's autocast.
 
-    model: what was trained; it may be moved to another device.
+    model: may be moved to another device.
     config: of the run; for a published file, the usual settings of its kind.
-    class_names: where something says them.
+    class_names: None if nothing names them.
     """
 
     model: Autoencoder | Classifier | Probe
@@ -64,11 +59,11 @@ class Predictor:
     class_names: tuple[str, ...] | None
 
     def __call__(self, path: str | Path, top: int = 5, views: ViewConfig | None = None) -> list[Prediction]:
-        """The `top` most probable classes of a video or image file, or of a folder of frames.
+        """Return the `top` most probable classes of a video or image file, or of a folder of frames.
 
         Args:
             path: the file.
-            top: how many classes.
+            top: number of classes.
             views: segments and crops that are averaged; None: the run's test protocol.
 
         Raises:
@@ -76,7 +71,7 @@ class Predictor:
             TypeError: the model was pretrained only: it has no classes.
         """
         if isinstance(self.model, Autoencoder):
-            raise TypeError("a pretrained autoencoder has no classes; features() works, tools/finetune.py adds classes")
+            raise TypeError("a pretrained autoencoder has no classes; features() works, finetuning adds classes")
         clips = self.clips(path, views or self.config.test)
         with torch.inference_mode():
             scores = self.model(clips).float().softmax(dim=1).mean(dim=0)
@@ -84,9 +79,9 @@ class Predictor:
         return [Prediction(self.name(i), s, i) for s, i in zip(best.values.tolist(), best.indices.tolist())]
 
     def features(self, path: str | Path, views: ViewConfig | None = None) -> Tensor:
-        """Tokens `(V, N, D)` of the file's V views, as `encode` gives them. None: one view, `middle`.
+        """Return tokens `(V, N, D)` of the file's V views, the output of `encode`. None: one view, `middle`.
 
-        A pretrained model's and a probe's are those after fusion and norm, a classifier's those before its norm.
+        Those of a pretrained model or a probe are after fusion and norm, those of a classifier before its norm.
 
         Raises:
             DecodeError: the file cannot be read.
@@ -96,11 +91,11 @@ class Predictor:
 
     @property
     def middle(self) -> ViewConfig:
-        """One view, of the middle in time and space; its window is as large as in the run's test."""
+        """One view, in the middle in time and space; its crop is as large as in the run's test."""
         return ViewConfig(crop_pct=self.config.test.crop_pct if isinstance(self.config, FinetuneConfig) else 1.0)
 
     def clips(self, path: str | Path, views: ViewConfig) -> Tensor:
-        """The file's views as the model takes them, `(V, C, T, H, W)` on its device.
+        """Return the file's views normalised, `(V, C, T, H, W)` on the model's device.
 
         Raises:
             DecodeError: the file cannot be read.
@@ -108,14 +103,14 @@ class Predictor:
         return self.normalise(self.pictures(path, views))
 
     def normalise(self, pictures: Tensor) -> Tensor:
-        """Views `(V, C, T, H, W)` uint8 -> as the model takes them, on its device."""
-        data, device = self.config.data, next(self.model.parameters()).device
-        return Normalizer(data.mean, data.std, device).normalise(pictures)
+        """Normalise views `(V, C, T, H, W)` uint8, on the model's device."""
+        device = next(self.model.parameters()).device
+        return build_normalizer(self.config.data, device).normalise(pictures)
 
     def pictures(self, path: str | Path, views: ViewConfig) -> Tensor:
-        """The file's views as a person looks at them, `(V, C, T, H, W)` uint8 on the CPU.
+        """Return the file's views before normalisation, `(V, C, T, H, W)` uint8 RGB on the CPU.
 
-        A folder is one of frames, and a file an image or a video, whatever the model was trained on.
+        A folder holds frames, and a file is an image or a video, whatever the model was trained on.
 
         Raises:
             DecodeError: the file cannot be read.
@@ -123,85 +118,79 @@ class Predictor:
         data, encoder = self.config.data, self.model.encoder.config
         record = Record(str(path), format=_format(Path(path)))
         records, size = Records([record], record.format), encoder.image_size
-        sample = TestViewDataset(records, data.frames(encoder), views, data.augmentation, size, self._decoder)[0]
-        if sample.faults:
-            raise DecodeError(sample.faults[0].error)
+        sampling, augmentation = build_sampling(data, encoder), Augmentation(data.augmentation)
+        sample = TestViewDataset(records, sampling, views, augmentation, size, self._reader)[0]
+        if sample.bad_records:
+            raise DecodeError(sample.bad_records[0].error)
         return sample.clips
 
     def name(self, label: int) -> str:
-        """The name of a class."""
+        """Return the name of a class, or its number if it has none."""
         return self.class_names[label] if label < len(self.class_names or ()) else str(label)
 
     @cached_property
-    def _decoder(self) -> ReaderProcess:
-        return ReaderProcess(self.config.data.decoder, self.config.data.decode_timeout)
+    def _reader(self) -> ReaderProcess:
+        return ReaderProcess(self.config.data.reader, self.config.data.decode_timeout)
 
 
 def load(
-    path_or_run: str | Path,
+    path_or_run: str | Path | Checkpoint,
     *,
     labels: str | Path | None = None,
     ema: bool | None = None,
-    decoder: ReaderName | None = None,
+    reader: ReaderName | None = None,
 ) -> Predictor:
-    """A model with its preprocessing and class names.
+    """Load a model with its preprocessing and class names.
 
     Args:
-        path_or_run: a run folder or a checkpoint of tools/pretrain.py or tools/finetune.py, or a published file.
-        labels: a file of class names, line n names class n; None: as the run's configuration finds them.
-        ema: take the moving average of the weights; None: for a classifier, where the run kept one.
-        decoder: auto, torchcodec, pyav or decord; None: the run's, or one that works where that does not.
+        path_or_run: a run folder, a checkpoint, or a published file.
+        labels: class names: a file whose line n names class n, or a shipped name; None: those of the run.
+        ema: take the moving average of the weights; None: for a classifier, if the run kept one.
+        reader: auto, torchcodec, pyav or decord; None: the run's, or another if that does not work here.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: the file is none that is known (models/released.py tells the layouts), or the names are not as many
-            as its classes.
-        ImportError: the decoder does not work here.
+        ValueError: the file is of no known family (weights/formats/), or the number of names is not that of its classes.
+        ImportError: the reader does not work here.
     """
-    path = checkpoint.find(path_or_run)
-    kind = run_kind(path)
+    source = path_or_run if isinstance(path_or_run, Checkpoint) else find_weights(path_or_run)
+    kind, names = run_kind(source), None
     if kind == "pretrain":
-        model, config = load_autoencoder(path, bool(ema))
-        names = None
+        model, config = load_autoencoder(source, bool(ema))
     elif kind == "finetune":
-        model, config = load_classifier(path, ema)
-        names = config.data.class_names()
+        model, config = load_classifier(source, ema)
+        names = read_class_names(config.data)
     else:
-        model, config = _published(path)
-        names = None
+        model, config = _load_published(source.path if isinstance(source, Checkpoint) else source)
     if labels is not None:
-        names = class_names("", labels=labels)
-        _check_names(names, config, labels)
-    data = replace(config.data, decoder=_working(config.data.decoder) if decoder is None else resolve_reader(decoder))
-    return Predictor(model, replace(config, data=data), None if names is None else tuple(names))
+        names = tuple(class_names("", labels=labels) or ())
+        classes = getattr(config.data, "num_classes", None)
+        if classes is not None and len(names) != classes:
+            raise ListError(f"{labels} names {len(names)} classes and the model has {classes}: line n must name class n")
+    chosen = _working_reader(config.data.reader) if reader is None else resolve_reader(reader)
+    return Predictor(model, replace(config, data=replace(config.data, reader=chosen)), names)
 
 
-def _check_names(names: list[str], config: PretrainConfig | FinetuneConfig, labels: str | Path) -> None:
-    classes = getattr(config.data, "num_classes", None)
-    if classes is not None and len(names) != classes:
-        raise ListError(f"{labels} names {len(names)} classes and the model has {classes}: line n must name class n")
-
-
-def _working(decoder: str) -> str:
-    """A run's decoder, or one that works where the run's does not: the frames are the same (data/decoding.py)."""
+def _working_reader(reader: str) -> str:
+    """Return a run's reader, or one that works if the run's does not: the frames are the same (data/decoding/)."""
     try:
-        return resolve_reader(decoder)
+        return resolve_reader(reader)
     except ImportError as error:
-        instead = resolve_reader("auto")
-        warnings.warn(f"{instead} decodes in place of the run's {decoder}: {error}", stacklevel=3)
-        return instead
+        substitute = resolve_reader("auto")
+        warnings.warn(f"{substitute} decodes in place of the run's {reader}: {error}", stacklevel=3)
+        return substitute
 
 
 def _format(path: Path) -> ListFormat:
-    """What a path is: a folder of frames, an image or a video."""
+    """Return the record format of a path: a folder of frames, an image or a video."""
     if path.is_dir():
         return "frames"
     return "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
 
 
-def _published(path: Path) -> tuple[Autoencoder | Classifier, PretrainConfig | FinetuneConfig]:
-    """The model of a published file, and its usual settings. Only parts that the file holds are built and read."""
-    weights = weights_of(path)
+def _load_published(path: Path) -> tuple[Autoencoder | Classifier, PretrainConfig | FinetuneConfig]:
+    """Load a published file with the usual settings of its kind. Only parts that the file holds are built and read."""
+    weights = read_weights(path)
     # Without a decoder the sizes cannot say whether there was a fusion; an untrained one would spoil the features.
     built = {} if weights.has("head") else {"msd": weights.has("fusion")}
     model, report = model_from(weights, **built)
@@ -211,14 +200,21 @@ def _published(path: Path) -> tuple[Autoencoder | Classifier, PretrainConfig | F
 
 
 def _usual_settings(model: Autoencoder | Classifier) -> PretrainConfig | FinetuneConfig:
-    """What a published file does not say: images by 256 to 224 pixels, bicubic; videos dense, four frames apart."""
+    """Return the usual settings: images resized to 256 and cropped to 224, bicubic; videos dense, stride 4."""
     encoder = model.encoder.config
-    shape = {"num_frames": encoder.num_frames, "image_size": encoder.image_size}
     is_image = encoder.num_frames == 1
-    how = Augmentation(interpolation="bicubic" if is_image else "bilinear")
-    data = {"train": "", "format": "image" if is_image else "video", "augmentation": how}
+    augmentation = AugmentationConfig(interpolation="bicubic" if is_image else "bilinear")
+    list_format: ListFormat = "image" if is_image else "video"
     if isinstance(model, Autoencoder):
-        return PretrainConfig("", DataConfig(**data), AutoencoderConfig(**shape))
+        data = DataConfig(train="", format=list_format, augmentation=augmentation)
+        shape = AutoencoderConfig(num_frames=encoder.num_frames, image_size=encoder.image_size)
+        return PretrainConfig(output="", data=data, model=shape)
     test = ProtocolConfig(crop_pct=0.875) if is_image else ProtocolConfig(segments=5, crops=3)
-    labelled = LabelledDataConfig(**data, num_classes=model.head.out_features)
-    return FinetuneConfig("", labelled, ClassifierConfig(**shape), test=test)
+    return FinetuneConfig(
+        output="",
+        data=LabelledDataConfig(
+            train="", format=list_format, augmentation=augmentation, num_classes=model.head.out_features
+        ),
+        model=ClassifierConfig(num_frames=encoder.num_frames, image_size=encoder.image_size),
+        test=test,
+    )

@@ -40,10 +40,11 @@ from video_convmae.benchmark.files import KINDS, make_files
 
 from video_convmae import masking
 from video_convmae.data import decoding
-from video_convmae.data.datasets import CLIP, ClipDataset, SampleKey, TestViewDataset, ViewConfig, sample_generator
-from video_convmae.data.decoding import DecodeError, FrameReader, ReaderName, open_frames, resolve_reader
+from video_convmae.data.datasets import CLIP, ClipDataset, SampleKey, TestViewDataset, sample_generator
+from video_convmae.data.decoding import DecodeError, FrameReader, open_frames, resolve_reader
 from video_convmae.data.decoding.process import ReaderProcess
-from video_convmae.data.loader import BatchPlan, ResumableBatchSampler, collate, load
+from video_convmae.data.loader import BatchPlan, ResumableBatchSampler, collate, iter_batches
+from video_convmae.data.options import AugmentationConfig, ReaderName, ViewConfig
 from video_convmae.data.records import Record, Records, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation, view_crops
@@ -78,7 +79,7 @@ class Case:
         if self.views is not None:
             return TestViewDataset(self.records, self.sampling, self.views, self.augmentation, size, decoder)
         grid = (self.sampling.num_frames // 2, self.size // 16, self.size // 16)
-        mask = partial(masking.tube, grid, MASK_RATIO)
+        mask = partial(_draw_mask, grid)
         return ClipDataset(self.records, self.sampling, self.augmentation, size, mask, decoder, self.repeats, seed)
 
     def key(self, turn: int) -> Any:
@@ -99,6 +100,10 @@ class Case:
     def clips(self) -> int:
         """Clips of one sample."""
         return self.repeats if self.views is None else self.views.count
+
+
+def _draw_mask(grid: masking.Grid, generator: torch.Generator) -> tuple[Tensor, None]:
+    return masking.tube(grid, MASK_RATIO, generator), None
 
 
 def _cpu_of(process: Popen) -> float:
@@ -334,7 +339,7 @@ def measure_workers(case: Case, workers: int, batch: int, batches: int) -> dict[
     else:
         places = iter(range(total * batch))
         asked = [[next(places) % len(case.records) for _ in range(batch)] for _ in range(total)]
-    iterator = load(data, asked, workers)
+    iterator = iter_batches(data, asked, workers)
     start = 0.0
     for number, _ in enumerate(iterator, start=1):
         if number == warm:
@@ -442,7 +447,7 @@ def cases(given: argparse.Namespace) -> Iterator[Case]:
                 given.size,
                 given.repeats if views is None else 1,
                 views,
-                Augmentation(crop=given.crop, flip=given.flip, on_device=given.on_device),
+                Augmentation(AugmentationConfig(crop=given.crop, flip=given.flip, on_device=given.on_device)),
                 resolve_reader(decoder),
                 given.clock,
             )

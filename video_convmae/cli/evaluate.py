@@ -1,84 +1,114 @@
 """Test a classifier on a list: every record once, its views averaged, the same for any number of processes.
 
-    python tools/evaluate.py --weights runs/k400 --output runs/k400/test
-    torchrun --nproc_per_node 8 tools/evaluate.py --weights runs/k400 --list val.txt --segments 5 --crops 3 --output DIR
+    video-convmae evaluate --weights runs/k400 --output runs/k400/test
+    torchrun --nproc_per_node 8 -m video_convmae evaluate --weights runs/k400 --list val.txt --segments 5 --crops 3 \\
+        --output DIR
 
-leaves predictions.csv, scores.npz and metrics.json in the folder, and bad_records.jsonl if a record could not be read.
-An image is a record with one view. An interrupted test goes on with the same command.
+writes predictions.csv, scores.npz and metrics.json into the folder, and bad_records.jsonl if a record could not be
+read. An image is a record with one view. An interrupted test resumes with the same command.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from video_convmae import predictor
 from video_convmae.cli.parser import run_command
-from video_convmae.config import EvaluateConfig, LabelledDataConfig, check_labels, plain
-from video_convmae.data.decoding import resolve_reader
-from video_convmae.data.records import Records
-from video_convmae.engine import checkpoint, distributed
-from video_convmae.engine.distributed import DistInfo
-from video_convmae.engine.evaluation import Evaluation, ProtocolConfig, evaluate, partial_folder, write
-from video_convmae.engine.tasks import Normalizer
-from video_convmae.predictor import Predictor
+from video_convmae.config import EvaluateConfig, InferenceConfig, LabelledDataConfig, to_plain
+from video_convmae.engine.options import ProtocolConfig
+
+if TYPE_CHECKING:
+    from video_convmae.config import DataConfig
+    from video_convmae.engine.checkpoint import Checkpoint
+    from video_convmae.engine.distributed import DistInfo
+    from video_convmae.predictor import Predictor
 
 
-def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Carry out a test; returns what metrics.json holds."""
-    path, folder = checkpoint.find(config.weights), Path(config.output)
-    loaded = predictor.load(path, labels=config.labels, ema=config.ema, decoder=config.decoder)
-    data, protocol = settings(config, loaded)
-    with distributed.init_distributed(config.device) as group:
-        records = data.validation_records()
-        check_labels(records, data.num_classes, least=-1)
-        identity = {"weights": checkpoint.digest(path), "records": records.digest()}
-        identity |= {"data": plain(data), "protocol": plain(protocol), "ema": config.ema}
-        if group.is_main:
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Test a classifier; return the contents of metrics.json.
+
+    Raises:
+        ValueError: the model is no classifier.
+    """
+    from video_convmae import build
+    from video_convmae.engine.distributed import barrier, init_distributed
+    from video_convmae.engine.evaluation import evaluate_list, write_evaluation
+    from video_convmae.engine.inference import chunk_folder
+
+    folder = Path(config.output)
+    with init_distributed(config.device) as info:
+        loaded, path, digest = load_model(config, info)
+        data, protocol = merge_options(config, loaded)
+        if not isinstance(data, LabelledDataConfig) or data.num_classes is None:
+            raise ValueError(f"{config.weights} was pretrained only: it has no classes (video-convmae finetune adds them)")
+        if config.list is not None:
+            data = replace(data, validation=config.list)
+        records = build.read_validation_records(data)
+        build.check_labels(records, data.num_classes, least=-1)
+        settings = {"weights": digest, "records": records.digest(), "ema": config.ema}
+        chunks = chunk_folder(folder, settings | {"data": to_plain(data), "protocol": to_plain(protocol)})
+        if info.is_main:
             print(f"{path}: {len(records)} records, {protocol.segments} x {protocol.crops} views", flush=True)
-        distributed.barrier()
+        barrier()
         started = time.perf_counter()
-        evaluation = _evaluate(loaded, records, data, protocol, group, partial_folder(folder, identity))
-        if not group.is_main:
+        inference = build.build_inference(loaded.model, data, records, protocol, info)
+        evaluation = evaluate_list(inference, data.num_classes, chunks)
+        if not info.is_main:
             return evaluation.metrics()
         seconds = time.perf_counter() - started
-        more = {
+        extra = {
             "weights": str(path),
             "views": [protocol.segments, protocol.crops],
             "seconds": seconds,
             "videos_per_second": evaluation.new / seconds,
         }
-        metrics = write(evaluation, records, folder, more)
-        print(summary(metrics), flush=True)
+        metrics = write_evaluation(evaluation, records, folder, extra)
+        print(metrics_line(metrics), flush=True)
         if config.plot and metrics["top1"] is not None:
-            _plot(evaluation, loaded, folder)
+            from video_convmae.visualize.accuracy import draw_classes, draw_confusion
+
+            names = [loaded.name(label) for label in range(data.num_classes)]
+            draw_confusion(evaluation, names, folder / "confusion.png")
+            draw_classes(evaluation, names, folder / "classes.png")
         return metrics
 
 
-def settings(config: EvaluateConfig, loaded: Predictor) -> tuple[LabelledDataConfig, ProtocolConfig]:
-    """The run's own data and test protocol, with what the command line says in its place.
+def load_model(config: InferenceConfig, info: DistInfo) -> tuple[Predictor, Path, str]:
+    """Load the model that is to run over a list; the main process verifies its checkpoint for all.
 
-    Raises:
-        ValueError: the model is no classifier.
+    Returns:
+        The model, the path of its weights, and their digest.
     """
-    data = loaded.config.data
-    if not isinstance(data, LabelledDataConfig):
-        raise ValueError(f"{config.weights} was pretrained only: it has no classes (tools/finetune.py adds them)")
-    values = {name: value for name, value in asdict(config).items() if value is not None}
-    edits = {name: values[name] for name in ("root", "format", "sampling", "stride", "workers") if name in values}
-    if "list" in values:
-        edits["validation"] = values["list"]
-    edits["decoder"] = resolve_reader(values.get("decoder", data.decoder))
-    protocol = {name: values[name] for name in ProtocolConfig.__dataclass_fields__ if name in values}
-    protocol.setdefault("precision", loaded.config.test.precision or loaded.config.train.precision)
-    return replace(data, **edits), replace(loaded.config.test, **protocol)
+    from video_convmae import predictor
+    from video_convmae.engine.checkpoint import Checkpoint, file_digest, find_weights
+    from video_convmae.engine.distributed import all_gather_object
+
+    found: Checkpoint | Path | None = find_weights(config.weights) if info.is_main else None
+    is_checkpoint, path = all_gather_object(
+        (True, found.path) if isinstance(found, Checkpoint) else (False, found)
+    )[0]
+    source = Checkpoint(path, verified=True) if is_checkpoint else path
+    digest = source.digest() if is_checkpoint else file_digest(path)
+    labels = config.labels if isinstance(config, EvaluateConfig) else None
+    return predictor.load(source, labels=labels, ema=config.ema, reader=config.reader), path, digest
 
 
-def summary(metrics: dict[str, Any]) -> str:
-    """The metrics in a line."""
+def merge_options(config: InferenceConfig, loaded: Predictor) -> tuple[DataConfig, ProtocolConfig]:
+    """Return the run's own data and test protocol, with the command's options in their place."""
+    run, options = loaded.config, vars(config)
+    data_fields = ("root", "format", "sampling", "stride", "workers")
+    data = replace(run.data, **{name: options[name] for name in data_fields if options[name] is not None})
+    protocol = getattr(run, "test", ProtocolConfig())
+    fields = {name: options[name] for name in ProtocolConfig.__dataclass_fields__ if options[name] is not None}
+    fields.setdefault("precision", protocol.precision or run.train.precision)
+    return data, replace(protocol, **fields)
+
+
+def metrics_line(metrics: dict[str, Any]) -> str:
+    """Format the metrics in a line."""
     if not metrics["scored"]:
         accuracy = "no record could be read"
     elif metrics["top1"] is None:
@@ -90,28 +120,6 @@ def summary(metrics: dict[str, Any]) -> str:
     return f"{accuracy}; {counts}; {metrics['videos_per_second']:.1f} videos/s"
 
 
-def _evaluate(
-    loaded: Predictor,
-    records: Records,
-    data: LabelledDataConfig,
-    protocol: ProtocolConfig,
-    group: DistInfo,
-    partial: Path,
-) -> Evaluation:
-    model = loaded.model.to(group.device)
-    views = data.views(records, model.encoder.config, protocol)
-    pixels = Normalizer(data.mean, data.std, group.device)
-    return evaluate(model, views, pixels, data.num_classes, protocol, group, data.workers, data.start_method, partial)
-
-
-def _plot(evaluation: Evaluation, loaded: Predictor, folder: Path) -> None:
-    from video_convmae.visualize.accuracy import draw_classes, draw_confusion  # matplotlib is needed for pictures alone
-
-    names = [loaded.name(label) for label in range(evaluation.scores.shape[1])]
-    draw_confusion(evaluation, names, folder / "confusion.png")
-    draw_classes(evaluation, names, folder / "classes.png")
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
-    return run_command(EvaluateConfig, run, arguments)
+    """Run the command; return the exit status."""
+    return run_command(EvaluateConfig, evaluate, arguments)

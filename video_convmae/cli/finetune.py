@@ -1,86 +1,54 @@
 """Finetune or probe a pretrained encoder on a list of labelled videos or images.
 
-    python tools/finetune.py --config configs/video/finetune_k400_base.yaml --init.weights runs/pretrain --output DIR
-    torchrun --nproc_per_node 8 tools/finetune.py --config ...
+    video-convmae finetune --config video/finetune_k400_base --init.weights runs/pretrain --output DIR
+    torchrun --nproc_per_node 8 -m video_convmae finetune --config ...
 
-The newest checkpoints and, by the validation, the best (checkpoints/best) are kept. The same command on the same
-folder goes on with the run. tools/evaluate.py tests the result.
+The newest checkpoints and, by the validation, the best (checkpoints/best) are kept. The same command on the same folder
+resumes the run. `video-convmae evaluate` tests the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from video_convmae.cli.parser import run_command
-from video_convmae.config import FinetuneConfig
-from video_convmae.data.mixing import Mixing
-from video_convmae.data.records import Records
-from video_convmae.engine import distributed
-from video_convmae.engine.distributed import DistInfo
-from video_convmae.engine.evaluation import evaluate, write_faults
-from video_convmae.engine.tasks import Classification, Normalizer
-from video_convmae.engine.trainer import Validation
-from video_convmae.models.encoder import EncoderConfig
-from video_convmae.runs import carry_out, remember, resolved
+from video_convmae.config import FinetuneConfig, to_plain
 
 
 def finetune(config: FinetuneConfig) -> int:
-    """Run a configuration; returns the steps done."""
-    config = resolved(config)
-    with distributed.init_distributed(config.device, config.hang_timeout) as group:
-        records = config.data.records()
-        lists = [records] if config.data.validation is None else [records, config.data.validation_records()]
-        num_classes = config.data.count_classes(*lists)
-        data = replace(config.data, labels=config.data.class_names(), num_classes=num_classes)
-        config = replace(config, data=data)
-        torch.manual_seed(config.seed)
-        model = config.model.build(num_classes)
-        if group.is_main:
+    """Run a configuration; return the steps done (0 for a nearest-neighbour probe)."""
+    from video_convmae import build
+    from video_convmae.engine.distributed import init_distributed
+    from video_convmae.engine.nearest import fit_knn
+
+    config = build.resolve_config(config)
+    with init_distributed(config.device, config.hang_timeout) as info:
+        records = build.read_records(config.data)
+        validation = None if config.data.validation is None else build.read_validation_records(config.data)
+        num_classes = build.count_classes(config.data, *[each for each in (records, validation) if each is not None])
+        labels = build.read_class_names(config.data)
+        config = replace(config, data=replace(config.data, labels=labels, num_classes=num_classes))
+        if info.is_main:
             print(f"{num_classes} classes")
-        clips = config.data.clips(records, model.encoder.config, config.seed)
-        task = partial(Classification, mixing=Mixing(config.mixing, num_classes))
-        validation = None
-        if config.data.validation is not None:
-            validation = _validation(config, group, lists[1], model.encoder.config)
-        if config.model.probe == "knn":
-            return remember(config, group, model, records, validation)
-        return carry_out(config, group, model, clips, task, validation)
-
-
-def _validation(config: FinetuneConfig, group: DistInfo, records: Records, encoder: EncoderConfig) -> Validation:
-    """Score the validation list with the run's own views."""
-    views = config.data.views(records, encoder, config.validate)
-    folder = Path(config.output) / "validation"
-    pixels = Normalizer(config.data.mean, config.data.std, group.device)
-
-    def measure(model: nn.Module) -> dict[str, float | int | None]:
-        evaluation = evaluate(
-            model,
-            views,
-            pixels,
-            config.data.num_classes,
-            config.validate,
-            group,
-            config.data.workers,
-            config.data.start_method,
+        if config.model.probe != "knn":
+            return build.build_finetuning(config, info, records, validation).fit()
+        probe = build.build_classifier(config.model, num_classes)
+        report = build.load_initial_weights(config.init, probe)
+        if info.is_main:
+            print(report or "init.weights is none: a random encoder is probed", flush=True)
+        inference = build.build_inference(probe, config.data, records, config.validate, info)
+        fit_knn(
+            inference,
+            Path(config.output),
+            config.data.max_bad_fraction,
+            to_plain(config),
+            build.build_validation(config, info, validation),
         )
-        if group.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_faults(evaluation.faults, folder)
-        return evaluation.metrics()
-
-    def build() -> nn.Module:
-        return config.model.build(config.data.num_classes).to(group.device)
-
-    return Validation(measure, build, config.validate.every)
+        return 0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; return the exit status."""
     return run_command(FinetuneConfig, finetune, arguments)

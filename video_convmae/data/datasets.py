@@ -1,10 +1,10 @@
-"""Clips: record + sampling + decoding + crop + mask -> a sample. Views: a record's test views.
+"""Datasets: a record -> training clips with masks, or its test views.
 
 A training sample is a function of (seed, epoch, record index, repeat) and of nothing else: not of the worker, the rank
-or the number of either. An epoch and an index are therefore what a data set of clips is asked for.
+or the number of either. The key of a `ClipDataset` is therefore an epoch and an index.
 
-The index that its random numbers are drawn from is the record's line in the list file (`Records.lines`): whether other
-rows are good, bad or commented out with '#', a record gives the same samples.
+The index in that promise is the record's line in the list file (`Records.lines`): a record gives the same samples
+whether other lines are good, bad or commented out with '#'.
 """
 
 from __future__ import annotations
@@ -20,215 +20,178 @@ from torch.utils.data import Dataset
 
 from .decoding import DecodeError
 from .decoding.process import ReaderProcess
-from .ragged import RaggedCrops, join
+from .options import ViewConfig
+from .ragged import RaggedCrops, concatenate_crops
 from .records import Record, Records
 from .sampling import Sampling
-from .transforms import Augmentation, ClipTransform, cut, view_crops
+from .transforms import Augmentation, view_crops
+
+# The last number of a generator's key, so that no two purposes share their numbers.
+CLIP, REPLACEMENT, ORDER, STEP = range(4)
 
 
 class SampleKey(NamedTuple):
-    """What a data set is asked for: a record in an epoch."""
+    """Dataset key: (epoch, record index)."""
 
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index(), here and below, which nobody calls
 
 
 class BadRecord(NamedTuple):
     """A record that could not be read."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     path: str
     error: str
 
 
 class Sample(NamedTuple):
-    """R clips, or views, of one record.
+    """R clips, or test views, of one record.
 
-    clips: `(R, C, T, H, W)` uint8, or R windows for the device to resize. visible: `(R, t, h, w)` bool, None without
-    masks. label: -1 where the list has none.
-    index: the record that is shown. faults: records that could not be read.
+    Attributes:
+        clips: `(R, C, T, H, W)` uint8, or R crops for the device to resize.
+        visible: `(R, t, h, w)` bool, True = the encoder sees the token; None without masks.
+        predicted: `(R, t, h, w)` bool, True = the decoder predicts the token; None: all hidden tokens, or no masks.
+        label: -1 where the list has none.
+        index: the record shown.
+        bad_records: records that could not be read.
     """
 
     clips: Tensor | RaggedCrops
     visible: Tensor | None
+    predicted: Tensor | None
     label: int
-    index: int
-    faults: tuple[BadRecord, ...]
+    index: int  # type: ignore[assignment]
+    bad_records: tuple[BadRecord, ...]
 
 
 def sample_generator(seed: int, *key: int) -> torch.Generator:
-    """A generator for one purpose: its numbers are a function of the seed and the key, and of no other draw."""
+    """Return a generator for one purpose: its numbers are a function of the seed and the key alone."""
     state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 
 
-# What a key's last number says, so that no two purposes share their numbers.
-CLIP, REPLACEMENT, ORDER, STEP = range(4)
-
-
-class ClipDataset(Dataset):
+@dataclass(eq=False)
+class ClipDataset(Dataset[Sample]):
     """Training clips, with masks where a task hides tokens.
 
     Args:
         records: the list.
-        sampling: which frames.
-        augmentation: crop, flip and what else changes a clip.
+        sampling: choice of frames.
+        augmentation: transforms of a clip.
         size: (height, width) of a clip.
-        draw_mask: generator -> `visible (t, h, w)`; drawn here, in the worker, with the clip's own generator. None:
-            nothing is hidden.
+        draw_mask: generator -> `visible (t, h, w)` and `predicted (t, h, w)`, None for all hidden tokens. Called here,
+            in the worker, with the clip's own generator. None: nothing is hidden.
+        reader: decodes in a process that can be killed.
         repeats: clips of one decoded record (repeated augmentation), each with its own start, crop and mask.
         seed: of the run.
-        decoder: reads frames in a process that can be ended.
-        attempts: how many records are tried for one slot before giving up.
+        attempts: records tried for one sample before giving up.
     """
 
-    def __init__(
-        self,
-        records: Records,
-        sampling: Sampling,
-        augmentation: Augmentation,
-        size: tuple[int, int],
-        draw_mask: Callable[[torch.Generator], Tensor] | None,
-        decoder: ReaderProcess,
-        repeats: int = 1,
-        seed: int = 0,
-        attempts: int = 10,
-    ) -> None:
-        self.records = records
-        self.sampling = sampling
-        self.augmentation = augmentation
-        self.size = size
-        self.draw_mask = draw_mask
-        self.decoder = decoder
-        self.repeats = repeats
-        self.seed = seed
-        self.attempts = attempts
+    records: Records
+    sampling: Sampling
+    augmentation: Augmentation
+    size: tuple[int, int]
+    draw_mask: Callable[[torch.Generator], tuple[Tensor, Tensor | None]] | None
+    reader: ReaderProcess
+    repeats: int = 1
+    seed: int = 0
+    attempts: int = 10
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, draw: SampleKey) -> Sample:
-        """The record's clips; where it cannot be read, those of another, drawn from (seed, epoch, line, attempt).
+    def __getitem__(self, key: SampleKey) -> Sample:
+        """Return a record's clips, or those of a replacement drawn from (seed, epoch, line, attempt) if it is bad.
 
         Raises:
             DecodeError: `attempts` records in a row could not be read.
         """
-        epoch, asked = draw
-        line = int(self.records.lines[asked])
-        faults: list[BadRecord] = []
-        index = asked
+        epoch, index = key
+        line = int(self.records.lines[index])
+        bad_records: list[BadRecord] = []
         for attempt in range(1, self.attempts + 1):
+            generators = [sample_generator(self.seed, epoch, line, n, attempt, CLIP) for n in range(self.repeats)]
+            record = self.records[index]
             try:
-                return self._sample(epoch, line, index, attempt, tuple(faults))
+                clips, visible, predicted = self._read(record, generators)
             except DecodeError as error:
-                faults.append(BadRecord(index, self.records[index].path, str(error)))
-            generator = sample_generator(self.seed, epoch, line, attempt, REPLACEMENT)
-            index = int(torch.randint(len(self.records), (), generator=generator))
+                bad_records.append(BadRecord(index, record.path, str(error)))
+                generator = sample_generator(self.seed, epoch, line, attempt, REPLACEMENT)
+                index = int(torch.randint(len(self.records), (), generator=generator))
+            else:
+                label = -1 if record.label is None else record.label
+                return Sample(clips, visible, predicted, label, index, tuple(bad_records))
         raise DecodeError(
-            f"{len(faults)} records in a row could not be read, from record {asked} on; the first: {faults[0].error}"
+            f"{len(bad_records)} records in a row could not be read, from record {key[1]} on; the first: {bad_records[0].error}"
         )
 
-    def _sample(self, epoch: int, line: int, index: int, attempt: int, faults: tuple[BadRecord, ...]) -> Sample:
-        record = self.records[index]
-        generators = [sample_generator(self.seed, epoch, line, repeat, attempt, CLIP) for repeat in range(self.repeats)]
-        with self.decoder.open(record) as reader:
-            indices = [self.sampling.clip(len(reader), generator) for generator in generators]
-            wanted = np.unique(np.concatenate(indices))  # each frame is decoded once, whatever the repeats ask for
+    def _read(
+        self, record: Record, generators: list[torch.Generator]
+    ) -> tuple[Tensor | RaggedCrops, Tensor | None, Tensor | None]:
+        """Decode a record once; draw a clip and a mask with each generator. Returns clips, visible, predicted."""
+        with self.reader.open(record) as reader:
+            indices = np.stack([self.sampling.clip(len(reader), generator) for generator in generators])
+            wanted, places = np.unique(indices, return_inverse=True)  # repeats that overlap share their frames
             frames = reader.read(wanted)
-        clips, masks = [], []
-        for generator, of_clip in zip(generators, indices):
-            crop = self.augmentation.draw(*frames.shape[1:3], generator)
-            clips.append(self._clip(frames, crop, np.searchsorted(wanted, of_clip)))
-            if self.draw_mask is not None:
-                masks.append(self.draw_mask(generator))
-        visible = torch.stack(masks) if masks else None
-        joined = join(clips) if self.augmentation.on_device else torch.stack(clips)
-        return Sample(joined, visible, _label_of(record), index, faults)
-
-    def _clip(self, frames: np.ndarray, crop: ClipTransform, places: np.ndarray) -> Tensor | RaggedCrops:
-        if self.augmentation.on_device:
-            return cut(frames, crop, self.size, self.augmentation.interpolation, places)
-        return self.augmentation.apply(frames, crop, self.size, places)
-
-
-@dataclass(frozen=True)
-class ViewConfig:
-    """Which parts of a record are looked at in a test, each in time and space."""
-
-    segments: int = 1
-    """Clips over the length of a video."""
-    crops: int = 1
-    """Windows along the longer side of a frame."""
-    crop_pct: float = 1.0
-    """Side of a window over the largest one's; 0.875 is what resizing to 256 and cropping 224 shows."""
-
-    def __post_init__(self) -> None:
-        if self.segments < 1 or self.crops < 1:
-            raise ValueError(f"segments is {self.segments} and crops {self.crops}; expected 1 or more")
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct is {self.crop_pct}; expected more than 0 and up to 1")
-
-    @property
-    def count(self) -> int:
-        """Views of one record."""
-        return self.segments * self.crops
+        # Each generator gives the numbers of one clip in this order: start, transform, mask.
+        height, width = frames.shape[1:3]
+        transforms = [self.augmentation.draw(height, width, generator) for generator in generators]
+        masks = [self.draw_mask(generator) for generator in generators] if self.draw_mask is not None else []
+        parts = zip(transforms, places.reshape(indices.shape))
+        clips: Tensor | RaggedCrops
+        if self.augmentation.config.on_device:
+            crops = [self.augmentation.crop_only(frames, transform, self.size, where) for transform, where in parts]
+            clips = concatenate_crops(crops)
+        else:
+            clips = torch.stack(
+                [self.augmentation.apply(frames, transform, self.size, where) for transform, where in parts]
+            )
+        visible = torch.stack([clip_visible for clip_visible, _ in masks]) if masks else None
+        predicted = [clip_predicted for _, clip_predicted in masks if clip_predicted is not None]
+        return clips, visible, torch.stack(predicted) if predicted else None
 
 
-class TestViewDataset(Dataset):
-    """The test views of each record, from one decode. Nothing is random, and no record takes another's place.
+@dataclass(eq=False)
+class TestViewDataset(Dataset[Sample]):
+    """Test views of each record, from one decode. Nothing is random, and a bad record is not replaced.
 
     Args:
         records: the list.
-        sampling: which frames.
-        views: how many views, and where.
-        augmentation: its resizing alone is used.
+        sampling: choice of frames.
+        views: number and places of the views.
+        augmentation: only its interpolation is used.
         size: (height, width) of a clip.
-        decoder: reads frames in a process that can be ended.
+        reader: decodes in a process that can be killed.
     """
 
-    def __init__(
-        self,
-        records: Records,
-        sampling: Sampling,
-        views: ViewConfig,
-        augmentation: Augmentation,
-        size: tuple[int, int],
-        decoder: ReaderProcess,
-    ) -> None:
-        self.records = records
-        self.sampling = sampling
-        self.views = views
-        self.augmentation = augmentation
-        self.size = size
-        self.decoder = decoder
+    records: Records
+    sampling: Sampling
+    views: ViewConfig
+    augmentation: Augmentation
+    size: tuple[int, int]
+    reader: ReaderProcess
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        """The record's views, segment by segment; zeros and a fault where it cannot be read."""
+        """Return a record's views, segment by segment; zeros and a bad record if it cannot be read."""
         record = self.records[index]
+        label = -1 if record.label is None else record.label
         try:
-            clips, faults = self._clips(record), ()
+            with self.reader.open(record) as reader:
+                segments = self.sampling.views(len(reader), self.views.segments)
+                wanted, places = np.unique(segments, return_inverse=True)  # segments of short videos overlap
+                frames = reader.read(wanted)
         except DecodeError as error:
-            shape = (self.views.count, 3, self.sampling.num_frames, *self.size)
-            clips, faults = torch.zeros(shape, dtype=torch.uint8), (BadRecord(index, record.path, str(error)),)
-        return Sample(clips, None, _label_of(record), index, faults)
-
-    def _clips(self, record: Record) -> Tensor:
-        with self.decoder.open(record) as reader:
-            segments = self.sampling.views(len(reader), self.views.segments)
-            wanted = np.unique(segments)  # segments overlap in short videos: each frame is decoded once
-            frames = reader.read(wanted)
-        crops = view_crops(*frames.shape[1:3], self.size, self.views.crops, self.views.crop_pct)
-        return torch.stack(
-            [
-                self.augmentation.apply(frames, crop, self.size, np.searchsorted(wanted, segment))
-                for segment in segments
-                for crop in crops
-            ]
-        )
-
-
-def _label_of(record: Record) -> int:
-    return -1 if record.label is None else record.label
+            zeros = torch.zeros(self.views.count, 3, self.sampling.num_frames, *self.size, dtype=torch.uint8)
+            return Sample(zeros, None, None, label, index, (BadRecord(index, record.path, str(error)),))
+        height, width = frames.shape[1:3]
+        crops = view_crops(height, width, self.size, self.views.crops, self.views.crop_pct)
+        clips = [
+            self.augmentation.apply(frames, crop, self.size, segment_places)
+            for segment_places in places.reshape(segments.shape)
+            for crop in crops
+        ]
+        return Sample(torch.stack(clips), None, None, label, index, ())

@@ -1,59 +1,33 @@
-"""Mixup, cutmix and label smoothing on a batch."""
+"""Mixup, cutmix and label smoothing on a batch (timm's, for clips)."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
-from .transforms import kept_random_state
-
-
-@dataclass(frozen=True)
-class MixingConfig:
-    """What becomes of a batch's clips and labels."""
-
-    mixup: float = 0.8
-    """Alpha of the beta distribution that two clips' shares are drawn from; 0: no mixup."""
-    cutmix: float = 1.0
-    """Alpha of the beta distribution that a rectangle's area is drawn from; 0: no cutmix."""
-    probability: float = 1.0
-    """Share of the batches that are mixed."""
-    switch: float = 0.5
-    """Share of the mixed batches that are cutmix, where both are on."""
-    smoothing: float = 0.1
-    """Share of a label that is spread evenly over all classes."""
-
-    def __post_init__(self) -> None:
-        for name in ("mixup", "cutmix"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"mixing.{name} is {value}; expected a number above 0, or 0 for none")
-        for name in ("probability", "switch", "smoothing"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"mixing.{name} is {value}; expected a share, from 0 to 1")
-
-    @property
-    def mixes(self) -> bool:
-        """Whether any batch is mixed; else labels are smoothed and nothing more."""
-        return self.probability > 0 and (self.mixup > 0 or self.cutmix > 0)
+from .options import MixingConfig
+from .transforms import preserve_random_state
 
 
 class Mixing:
-    """Each clip of a batch with its counterpart from the batch's other end, in one share for the whole batch.
+    """Mix each clip with its counterpart from the batch's other end, all at the same ratio (timm's batch mode).
 
-    Its numbers follow from torch's default CPU generator, from which one is drawn for each batch where anything is
-    mixed. NumPy's global generator is left as it was.
+    One number is drawn from torch's default CPU generator for each batch, where mixup or cutmix is on; everything else
+    follows from it. NumPy's global generator is left unchanged.
+
+    Args:
+        config: strengths and shares.
+        num_classes: classes of the labels.
     """
 
     def __init__(self, config: MixingConfig, num_classes: int) -> None:
+        from timm.data.mixup import Mixup, mixup_target  # here, so that a pretraining does not import timm
+
         self.config = config
-        self.num_classes = num_classes
+        self._smoothed = partial(mixup_target, num_classes=num_classes, smoothing=config.smoothing)
         self._mixup = Mixup(
             config.mixup,
             config.cutmix,
@@ -64,7 +38,7 @@ class Mixing:
         )
 
     def __call__(self, clips: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixed clips and the targets that go with them.
+        """Return mixed clips and their targets.
 
         Args:
             clips: `(B, C, T, H, W)` float; it is not changed.
@@ -78,17 +52,17 @@ class Mixing:
             ValueError: B is odd and batches are mixed.
         """
         if not self.config.mixes:
-            return clips, mixup_target(labels, self.num_classes, smoothing=self.config.smoothing)
+            return clips, self._smoothed(labels)
         if len(clips) % 2:
             raise ValueError(
                 f"a batch has {len(clips)} clips; mixup and cutmix take pairs: choose an even "
                 f"train.batch_size x data.repeats, or set mixing.mixup and mixing.cutmix to 0"
             )
         seed = int(torch.randint(2**32, (), device="cpu"))
-        # timm counts axes from both ends and means images: of five axes its rectangle would cut frames and rows, by the
-        # share of rows and columns. It also works in place.
+        # timm counts axes from both ends and expects images: of five axes its rectangle would cut frames and rows, by
+        # the share of rows and columns. It also works in place.
         frames_as_channels = clips.clone(memory_format=torch.contiguous_format).flatten(1, 2)
-        with kept_random_state():
+        with preserve_random_state():
             np.random.seed(seed)
             mixed, targets = self._mixup(frames_as_channels, labels)
         return mixed.view(clips.shape), targets

@@ -1,8 +1,7 @@
-"""What crops leave of a batch's frames, in their own sizes: for resizing, flipping and normalising on the device.
+"""Crops of different sizes in one batch, for resizing, flipping and normalising on the device.
 
-In place of `(B, C, T, H, W)` bytes a batch then holds one run of bytes and a table of shapes. The crops are those that
-would be drawn without; what the device makes of them differs from the CPU's clip by rounding alone: that one is rounded
-to whole grey levels.
+In place of `(B, C, T, H, W)` bytes the batch then holds one run of bytes and a table of shapes. The crops drawn are the
+same as without. The resized clips differ by rounding alone: the CPU rounds them to whole grey levels.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RaggedCrops:
-    """The windows of B clips.
+    """The crops of B clips, each in its own size.
 
-    pixels: `(P,)` uint8, the `(T, h, w, 3)` of each clip, one after the other.
-    shapes: of each clip (T, h, w).
-    flips: whether it is to be mirrored.
-    size: (height, width) of the clips that they become.
-    interpolation: bilinear or bicubic.
+    Args:
+        pixels: `(P,)` uint8, the `(T, h, w, 3)` of each clip, one after the other.
+        shapes: (T, h, w) of each clip.
+        flips: True for a clip to be mirrored.
+        size: (height, width) of the resized clips.
+        interpolation: bilinear or bicubic.
     """
 
     pixels: Tensor
@@ -37,11 +37,11 @@ class RaggedCrops:
         return len(self.shapes)
 
     def pin_memory(self) -> RaggedCrops:
-        """The same in page-locked memory; PyTorch's loader calls this."""
+        """Copy to page-locked memory; PyTorch's loader calls this."""
         return replace(self, pixels=self.pixels.pin_memory())
 
     def clips(self, device: torch.device) -> Tensor:
-        """Resized and flipped: `(B, 3, T, *size)` float32 from 0 to 255, on the device."""
+        """Resize and flip on the device: `(B, 3, T, *size)` float32 from 0 to 255."""
         pixels = self.pixels.to(device, non_blocking=True)
         parts = pixels.split([3 * frames * height * width for frames, height, width in self.shapes])
         clips = []
@@ -52,11 +52,13 @@ class RaggedCrops:
         return torch.stack(clips).clamp_(0, 255).transpose(1, 2)  # bicubic overshoots
 
 
-def join(windows: Sequence[RaggedCrops], concatenate: Callable[[list[Tensor]], Tensor] = torch.cat) -> RaggedCrops:
-    """The windows of several samples as those of one batch; `concatenate` joins their bytes."""
+def concatenate_crops(
+    crops: Sequence[RaggedCrops], concatenate: Callable[[list[Tensor]], Tensor] = torch.cat
+) -> RaggedCrops:
+    """Concatenate the crops of several clips or samples; `concatenate` does it to their bytes."""
     return replace(
-        windows[0],
-        pixels=concatenate([each.pixels for each in windows]),
-        shapes=tuple(shape for each in windows for shape in each.shapes),
-        flips=tuple(flip for each in windows for flip in each.flips),
+        crops[0],
+        pixels=concatenate([each.pixels for each in crops]),
+        shapes=tuple(shape for each in crops for shape in each.shapes),
+        flips=tuple(flip for each in crops for flip in each.flips),
     )

@@ -17,15 +17,14 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from video_convmae.errors import UserError
 from video_convmae.shipped import find_labels
 
-ListFormat = Literal["video", "frames", "image"]
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+from .options import IMAGE_SUFFIXES, ListFormat
 
 
 @dataclass(frozen=True)

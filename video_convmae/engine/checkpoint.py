@@ -1,4 +1,4 @@
-"""Checkpoints: written in the background by all processes, committed at once, kept by a rule, checked before use.
+"""Checkpoints: written in the background by all processes, committed atomically, pruned by a rule, verified before use.
 
     checkpoints/
         step_00001000/          shard-*.safetensors and checkpoint.json (step, configuration, size and CRC of each file)
@@ -6,8 +6,8 @@
         best -> step_00001000   the best by the validation
 
 A checkpoint is written beside its place, flushed to the disk and renamed, so that a kill at any instant leaves the last
-good one. It holds tensors and plain data, so that reading one never runs a stranger's code. Any number of processes
-reads what any other number has written, replicated or sharded.
+good one. It holds tensors and plain data, so that reading one never executes code. Any number of processes reads what
+any other number has written, replicated or sharded.
 """
 
 from __future__ import annotations
@@ -20,36 +20,184 @@ import shutil
 import threading
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from video_convmae.errors import UserError
-from video_convmae.weights.files import read_shards
+from video_convmae.weights.files import read_shards, shard_shapes
 
-from . import distributed
+from .distributed import all_gather_object
+from .watchdog import heartbeat
 
 _NAME = re.compile(r"step_(\d+)")
-_ABOUT = "checkpoint.json"
-_ADVICE = "the checkpoints before it are whole. Mend this, and the same command goes on from the newest"
+_INFO = "checkpoint.json"
+_ADVICE = "earlier checkpoints are whole. Fix this, and the same command resumes from the newest one"
 BEST = "best"
-PUBLISHED = "model.safetensors"  # the weights of a run that ended, for use elsewhere
+PUBLISHED = "model.safetensors"  # the weights of a finished run, in one file
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint could not be written; those before it are whole."""
+    """A checkpoint could not be written; earlier ones are whole."""
+
+
+class Checkpoint:
+    """One checkpoint folder: its plain data at once, its tensors on request. Every byte is verified once.
+
+    Args:
+        path: the folder.
+        verified: the bytes need no check, since this process or another has just done it.
+
+    Attributes:
+        info: plain data: step, configuration and, under `files`, size and CRC-32 of each file.
+
+    Raises:
+        ValueError: there is no checkpoint.json that can be read.
+    """
+
+    def __init__(self, path: str | Path, *, verified: bool = False) -> None:
+        self.path = Path(path)
+        self._verified = verified
+        try:
+            self.info: dict[str, Any] = json.loads((self.path / _INFO).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.info["step"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Configuration of the run, as plain data."""
+        return self.info["config"]
+
+    def verify(self) -> None:
+        """Check size and CRC of every file, once.
+
+        Raises:
+            ValueError: a file is missing, truncated or damaged.
+        """
+        if self._verified:
+            return
+        for name, (size, crc) in self.info["files"].items():
+            file = self.path / name
+            found = file.stat().st_size if file.exists() else None
+            if found != size:
+                raise ValueError(f"{self.path} is not whole: {name} has {found} bytes, expected {size}")
+            if _crc(file) != crc:
+                raise ValueError(f"{self.path} is damaged: {name} has changed since it was written")
+        self._verified = True
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """Read the whole tensors of one part ("model", "ema", "optimizer"), by name; nothing else is read.
+
+        Raises:
+            ValueError: the checkpoint is damaged.
+        """
+        self.verify()
+        return read_shards(self.path, part)
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill tensors `part/name`, sharded or not, in place. All processes call it together.
+
+        Raises:
+            ValueError: the checkpoint is damaged.
+        """
+        self.verify()
+        reader = dcp.HuggingFaceStorageReader(str(self.path))
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the name `part/name` of every tensor with the shape of a piece of it."""
+        return shard_shapes(self.path)
+
+    def digest(self) -> str:
+        """Return a SHA-256 that identifies the contents."""
+        return hashlib.sha256((self.path / _INFO).read_bytes()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return a SHA-256 that identifies the contents of a file of weights."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of the checkpoint of a step."""
+    return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint's folder name."""
+    match = _NAME.fullmatch(path.resolve().name)
+    if match is None:
+        raise ValueError(f"{path} is not named like a checkpoint; expected step_ and a number")
+    return int(match[1])
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, oldest first, damaged ones included."""
+    return sorted((p for p in folder.glob("step_*") if _NAME.fullmatch(p.name)), key=step_of)
+
+
+def find_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest checkpoint that is whole (None if there is none), and an error for each newer one."""
+    errors: list[str] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            checkpoint = Checkpoint(path)
+            checkpoint.verify()
+        except ValueError as error:
+            errors.append(str(error))
+        else:
+            return checkpoint, errors
+    return None, errors
+
+
+def find_weights(path: str | Path) -> Checkpoint | Path:
+    """Find what a path means: a file of weights, a checkpoint, or the newest checkpoint of a run folder, verified.
+
+    A run folder without checkpoints may still have its `model.safetensors`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there are some, and none is whole.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if (path / _INFO).exists():
+        checkpoint = Checkpoint(path)
+        checkpoint.verify()
+        return checkpoint
+    for folder in (path / "checkpoints", path):
+        found, errors = find_latest(folder)
+        if found is not None:
+            return found
+        if errors:
+            raise ValueError("; ".join(errors))
+    if (path / PUBLISHED).exists():
+        return path / PUBLISHED
+    raise FileNotFoundError(
+        f"no checkpoint at {path}: expected a file of weights, a checkpoint or a run folder with checkpoints/ in it"
+    )
 
 
 class Saver:
     """Writes the checkpoints of a run. Every process has one and calls the same methods in the same order.
 
     Args:
-        folder: made if it is not there.
-        writes: whether this is the process that commits and prunes.
-        keep: how many of the newest stay; None: all.
-        keep_every: the checkpoints of steps that are multiples of this stay too; None: none does.
-        saved: the step whose checkpoint is there and whole: it is not written again.
+        folder: created if missing.
+        writes: True on the process that commits and prunes.
+        keep: number of newest checkpoints that stay; None: all.
+        keep_every: checkpoints of steps that are multiples of this stay too; None: no such rule.
+        saved: step whose checkpoint exists and is whole; it is not written again.
 
     Raises:
         ValueError: `keep` is less than 1.
@@ -66,46 +214,53 @@ class Saver:
         if keep is not None and keep < 1:
             raise ValueError(f"train.keep is {keep}; expected at least 1 checkpoint to stay")
         self.folder = folder
+        self.error: CheckpointError | None = None
         self._writes, self._keep, self._keep_every = writes, keep, keep_every
         self._saved = saved
-        self._shards = distributed.ShardWriter()
         self._thread: threading.Thread | None = None
-        self.error: CheckpointError | None = None
+
+    @cached_property
+    def _group(self) -> dist.ProcessGroup | None:
+        """Give the writing thread a group of its own, so that its messages do not mix with the training's."""
+        return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Copy a state to host memory and write it as `folder/step_N` in the background.
 
         Args:
             step: optimizer steps done.
-            state: parts: tensors by name, or plain data. What `load` returns.
+            state: parts by name: tensors by name, or plain data.
 
         Raises:
-            CheckpointError: the checkpoint before this one could not be written, or the disk has no room for this one.
+            CheckpointError: the previous checkpoint could not be written, or the disk has no room for this one.
         """
         self.wait()
         if step == self._saved:
             return
         parts = {part: values for part, values in state.items() if _holds_tensors(values)}
         tensors = {f"{part}/{name}": tensor for part, values in parts.items() for name, tensor in values.items()}
-        about = {"step": step} | {part: values for part, values in state.items() if part not in parts}
-        partial = self.folder / f"{name_of(step)}.partial"
+        info = {"step": step} | {part: values for part, values in state.items() if part not in parts}
+        partial = self.folder / f"{checkpoint_name(step)}.partial"
         size = sum(tensor.nbytes for tensor in tensors.values())
-        complaints = distributed.all_gather_object(_prepare(partial, size) if self._writes else None)
-        if any(complaints):
-            raise CheckpointError(next(filter(None, complaints)))
-        future = self._shards.start(tensors, partial)
-        self._thread = threading.Thread(target=self._finish, args=(future, partial, about), name="checkpoint")
+        errors = all_gather_object(_prepare(partial, size) if self._writes else None)
+        if any(errors):
+            raise CheckpointError(next(filter(None, errors)))
+        # Safetensors files, each process its shards and its part of the replicated tensors: no pickle is written.
+        writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        group = self._group
+        future = dcp.async_save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+        self._thread = threading.Thread(target=self._finish, args=(future, partial, info), name="checkpoint")
         self._thread.start()
         self._saved = step
 
     def wait(self) -> None:
-        """Wait until the last checkpoint lies in its place.
+        """Wait until the last checkpoint is committed.
 
         Raises:
             CheckpointError: it could not be written.
         """
         if self._thread is not None:
-            distributed.heartbeat("waits for a checkpoint to be written")
+            heartbeat("waiting for a checkpoint to be written")
             self._thread.join()
             self._thread = None
         if self.error is not None:
@@ -117,151 +272,48 @@ class Saver:
             self._thread.join()
 
     def mark_best(self, step: int) -> None:
-        """Name the checkpoint of a step `best`: no pruning removes it."""
+        """Link the checkpoint of a step as `best`; pruning never removes it."""
         self.wait()
         if self._writes:
             partial = self.folder / f"{BEST}.partial"
             partial.unlink(missing_ok=True)
-            partial.symlink_to(name_of(step), target_is_directory=True)
+            partial.symlink_to(checkpoint_name(step), target_is_directory=True)
             partial.replace(self.folder / BEST)
 
     def is_kept(self, step: int) -> bool:
-        """Whether the checkpoint of a step stays for good."""
+        """Return True if `keep_every` protects the checkpoint of a step."""
         return self._keep_every is not None and step % self._keep_every == 0
 
-    def _finish(self, future: Any, partial: Path, about: dict[str, Any]) -> None:
+    def _finish(self, future: Future, partial: Path, info: dict[str, Any]) -> None:
         path = partial.with_suffix("")
         try:
             future.result()
             if self._writes:
-                _commit(partial, path, about)
+                _commit(partial, path, info)
                 self._prune(path)
-        except BaseException as error:  # in a thread of its own: whoever waits for it raises this
+        except BaseException as error:  # raised in a thread: `wait` raises it again
             if self._writes:
                 shutil.rmtree(partial, ignore_errors=True)
-            self.error = CheckpointError(f"{path} could not be written: {_reason(error)}; {_ADVICE}")
+            self.error = CheckpointError(f"{path} could not be written: {_innermost(error)}; {_ADVICE}")
             self.error.__cause__ = error
 
     def _prune(self, path: Path) -> None:
         if self._keep is None:
             return
-        # A newer one than this is damaged, or it would have been gone on from: it counts for none.
-        old = [p for p in checkpoints(self.folder) if p.name <= path.name][: -self._keep]
+        # A newer checkpoint than this one is damaged, or the run would have resumed from it: it does not count.
+        old = [p for p in list_checkpoints(self.folder) if p.name <= path.name][: -self._keep]
         best = (self.folder / BEST).resolve()
         for each in old:
             if not self.is_kept(step_of(each)) and each.resolve() != best:
                 shutil.rmtree(each)
 
 
-def save(folder: Path, step: int, state: Mapping[str, Any], writes: bool = True, keep: int | None = None) -> Path:
-    """Write one checkpoint and wait for it; arguments and errors as those of `Saver`. Every process calls it."""
-    saver = Saver(folder, writes, keep)
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], writes: bool = True) -> Path:
+    """Write one checkpoint and wait for it. Every process calls it; arguments and errors as those of `Saver`."""
+    saver = Saver(folder, writes)
     saver.save(step, state)
     saver.wait()
-    return folder / name_of(step)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; those that are damaged too."""
-    return sorted((p for p in folder.glob("step_*") if _NAME.fullmatch(p.name)), key=step_of)
-
-
-def name_of(step: int) -> str:
-    """What the checkpoint of a step is called."""
-    return f"step_{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    """The steps that were done at a checkpoint."""
-    return int(_NAME.fullmatch(path.resolve().name)[1])
-
-
-def about(path: Path) -> dict[str, Any]:
-    """A checkpoint's plain data: step, configuration and, under `files`, size and CRC-32 of each file.
-
-    Raises:
-        ValueError: there is none that can be read.
-    """
-    try:
-        return json.loads((path / _ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a checkpoint that can be read: {type(error).__name__}: {error}") from error
-
-
-def verify(path: Path) -> dict[str, Any]:
-    """Check every byte of a checkpoint; returns what `about` does.
-
-    Raises:
-        ValueError: a file is missing, truncated or damaged.
-    """
-    known = about(path)
-    for name, (size, crc) in known["files"].items():
-        file = path / name
-        found = file.stat().st_size if file.exists() else None
-        if found != size:
-            raise ValueError(f"{path} is not whole: {name} has {found} bytes, expected {size}")
-        if _crc(file) != crc:
-            raise ValueError(f"{path} is damaged: {name} has changed since it was written")
-    return known
-
-
-def load(path: Path, *parts: str) -> dict[str, Any]:
-    """A checkpoint as it was given to `save`: its plain data and, of its tensors, the parts that are named, or all.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    known = verify(path)
-    del known["files"]
-    state: dict[str, Any] = known
-    for name, tensor in read_shards(path).items():
-        part, _, name = name.partition("/")
-        if not parts or part in parts:
-            state.setdefault(part, {})[name] = tensor
-    return state
-
-
-def latest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole (None if there is none), and a line for each newer one that is not."""
-    complaints: list[str] = []
-    for path in reversed(checkpoints(folder)):
-        try:
-            verify(path)
-        except ValueError as error:
-            complaints.append(str(error))
-        else:
-            return path, complaints
-    return None, complaints
-
-
-def find(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, a file of weights, or the newest of a run folder that is whole.
-
-    A run folder without checkpoints may still have its `model.safetensors`.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: there are some, and none can be read.
-    """
-    path = Path(path)
-    if path.is_file() or (path / _ABOUT).exists():
-        return path
-    for folder in (path / "checkpoints", path):
-        found, complaints = latest(folder)
-        if found is not None:
-            return found
-        if complaints:
-            raise ValueError("; ".join(complaints))
-    if (path / PUBLISHED).exists():
-        return path / PUBLISHED
-    raise FileNotFoundError(
-        f"no checkpoint at {path}: expected a file of weights, a checkpoint or a run folder with checkpoints/ in it"
-    )
-
-
-def digest(path: Path) -> str:
-    """What tells the contents of a checkpoint or a file of weights from any other's."""
-    return hashlib.sha256((path / _ABOUT if path.is_dir() else path).read_bytes()).hexdigest()
+    return folder / checkpoint_name(step)
 
 
 def _holds_tensors(values: Any) -> bool:
@@ -269,7 +321,7 @@ def _holds_tensors(values: Any) -> bool:
 
 
 def _prepare(partial: Path, size: int) -> str | None:
-    """Make the folder that is written into; what is wrong with it, if anything is."""
+    """Make the folder to write into; return an error if there is one."""
     folder = partial.parent
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -284,22 +336,22 @@ def _prepare(partial: Path, size: int) -> str | None:
     return f"{partial.with_suffix('')} cannot be written: {reason}; {_ADVICE}"
 
 
-def _commit(partial: Path, path: Path, about: dict[str, Any]) -> None:
-    """All files are written: note what they are, and give the checkpoint its name."""
+def _commit(partial: Path, path: Path, info: dict[str, Any]) -> None:
+    """Record size and CRC of the written files, flush everything and give the checkpoint its name."""
     files = {file.name: (file.stat().st_size, _crc(file)) for file in sorted(partial.iterdir())}
-    with open(partial / _ABOUT, "w", encoding="utf-8") as file:
-        json.dump(about | {"files": files}, file)
+    with open(partial / _INFO, "w", encoding="utf-8") as file:
+        json.dump(info | {"files": files}, file)
         file.flush()
         os.fsync(file.fileno())
     _flush(partial)
-    if path.exists():  # a damaged one, or the run would have gone on from it
+    if path.exists():  # damaged, or the run would have resumed from it
         shutil.rmtree(path)
     partial.replace(path)
     _flush(path.parent)
 
 
 def _flush(folder: Path) -> None:
-    """Names of files on the disk, not only in the system's memory."""
+    """Flush the names of a folder's files to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -315,12 +367,12 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost cause in a line: what the system said, not who passed it on."""
+def _innermost(error: BaseException) -> str:
+    """Return the innermost cause in one line."""
     failures = getattr(error, "failures", None)  # of several processes, each with its traceback
     if failures:
         rank, (inner, _) = next(iter(failures.items()))
-        return f"rank {rank}: {_reason(inner)}"
+        return f"rank {rank}: {_innermost(inner)}"
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}"

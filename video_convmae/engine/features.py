@@ -1,14 +1,10 @@
-"""Features of a list: what a model makes of every record, in one file.
+"""Features of a list in one file.
 
-    table = features.read("features/features.npz")
+    table = read_features("features/features.npz")
     table.features[~table.failed]           # (R, D) pooled, or (R, N, D) tokens, in the list's order
 
-They are computed as scores are (evaluate.py): the list is cut into fixed chunks that are dealt whole, so that the file
-is the same for any number of processes; a record that cannot be read is reported, and its row is zeros; an interrupted
-extraction goes on. Rows stay in each process's own file until all are there, and are then copied into one: at no time
-are more than a chunk in memory.
-
-The file is a NumPy archive, as scores.npz is and with the same names: NumPy alone reads it, and nothing is pickled.
+Rows stay in each process's own file until all are finished and are then copied into one: never more than a chunk is in
+memory. The file is a NumPy archive without pickles, with the names of an evaluation's scores.npz.
 
 Letters: R records, N tokens, D width of a token.
 """
@@ -21,22 +17,21 @@ from collections.abc import Callable
 from contextlib import closing
 from math import prod
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from video_convmae.data.datasets import BadRecord, TestViewDataset
+from video_convmae.data.datasets import BadRecord
 from video_convmae.data.records import Records
 from video_convmae.models.autoencoder import Autoencoder, FusedEncoder
-from video_convmae.models.classifier import Classifier, Probe
+from video_convmae.models.classifier import Classifier
+from video_convmae.models.probe import Probe
 
-from . import distributed
-from .distributed import DistInfo
-from .evaluation import ChunkStore, ProtocolConfig, in_order, score_chunks
-from .tasks import Normalizer
+from .distributed import barrier
+from .inference import ChunkStore, ListInference, in_list_order
+from .options import FeatureKind
 
-Kind = Literal["pooled", "tokens"]
 Model = Autoencoder | Classifier | Probe
 
 
@@ -47,7 +42,7 @@ class FeatureTable(NamedTuple):
     labels: `(R,)` int64, -1 where the list has none.
     failed: `(R,)` bool.
     records: `(R,)`, their paths.
-    about: whose features these are, and how they were made.
+    about: model, list and views of the features, as plain data.
     """
 
     features: np.ndarray
@@ -57,8 +52,8 @@ class FeatureTable(NamedTuple):
     about: dict[str, Any]
 
 
-def compute_of(model: Model, kind: Kind) -> Callable[[Tensor], Tensor]:
-    """Clips `(B, C, T, H, W)` -> their features, `(B, D)` pooled or `(B, N, D)` tokens, as `source` says."""
+def feature_function(model: Model, kind: FeatureKind) -> Callable[[Tensor], Tensor]:
+    """Return clips `(B, C, T, H, W)` -> features, `(B, D)` pooled or `(B, N, D)` tokens; see `feature_source`."""
 
     def tokens(clips: Tensor) -> Tensor:
         return model.encode(clips).float()
@@ -70,81 +65,69 @@ def compute_of(model: Model, kind: Kind) -> Callable[[Tensor], Tensor]:
     return {"pooled": pooled, "tokens": tokens}[kind]
 
 
-def shape_of(model: Model, kind: Kind) -> tuple[int, ...]:
-    """The shape of a record's features."""
+def feature_shape(model: Model, kind: FeatureKind) -> tuple[int, ...]:
+    """Return the shape of a record's features."""
     width = model.encoder.width
     return (width,) if kind == "pooled" else (prod(model.encoder.config.grid), width)
 
 
-def source(model: Model, kind: Kind) -> str:
-    """Where in the model features are read, in words."""
+def feature_source(model: Model, kind: FeatureKind) -> str:
+    """Say where in the model features are read."""
     if not isinstance(model, FusedEncoder):
-        tokens = "tokens after the last attention block, before any norm"
-        return (
-            tokens if kind == "tokens" else "the mean over the tokens, after the norm: what the classifier's head reads"
-        )
+        if kind == "tokens":
+            return "tokens after the last attention block, before any norm"
+        return "the mean over the tokens, after the norm: the input of the classifier's head"
     fused = model.fusion is not None and len(model.fusion.joints) > 0
     tokens = f"tokens after {'fusion and the' if fused else 'the'} final norm, with which they were pretrained"
     return tokens if kind == "tokens" else f"the mean over the {tokens}"
 
 
-def extract(
-    model: Model,
-    kind: Kind,
-    views: TestViewDataset,
-    pixels: Normalizer,
-    config: ProtocolConfig,
-    group: DistInfo,
-    workers: int,
-    start_method: str | None,
-    folder: Path,
-) -> None:
-    """Compute the features of every record whose features are not in the folder yet; `write` makes one file of them.
+def extract_rows(inference: ListInference, kind: FeatureKind, folder: Path) -> None:
+    """Compute the features of every record that the folder does not hold yet; `write_features` joins them.
 
     Args:
-        model: on the group's device, not wrapped.
+        inference: the model over the list.
         kind: pooled features are averaged over the views; tokens are those of one view.
-        views, pixels, config, group, workers, start_method: as in `evaluate.evaluate`.
-        folder: one that all processes see.
+        folder: visible to all processes.
 
     Raises:
         ValueError: tokens of several views.
     """
-    if kind == "tokens" and views.views.count > 1:
+    views = inference.views.views
+    if kind == "tokens" and views.count > 1:
         raise ValueError(
-            f"{views.views.segments} segments x {views.views.crops} crops were asked for; expected 1 x 1 for tokens: "
-            "those of different views show different places, and their mean shows none"
+            f"{views.segments} segments x {views.crops} crops were asked for; expected 1 x 1 for tokens: those of "
+            "different views show different places, and their mean shows none"
         )
-    kept = ChunkStore(folder, shape_of(model, kind), group.rank)
-    with closing(kept):
-        compute, done = compute_of(model, kind), kept.records()
-        chunks = score_chunks(model, compute, views, pixels, config, group, workers, start_method, done, True)
-        with closing(chunks):
-            for chunk in chunks:
-                kept.add(chunk)
-    distributed.barrier()
+    store = ChunkStore(folder, feature_shape(inference.model, kind), inference.info.rank)
+    done = store.stored_records()
+    compute = feature_function(inference.model, kind)
+    with closing(store), closing(inference.chunks(compute, done, show=True)) as chunks:
+        for chunk in chunks:
+            store.add(chunk)
+    barrier()
 
 
-def write(
+def write_features(
     folder: Path, shape: tuple[int, ...], records: Records, path: Path, about: dict[str, Any]
 ) -> tuple[BadRecord, ...]:
-    """Make one file of what `extract` left in a folder. Same features, same bytes.
+    """Join the rows that `extract_rows` left in a folder into one file. The same features give the same bytes.
 
     Args:
-        folder: it stays as it is.
+        folder: left unchanged.
         shape: of a record's features.
         records: the list.
-        path: the file, renamed to this when it is whole.
-        about: what it says of itself: plain data.
+        path: of the file, which is renamed to this name when it is whole.
+        about: model, list and views, as plain data.
 
     Returns:
-        What could not be read, in the list's order.
+        Records that could not be read, in the list's order.
 
     Raises:
         RuntimeError: features are missing.
     """
-    kept = ChunkStore(folder, shape, 0)
-    maps = kept.mapped()
+    store = ChunkStore(folder, shape, 0)
+    maps = store.mapped_rows()
     places = {
         int(record): (number, row) for number, rows in enumerate(maps) for row, record in enumerate(rows["record"])
     }
@@ -172,22 +155,22 @@ def write(
             with _member(archive, name) as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
     partial.replace(path)
-    return in_order(kept.faults())
+    return in_list_order(store.bad_records())
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    """An array of an archive, to be written; without the time of day, so that the same arrays are the same bytes."""
+    """Open an array of an archive for writing, without the time of day: the same arrays give the same bytes."""
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 
-def read(path: str | Path) -> FeatureTable:
+def read_features(path: str | Path) -> FeatureTable:
     """Read a file of features.
 
     Raises:
-        OSError, ValueError: there is no such file, or it is none of features.
+        OSError, ValueError: there is no such file, or it holds no features.
     """
     with np.load(path, allow_pickle=False) as file:
         if absent := [name for name in FeatureTable._fields if name not in file]:
-            raise ValueError(f"{path} holds no {', '.join(absent)}; expected a file of tools/extract_features.py")
+            raise ValueError(f"{path} holds no {', '.join(absent)}; expected a file of `video-convmae features`")
         arrays = {name: file[name] for name in FeatureTable._fields}
     return FeatureTable(**arrays | {"about": json.loads(str(arrays["about"]))})

@@ -1,4 +1,4 @@
-"""Tasks: a batch -> a loss and named values, one class a recipe. The loop only steps."""
+"""Tasks: a batch -> a loss and named values, one class a recipe."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from video_convmae.data.ragged import RaggedCrops
 
 
 class Task(Protocol):
-    """A model and what it is trained on."""
+    """A model and its training loss."""
 
     model: nn.Module
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar loss to step on, and detached scalars to log beside it; the host does not wait for the device."""
+        """Return the scalar loss, and detached scalars to log beside it; the host does not wait for the device."""
         ...
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a model computes at `bf16`, `fp16` or, unchanged, at `fp32`."""
+    """Return the autocast context of `bf16` or `fp16`; at `fp32` it changes nothing."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 class Normalizer(nn.Module):
-    """Bytes as they cross to the device -> normalised floats there.
+    """Bytes -> normalised floats on the device.
 
     Args:
         mean, std: of each channel, for pixels from 0 to 1.
@@ -42,13 +42,13 @@ class Normalizer(nn.Module):
         self.std = 255 * torch.tensor(std, device=device).view(1, -1, 1, 1, 1)
 
     def normalise(self, clips: Tensor | RaggedCrops) -> Tensor:
-        """`(B, C, T, H, W)` uint8, on any device, or windows of B clips -> `(B, C, T, H, W)` float32 on this one."""
+        """`(B, C, T, H, W)` uint8 on any device, or ragged crops of B clips -> `(B, C, T, H, W)` float32 on this one."""
         if isinstance(clips, RaggedCrops):
             clips = clips.clips(self.mean.device)
         return (clips.to(self.mean.device, non_blocking=True).float() - self.mean) / self.std
 
     def restore(self, clips: Tensor) -> Tensor:
-        """Normalised floats -> uint8, rounded and cut to 0 .. 255."""
+        """Invert `normalise`: floats -> uint8, rounded and clamped to 0 .. 255."""
         return (clips.float() * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -57,16 +57,16 @@ class Pretraining:
 
     Args:
         model: an `Autoencoder`, wrapped or not.
-        pixels: how bytes become the model's input.
+        normalizer: bytes -> the model's input.
     """
 
-    def __init__(self, model: nn.Module, pixels: Normalizer) -> None:
+    def __init__(self, model: nn.Module, normalizer: Normalizer) -> None:
         self.model = model
-        self.pixels = pixels
+        self.normalizer = normalizer
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstruction loss over the hidden patches. `visible` stays on the CPU: see `Packing`."""
-        return self.model(self.pixels.normalise(batch.clips), batch.visible).loss, {}
+        """Return the reconstruction loss over the predicted patches. Masks stay on the CPU: see `Packing`."""
+        return self.model(self.normalizer.normalise(batch.clips), batch.visible, batch.predicted).loss, {}
 
 
 class Classification:
@@ -74,18 +74,18 @@ class Classification:
 
     Args:
         model: clips -> logits, wrapped or not.
-        pixels: how bytes become the model's input.
+        normalizer: bytes -> the model's input.
         mixing: mixup, cutmix and label smoothing.
     """
 
-    def __init__(self, model: nn.Module, pixels: Normalizer, mixing: Mixing) -> None:
+    def __init__(self, model: nn.Module, normalizer: Normalizer, mixing: Mixing) -> None:
         self.model = model
-        self.pixels = pixels
+        self.normalizer = normalizer
         self.mixing = mixing
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and how often the class with the largest share of a mixed clip is predicted."""
-        clips = self.pixels.normalise(batch.clips)
+        """Return the loss, and the accuracy against the class with the largest share of each mixed clip."""
+        clips = self.normalizer.normalise(batch.clips)
         clips, targets = self.mixing(clips, batch.labels.to(clips.device, non_blocking=True))
         logits = self.model(clips).float()
         hits = (logits.argmax(dim=1) == targets.argmax(dim=1)).float().mean()

@@ -37,9 +37,10 @@ import numpy as np
 from tqdm import tqdm
 
 from video_convmae.data import shards
-from video_convmae.data.decoding import DecodeError, ReaderName, resolve_reader
+from video_convmae.data.decoding import DecodeError, resolve_reader
 from video_convmae.data.decoding.process import ReaderProcess
-from video_convmae.data.records import ListError, ListFormat, Record, parse_line, read_list
+from video_convmae.data.options import ListFormat, ReaderName
+from video_convmae.data.records import ListError, Record, parse_line, read_list
 from video_convmae.data.sampling import dense_views
 
 CLIP_FRAMES, CLIP_STRIDE = 16, 4

@@ -27,7 +27,8 @@ from typing import TextIO
 
 import numpy as np
 
-from video_convmae.data.records import IMAGE_SUFFIXES, ListError, read_list
+from video_convmae.data.options import IMAGE_SUFFIXES
+from video_convmae.data.records import ListError, read_list
 
 DATA_LISTS = Path(__file__).parents[1] / "data_lists"
 SUFFIXES = {

@@ -26,7 +26,7 @@ from video_convmae.config import PretrainConfig
 from video_convmae.data.decoding import open_frames, resolve_reader
 from video_convmae.data.records import Record
 from video_convmae.data.sampling import Sampling
-from video_convmae.data.transforms import view_crops
+from video_convmae.data.transforms import Augmentation, view_crops
 from video_convmae.engine.tasks import Normalizer
 from video_convmae.masking import MASKS
 from video_convmae.models.autoencoder import Autoencoder
@@ -58,7 +58,7 @@ def middle_clips(records: Iterable[Record], config: PretrainConfig, size: tuple[
         with open_frames(record, decoder) as reader:
             frames = reader.read(sampling.views(len(reader), 1)[0])
         (crop,) = view_crops(*frames.shape[1:3], size, 1)
-        clips.append(config.data.augmentation.apply(frames, crop, size))
+        clips.append(Augmentation(config.data.augmentation).apply(frames, crop, size))
     return torch.stack(clips)
 
 

@@ -29,15 +29,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, compress, islice
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
-from video_convmae.data import shards
-from video_convmae.data.records import IMAGE_SUFFIXES, Record
 from video_convmae.errors import UserError
-
-ReaderName = Literal["auto", "torchcodec", "pyav", "decord", "torchcodec_cuda"]
+from video_convmae.data import shards
+from video_convmae.data.options import IMAGE_SUFFIXES, ReaderName
+from video_convmae.data.records import Record
 
 _IN_ORDER_OF_CHOICE = ("torchcodec", "pyav", "decord")
 _MODULES = {"torchcodec": "torchcodec.decoders", "pyav": "av", "decord": "decord"}

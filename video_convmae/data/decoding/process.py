@@ -28,7 +28,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from video_convmae.data.decoding import DecodeError, FrameReader, ReaderName, open_frames, resolve_reader
+from video_convmae.data.decoding import DecodeError, FrameReader, open_frames, resolve_reader
+from video_convmae.data.options import ReaderName
 from video_convmae.data.records import Record
 
 _START_SECONDS = 300.0  # to import the decoder, from a slow disk if need be; no record is to blame for it

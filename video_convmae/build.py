@@ -1,0 +1,433 @@
+"""A configuration -> model, data sets, optimizer, schedule, trainer: the one place where that happens."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from video_convmae import masking
+from video_convmae.config import (
+    DataConfig,
+    FinetuneConfig,
+    InitConfig,
+    LabelledDataConfig,
+    MaskConfig,
+    PretrainConfig,
+    RunConfig,
+    to_plain,
+)
+from video_convmae.data.datasets import ClipDataset, TestViewDataset
+from video_convmae.data.decoding import resolve_reader
+from video_convmae.data.decoding.process import ReaderProcess
+from video_convmae.data.loader import Batch, BatchPlan, ResumableBatchSampler, iter_batches
+from video_convmae.data.mixing import Mixing
+from video_convmae.data.options import ViewConfig
+from video_convmae.data.records import ListError, Records, class_names, read_list
+from video_convmae.data.sampling import Sampling
+from video_convmae.data.transforms import Augmentation
+from video_convmae.engine.checkpoint import Checkpoint, find_latest, find_weights
+from video_convmae.engine.distributed import DistInfo, all_gather_object
+from video_convmae.engine.evaluation import evaluate_list, write_bad_records
+from video_convmae.engine.inference import ListInference
+from video_convmae.engine.log import BadRecordLog
+from video_convmae.engine.metrics import Values
+from video_convmae.engine.optim import Optimization, Schedule, parameter_groups
+from video_convmae.engine.options import OptimConfig, ProtocolConfig, TrainConfig
+from video_convmae.engine.parallel import parallelize, unwrap
+from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, Task
+from video_convmae.engine.trainer import Trainer
+from video_convmae.engine.validation import Validation
+from video_convmae.models.autoencoder import Autoencoder
+from video_convmae.models.classifier import Classifier
+from video_convmae.models.probe import Probe
+from video_convmae.models.sizes import ClassifierConfig, EncoderConfig
+from video_convmae.weights.load import LoadReport, load_weights
+
+Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+
+# Models
+
+
+def build_classifier(config: ClassifierConfig, num_classes: int) -> Classifier | Probe:
+    """Build the classifier, or the probe if `config.probe` names one."""
+    return Classifier(config, num_classes) if config.probe is None else Probe(config, num_classes)
+
+
+def load_initial_weights(config: InitConfig, model: Autoencoder | Classifier | Probe) -> LoadReport | None:
+    """Load the weights of `init.weights`, if any, and report what was loaded.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file does not fit the model.
+    """
+    if config.weights is None:
+        return None
+    source = find_weights(config.weights)
+    path = source.path if isinstance(source, Checkpoint) else source
+    return load_weights(model, path, inflation=config.inflation, exclude=config.exclude)
+
+
+# Lists and data sets
+
+
+def read_records(data: DataConfig) -> Records:
+    """Read the training list."""
+    return read_list(data.train, data.format, data.root)
+
+
+def read_validation_records(data: LabelledDataConfig) -> Records:
+    """Read the validation list.
+
+    Raises:
+        ListError: the configuration has none, or its classes are not those of the training list.
+    """
+    if data.validation is None:
+        raise ListError("data.validation is none: name a list to validate or test on")
+    ours, theirs = read_class_names(data), class_names(data.validation, data.root)
+    if ours is not None and theirs is not None and ours != tuple(theirs):
+        source = data.train if data.labels is None else "data.labels"
+        raise ListError(
+            f"the classes of {source} ({len(ours)}) and of {data.validation} ({len(theirs)}) differ, so their numbers "
+            "mean different things: make both lists with the same class names (video-convmae make-list); for a list "
+            "with classes of its own set data.labels to null"
+        )
+    return read_list(data.validation, data.format, data.root)
+
+
+def read_class_names(data: LabelledDataConfig) -> tuple[str, ...] | None:
+    """Return the names of the classes; None: nothing names them."""
+    if isinstance(data.labels, tuple):
+        return data.labels
+    if not data.train and data.labels is None:  # usual settings of a published file: there is no list
+        return None
+    names = class_names(data.train, data.root, data.labels)
+    return None if names is None else tuple(names)
+
+
+def count_classes(data: LabelledDataConfig, *lists: Records) -> int:
+    """Return the number of classes, and check labels, names and flips against it.
+
+    Raises:
+        ListError: a label is missing or beyond `num_classes`, there are more or fewer names, or class names contain
+            left or right and clips are flipped.
+    """
+    names = read_class_names(data)
+    largest = max(int(records.labels.max()) for records in lists)
+    count = data.num_classes or (len(names) if names else largest + 1)
+    if names and len(names) != count:
+        raise ListError(
+            f"data.num_classes is {count} and there are {len(names)} class names, the first {names[0]!r}; expected as "
+            "many: leave data.num_classes out, or name the file of all classes with data.labels"
+        )
+    for records in lists:
+        check_labels(records, count)
+    if data.augmentation.flip and names is None:
+        warnings.warn(
+            "data.augmentation.flip is on and no class names are known, so that names with left or right cannot be "
+            "checked; name the classes with data.labels",
+            stacklevel=2,
+        )
+    sided = [name for name in names or [] if {"left", "right"} & set(re.split(r"[\W_]+", name.lower()))]
+    if sided and data.augmentation.flip:
+        raise ListError(
+            f"data.augmentation.flip is on and {len(sided)} classes name left or right, the first {sided[0]!r}: a "
+            "flipped clip would have a wrong label; turn it off"
+        )
+    return count
+
+
+def check_labels(records: Records, num_classes: int, least: int = 0) -> None:
+    """Raise a ListError unless every label lies in `least` (-1: may be missing) to `num_classes - 1`."""
+    for wrong in np.flatnonzero((records.labels < least) | (records.labels >= num_classes))[:1]:
+        record = records[int(wrong)]
+        if record.label is None:
+            raise ListError(
+                f"{record.path} has no label, like {int((records.labels < 0).sum())} of the {len(records)} records of "
+                "its list; expected 'path label' in every line (data_lists/README.md)"
+            )
+        raise ListError(
+            f"{record.path} has the label {record.label}; expected 0 to {num_classes - 1}: there are {num_classes} "
+            "classes, according to data.num_classes, the class names or the trained model"
+        )
+
+
+def build_sampling(data: DataConfig, encoder: EncoderConfig) -> Sampling:
+    """Build the frame sampling of clips that this encoder takes."""
+    return Sampling(data.sampling, encoder.num_frames, data.stride)
+
+
+def build_clips(
+    data: DataConfig, records: Records, encoder: EncoderConfig, seed: int, mask: MaskConfig | None = None
+) -> ClipDataset:
+    """Build the training clips, in the shape that the encoder takes; with a mask, what is hidden and predicted."""
+    draw_mask = None
+    if mask is not None:
+        draw_mask = partial(masking.draw, mask.kind, encoder.grid, mask.ratio, mask.decoder_ratio)
+    return ClipDataset(
+        records,
+        build_sampling(data, encoder),
+        Augmentation(data.augmentation),
+        encoder.image_size,
+        draw_mask,
+        ReaderProcess(data.reader, data.decode_timeout),
+        data.repeats,
+        seed,
+    )
+
+
+def build_views(data: DataConfig, records: Records, encoder: EncoderConfig, views: ViewConfig) -> TestViewDataset:
+    """Build the test views, in the shape that the encoder takes."""
+    return TestViewDataset(
+        records,
+        build_sampling(data, encoder),
+        views,
+        Augmentation(data.augmentation),
+        encoder.image_size,
+        ReaderProcess(data.reader, data.decode_timeout),
+    )
+
+
+def build_normalizer(data: DataConfig, device: torch.device) -> Normalizer:
+    """Build the conversion of bytes to the model's input."""
+    return Normalizer(data.mean, data.std, device)
+
+
+def build_inference(
+    model: Autoencoder | Classifier | Probe,
+    data: DataConfig,
+    records: Records,
+    protocol: ProtocolConfig,
+    info: DistInfo,
+) -> ListInference:
+    """Build the inference of a model over a list; the model is moved to this process's device."""
+    return ListInference(
+        model.to(info.device),
+        build_views(data, records, model.encoder.config, protocol),
+        build_normalizer(data, info.device),
+        protocol,
+        info,
+        data.workers,
+        data.start_method,
+    )
+
+
+# Optimizer and schedule
+
+
+def plan_batches(config: RunConfig, info: DistInfo, resumed: dict[str, Any] | None) -> BatchPlan:
+    """Deal a step's records out so that the effective batch, and with it the learning rate, stays.
+
+    A device takes as many records at a time as train.batch_size allows and as divide its part evenly.
+
+    Args:
+        config: of the run.
+        info: the processes.
+        resumed: configuration that the run started with, as plain data; None: it starts now.
+
+    Raises:
+        ValueError: the effective batch is not that of the start, or cannot be dealt to so many devices.
+    """
+    train = config.train
+    before = None if resumed is None else resumed["train"]["effective_batch"]
+    batch = train.effective_batch or before or train.batch_size * info.world_size * train.accumulate
+    if before not in (None, batch):
+        raise ValueError(
+            f"train.effective_batch is {batch} and the run in {config.output} began with {before}; expected the same: "
+            "steps, epochs and learning rate follow from it"
+        )
+    if batch % info.world_size:
+        raise ValueError(
+            f"the effective batch is {batch}, which cannot be dealt evenly to {info.world_size} devices: take a number "
+            "of devices that divides it, or start a run with another train.effective_batch"
+        )
+    each = batch // info.world_size
+    pairs = isinstance(config, FinetuneConfig) and config.mixing.mixes and config.data.repeats % 2  # of mixed clips
+    fitting = [n for n in range(1, min(each, train.batch_size) + 1) if each % n == 0 and not (pairs and n % 2)]
+    if not fitting:
+        raise ValueError(
+            f"each device has {each} records of the effective batch {batch}; mixup and cutmix take pairs: make it even"
+        )
+    return BatchPlan(fitting[-1], info.world_size, info.rank, each // fitting[-1])
+
+
+def build_optimization(
+    model: nn.Module, config: OptimConfig, train: TrainConfig, effective_batch: int, steps_per_epoch: int
+) -> Optimization:
+    """Build the optimizer and its schedule.
+
+    AdamW is fused: it can skip a step with non-finite gradients without the host waiting for the device.
+
+    Args:
+        model: whose parameters learn; with layer decay, one that has `layer_scales`.
+        config: optimizer and learning rate.
+        train: gives the length of the run.
+        effective_batch: records of one optimizer step, repeats not counted.
+        steps_per_epoch: optimizer steps of one pass over the list.
+
+    Raises:
+        ValueError: so few epochs that there is no step.
+    """
+    steps = round(train.epochs * steps_per_epoch) if train.max_steps is None else train.max_steps
+    if steps < 1:
+        raise ValueError(
+            f"train.epochs is {train.epochs}, with {steps_per_epoch} steps an epoch not one step; expected at least "
+            f"{1 / steps_per_epoch:.2g}"
+        )
+    if config.lr is not None:
+        peak, end = config.lr, config.base_min_lr
+        origin = f"lr {peak:.3g} as configured"
+    else:
+        peak, end = (base * effective_batch / 256 for base in (config.base_lr, config.base_min_lr))
+        origin = f"lr {peak:.3g} = base_lr {config.base_lr:.3g} x effective batch {effective_batch} / 256"
+    schedule = Schedule(peak, end, round(config.warmup_epochs * steps_per_epoch), steps)
+    scales = None if config.layer_decay == 1 else model.layer_scales(config.layer_decay)
+    groups = parameter_groups(model.named_parameters(), config.weight_decay, scales)
+    if config.optimizer == "lars":
+        from timm.optim import Lars
+
+        for group in groups:  # MAE's LARS: the trust ratio is for matrices, with or without weight decay
+            group["always_adapt"] = any(p.ndim > 1 for p in group["params"])
+        optimizer: torch.optim.Optimizer = Lars(groups, lr=0.0, momentum=config.betas[0])
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
+    return Optimization(optimizer, schedule, config.clip_grad, steps_per_epoch, origin)
+
+
+# Runs
+
+
+def resolve_config(config: Config) -> Config:
+    """Decide what the configuration leaves open, once: `reader: auto`, and the precision of validation and test."""
+    config = replace(config, data=replace(config.data, reader=resolve_reader(config.data.reader)))
+    if not isinstance(config, FinetuneConfig):
+        return config
+    validate, test = (
+        replace(part, precision=part.precision or config.train.precision) for part in (config.validate, config.test)
+    )
+    return replace(config, validate=validate, test=test)
+
+
+def build_pretraining(config: PretrainConfig, info: DistInfo) -> Trainer:
+    """Build the trainer of a pretraining run, new or resumed."""
+    torch.manual_seed(config.seed)
+    model = Autoencoder(config.model)
+    clips = build_clips(config.data, read_records(config.data), model.encoder.config, config.seed, config.mask)
+    return _build_trainer(config, info, model, clips, Pretraining)
+
+
+def build_finetuning(config: FinetuneConfig, info: DistInfo, records: Records, validation: Records | None) -> Trainer:
+    """Build the trainer of a finetuning or probing run, new or resumed.
+
+    Args:
+        config: with the number of classes.
+        info: the processes.
+        records, validation: the lists.
+    """
+    torch.manual_seed(config.seed)
+    num_classes = _num_classes(config.data)
+    model = build_classifier(config.model, num_classes)
+    clips = build_clips(config.data, records, model.encoder.config, config.seed)
+    task = partial(Classification, mixing=Mixing(config.mixing, num_classes))
+    return _build_trainer(config, info, model, clips, task, build_validation(config, info, validation))
+
+
+def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | None) -> Validation | None:
+    """Build the validation of a classifier on a list, with the run's own views; None without a list."""
+    if records is None:
+        return None
+    folder, num_classes = Path(config.output) / "validation", _num_classes(config.data)
+
+    def measure(model: nn.Module) -> Values:
+        inference = build_inference(model, config.data, records, config.validate, info)
+        evaluation = evaluate_list(inference, num_classes)
+        if info.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_bad_records(evaluation.bad_records, folder)
+        return evaluation.metrics()
+
+    def build_model() -> nn.Module:
+        return build_classifier(config.model, num_classes).to(info.device)
+
+    return Validation(measure, build_model, config.validate.every)
+
+
+def _num_classes(data: LabelledDataConfig) -> int:
+    if data.num_classes is None:
+        raise ValueError("data.num_classes is none; expected the number that count_classes returns")
+    return data.num_classes
+
+
+def _build_trainer(
+    config: PretrainConfig | FinetuneConfig,
+    info: DistInfo,
+    model: Autoencoder | Classifier | Probe,
+    clips: ClipDataset,
+    task: Callable[[nn.Module, Normalizer], Task],
+    validation: Validation | None = None,
+) -> Trainer:
+    """Load initial weights or find the checkpoint to resume from; build everything that depends on the processes."""
+    folder, count = Path(config.output), len(clips)
+    resume_from = _checkpoint_to_resume(folder / "checkpoints", info)
+    report = load_initial_weights(config.init, model) if resume_from is None else None
+    plan = plan_batches(config, info, None if resume_from is None else resume_from.config)
+    config = replace(config, train=replace(config.train, effective_batch=plan.global_batch))
+    steps_per_epoch = ResumableBatchSampler(count, plan, config.seed, 0, 0).steps_per_epoch
+    wrapped = parallelize(
+        model.to(info.device),
+        info,
+        activation_checkpointing=config.train.activation_checkpointing,
+        compile=config.train.compile,
+        parallel=config.train.parallel,
+        compress_gradients=config.train.compress_gradients,
+        accumulates=plan.accumulate > 1,
+    )
+    optimization = build_optimization(unwrap(wrapped), config.optim, config.train, plan.global_batch, steps_per_epoch)
+    steps = optimization.schedule.steps
+    if info.is_main:
+        if report is not None:
+            print(report)
+        elif isinstance(model, Probe) and resume_from is None:
+            print("init.weights is none: a random encoder is probed")
+        print(f"{count} records, reader {config.data.reader}, device {info.device} x {info.world_size}")
+        print(
+            f"effective batch {plan.global_batch} = {plan.per_device} a device x {plan.ranks} devices x "
+            f"{plan.accumulate} accumulated; {optimization.origin}; {steps} steps",
+            flush=True,
+        )
+
+    def batches(first_step: int) -> Generator[Batch]:
+        sampler = ResumableBatchSampler(count, plan, config.seed, first_step, steps)
+        return iter_batches(clips, sampler, config.data.workers, info.device.type == "cuda", config.data.start_method)
+
+    return Trainer(
+        task=task(wrapped, build_normalizer(config.data, info.device)),
+        optimization=optimization,
+        batches=batches,
+        train=replace(config.train, batch_size=plan.per_device, accumulate=plan.accumulate),
+        log=config.log,
+        info=info,
+        folder=folder,
+        bad_records=BadRecordLog(folder / "bad_records.jsonl", count, config.data.max_bad_fraction),
+        run_config=to_plain(config),
+        seed=config.seed,
+        validation=validation,
+        resume_from=resume_from,
+    )
+
+
+def _checkpoint_to_resume(folder: Path, info: DistInfo) -> Checkpoint | None:
+    """Find the newest whole checkpoint on the main process, which verifies it for all and names those it skips."""
+    found, errors = find_latest(folder) if info.is_main else (None, [])
+    for error in errors:
+        print(f"skipped: {error}", flush=True)
+    path = all_gather_object(None if found is None else found.path)[0]
+    return None if path is None else Checkpoint(path, verified=True)

@@ -1,0 +1,118 @@
+"""Options of the data pipeline: list formats, frame readers, augmentation, test views, mixing.
+
+Standard library only, so that configurations can be parsed and `--help` printed without importing torch or timm.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+ListFormat = Literal["video", "frames", "image"]
+ReaderName = Literal["auto", "torchcodec", "pyav", "decord", "torchcodec_cuda"]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+# timm ignores parts that it does not know ("rand-mx", "rand-tnone"): a typing error would pass as a setting.
+_RAND_AUGMENT = re.compile(
+    r"rand(-(m\d+|n\d+|p\d+(\.\d+)?|mstd\d+(\.\d+)?|mmax\d+|inc[01]|tweights|t3aw?))*", flags=re.ASCII
+)
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Augmentation of a training clip, in this order: crop, resize, flip, RandAugment, random erasing."""
+
+    crop: Literal["multi_scale", "random_resized", "whole"] = "multi_scale"
+    """multi_scale (VideoMAE), random_resized (MAE), or whole: the full frame, resized."""
+    scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+    """multi_scale: side of the crop over the frame's short side."""
+    area: tuple[float, float] = (0.5, 1.0)
+    """random_resized: range of the crop's share of the frame's area."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """random_resized: range of the aspect ratio, width over height."""
+    flip: bool = False
+    """Mirror half of the clips. Leave it off where class names mention left or right."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """bilinear or bicubic."""
+    rand_augment: str | None = None
+    """timm's configuration string, for example rand-m7-n4-mstd0.5-inc1; none: no RandAugment."""
+    reprob: float = 0.0
+    """Random erasing: probability that a rectangle, the same in every frame of the clip, becomes noise."""
+    on_device: bool = False
+    """Resize and flip training clips on the device, with the same crops. For machines with few CPU cores. Cannot be
+    combined with rand_augment or reprob."""
+
+    def __post_init__(self) -> None:
+        if self.crop not in ("multi_scale", "random_resized", "whole"):
+            raise ValueError(f"augmentation.crop is {self.crop!r}; expected 'multi_scale', 'random_resized' or 'whole'")
+        if not all(0 < scale <= 1 for scale in self.scales) or not self.scales:
+            raise ValueError(f"augmentation.scales is {self.scales}; expected numbers above 0 and up to 1")
+        if not 0 <= self.reprob <= 1:
+            raise ValueError(f"augmentation.reprob is {self.reprob}; expected a probability, from 0 to 1")
+        if self.rand_augment is not None and not _RAND_AUGMENT.fullmatch(self.rand_augment):
+            raise ValueError(
+                f"augmentation.rand_augment is {self.rand_augment!r}; expected rand and any of -m7 -n4 -p0.5 -mstd0.5 "
+                "-mmax10 -inc1 -tweights, for example rand-m7-n4-mstd0.5-inc1"
+            )
+        if self.on_device and (self.rand_augment is not None or self.reprob > 0):
+            raise ValueError(
+                "augmentation.on_device is on, and rand_augment or reprob, which need the resized clip on the CPU; "
+                "expected one or the other: turn on_device off"
+            )
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """Test views of a record: clips in time x crops in space."""
+
+    segments: int = 1
+    """Clips, spread over the length of a video."""
+    crops: int = 1
+    """Crops, spread along the longer side of a frame."""
+    crop_pct: float = 1.0
+    """Side of a crop over that of the largest one; 0.875 is resizing to 256 and cropping 224."""
+
+    def __post_init__(self) -> None:
+        if self.segments < 1 or self.crops < 1:
+            raise ValueError(f"segments is {self.segments} and crops {self.crops}; expected 1 or more")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct is {self.crop_pct}; expected more than 0 and up to 1")
+
+    @property
+    def count(self) -> int:
+        """Views of one record."""
+        return self.segments * self.crops
+
+
+@dataclass(frozen=True)
+class MixingConfig:
+    """Mixup, cutmix and label smoothing."""
+
+    mixup: float = 0.8
+    """Alpha of mixup's beta distribution; 0: no mixup."""
+    cutmix: float = 1.0
+    """Alpha of cutmix's beta distribution; 0: no cutmix."""
+    probability: float = 1.0
+    """Share of the batches that are mixed."""
+    switch: float = 0.5
+    """Share of the mixed batches that use cutmix, where both are on."""
+    smoothing: float = 0.1
+    """Label smoothing: share of a label that is spread evenly over all classes."""
+
+    def __post_init__(self) -> None:
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"mixing.{name} is {value}; expected a number above 0, or 0 for none")
+        for name in ("probability", "switch", "smoothing"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"mixing.{name} is {value}; expected a share, from 0 to 1")
+
+    @property
+    def mixes(self) -> bool:
+        """True if clips are mixed; otherwise labels are smoothed at most."""
+        return self.probability > 0 and (self.mixup > 0 or self.cutmix > 0)

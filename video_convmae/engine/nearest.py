@@ -1,0 +1,79 @@
+"""Fit a nearest-neighbour probe: compute the features of a labelled list and validate on them. Nothing is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+
+from video_convmae.atomic import write_text
+from video_convmae.models.probe import KNNHead, Probe
+
+from .checkpoint import checkpoint_name, save_checkpoint
+from .distributed import barrier
+from .inference import ListInference, chunk_folder
+from .log import BadRecordLog, final_checkpoints
+from .validation import Validation
+
+
+def fit_knn(
+    inference: ListInference,
+    folder: Path,
+    max_bad_fraction: float,
+    run_config: dict[str, Any],
+    validation: Validation | None,
+) -> None:
+    """Fill a probe's KNNHead with the features of the training list, validate, and write a checkpoint of step 0.
+
+    A record's feature is the mean of those of its views; one that cannot be read is reported and left out.
+
+    Args:
+        inference: the probe over the training list's views.
+        folder: the run folder.
+        max_bad_fraction: largest allowed fraction of bad records.
+        run_config: configuration of the run as plain data.
+        validation: measured once, with the filled probe.
+
+    Raises:
+        TooManyBadRecords: see `BadRecordLog`.
+    """
+    model, info, records = inference.model, inference.info, inference.views.records
+    if not isinstance(model, Probe) or not isinstance(model.head, KNNHead):
+        raise TypeError(f"the model is a {type(model).__name__}; expected a Probe with model.probe knn")
+    head = model.head
+    started = time.perf_counter()
+    if info.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", yaml.safe_dump(run_config, sort_keys=False))
+    weights = hashlib.sha256(b"".join(t.numpy(force=True).tobytes() for t in model.state_dict().values())).hexdigest()
+    settings = {name: run_config[name] for name in ("data", "model", "validate", "seed")}
+    chunks = chunk_folder(folder, settings | {"weights": weights, "records": records.digest()})
+    barrier()
+    result = inference.run(lambda clips: head.embed(model.encode(clips)), (model.encoder.width,), chunks)
+    if info.is_main:
+        (folder / "bad_records.jsonl").unlink(missing_ok=True)  # of an earlier attempt: all were tried again
+    barrier()
+    log = BadRecordLog(folder / "bad_records.jsonl", len(records), max_bad_fraction)
+    log.add(result.bad_records, info.is_main)
+    # The mean over views is shorter than 1.
+    features = F.normalize(torch.from_numpy(result.values[~result.failed]), dim=1)
+    head.fit(features.to(info.device), torch.from_numpy(records.labels[~result.failed]).to(info.device))
+    values = {} if validation is None else validation.measure(model)
+    state = {"model": model.state_dict(), "ema": None, "config": run_config}
+    save_checkpoint(folder / "checkpoints", 0, state, writes=info.is_main)
+    if info.is_main:
+        metrics: dict[str, Any] = {f"val_{name}": value for name, value in values.items()}
+        metrics |= {"step": 0, "fitted": len(features), "seconds": time.perf_counter() - started}
+        last = {"path": f"checkpoints/{checkpoint_name(0)}", "step": 0, "top1": values.get("top1")}
+        write_text(folder / "metrics.json", json.dumps(metrics | {"last": last}) + "\n")
+        print(", ".join(f"{name} {value}" for name, value in metrics.items()), flush=True)
+        print(final_checkpoints(folder), flush=True)
+        shutil.rmtree(folder / "partial")
+    barrier()

@@ -1,0 +1,110 @@
+"""Options of training, logging and testing: plain dataclasses, read without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from video_convmae.data.options import ViewConfig
+
+Parallel = Literal["ddp", "fsdp"]
+Precision = Literal["bf16", "fp16", "fp32"]
+ActivationCheckpointing = Literal["none", "conv", "all"]
+FeatureKind = Literal["pooled", "tokens"]
+
+HANG_TIMEOUT = 1800.0  # seconds without progress after which a process ends
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its learning rate."""
+
+    optimizer: Literal["adamw", "lars"] = "adamw"
+    """adamw, or lars (large-batch linear probes)."""
+    base_lr: float = 1.5e-4
+    """Learning rate for an effective batch of 256: lr = base_lr x effective batch / 256."""
+    base_min_lr: float = 0.0
+    """Learning rate at the end of the half cosine, for an effective batch of 256."""
+    lr: float | None = None
+    """Absolute learning rate; replaces the rule above, and base_min_lr is then absolute too."""
+    warmup_epochs: float = 40
+    """Epochs of linear warm-up from 0."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices and kernels; vectors (biases, norms, the mask token) and positions have none."""
+    layer_decay: float = 1.0
+    """Finetuning: learning rate of a layer divided by that of the layer after it."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas; the first is the momentum of LARS."""
+    clip_grad: float | None = None
+    """Largest gradient norm; none: no clipping."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch, precision and parallelism of a run."""
+
+    epochs: float = 800
+    """Passes over the list; a repeated clip counts with its record."""
+    max_steps: int | None = None
+    """Length in optimizer steps; replaces epochs. The schedule ends there."""
+    batch_size: int = 32
+    """Records of one device in one forward pass, repeats not counted."""
+    accumulate: int = 1
+    """Forward passes whose gradients make one step, unless effective_batch is set."""
+    effective_batch: int | None = None
+    """Records of one step on all devices, repeats not counted; accumulation and, if needed, batch_size adapt to the
+    number of devices. none: batch_size x devices x accumulate at the start of the run, and kept on resuming."""
+    precision: Precision = "bf16"
+    """Autocast type; fp16 comes with loss scaling, for GPUs older than Ampere."""
+    parallel: Parallel = "ddp"
+    """Several devices: ddp keeps all weights on each; fsdp shards weights, gradients and optimizer (large, huge)."""
+    compress_gradients: bool = False
+    """Send gradients between devices as bfloat16: half the bytes."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """Blocks that recompute their activations in the backward pass: those of the convolutional stages, or all, which
+    is a third more arithmetic."""
+    compile: bool = False
+    """torch.compile each block."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights; none: no average."""
+    log_every: int = 20
+    """Steps between two logged ones; the host waits for the device only then."""
+    save_every: float = 1.0
+    """Epochs between two checkpoints, may be a fraction. One is always written before a validation and at the end."""
+    keep: int = 2
+    """Number of newest checkpoints that stay; the best by the validation stays too."""
+    keep_every: float | None = None
+    """Epochs between checkpoints that are never removed; none: no such checkpoints."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """After a non-finite loss or gradient (which never reaches the weights): stop the run, or skip the step."""
+
+    def __post_init__(self) -> None:
+        if self.parallel == "fsdp" and self.precision == "fp16":
+            raise ValueError("train.precision is fp16 and train.parallel is fsdp; expected bf16 or fp32 with fsdp")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"train.max_steps is {self.max_steps}; expected 1 or more, or none to count epochs")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Measurements beside the usual log; train.log_every sets the interval."""
+
+    profile: bool = False
+    """Split the time of a step into data wait, forward, backward, optimizer and communication, most of which overlaps
+    with the others. For communication, torch.profiler records one step of each logged interval."""
+    trace: int = 0
+    """Steps, after the first three, that each rank records in logs/trace_rank_NNNN.json.gz for ui.perfetto.dev."""
+
+    def __post_init__(self) -> None:
+        if self.profile and self.trace:
+            raise ValueError("log.profile and log.trace are both on; expected one: PyTorch runs one profiler at a time")
+
+
+@dataclass(frozen=True)
+class ProtocolConfig(ViewConfig):
+    """Test protocol of a classifier: its views, and how they are computed."""
+
+    batch_size: int = 8
+    """Records whose views go through the model together; a score may depend on it in the last bits."""
+    precision: Precision | None = None
+    """Autocast type; none: that of the training."""

@@ -1,0 +1,153 @@
+"""A model on many devices: activation checkpointing, compilation, DDP or FSDP2, applied from outside the model.
+
+The order is fixed: activation checkpointing of each block, compilation of each block, then DDP, or FSDP2
+(`fully_shard` of each block and of the whole).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from video_convmae.models.blocks import AttentionBlock, ConvBlock
+
+from .distributed import DistInfo, all_reduce_mean
+from .options import ActivationCheckpointing, Parallel
+
+# Nothing here writes into the views that a sharded model returns.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+# PyTorch 2.11 does not know the new name yet.
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+
+BLOCKS = (ConvBlock, AttentionBlock)  # compiled and sharded one by one
+RECOMPUTED: dict[ActivationCheckpointing, tuple[type[nn.Module], ...]] = {
+    "none": (),
+    "conv": (ConvBlock,),
+    "all": BLOCKS,
+}
+
+
+def parallelize(
+    model: nn.Module,
+    info: DistInfo,
+    *,
+    activation_checkpointing: ActivationCheckpointing = "none",
+    compile: bool = False,
+    parallel: Parallel = "ddp",
+    compress_gradients: bool = False,
+    accumulates: bool = False,
+) -> nn.Module:
+    """Apply activation checkpointing and compilation, then replicate or shard the model.
+
+    Under DDP its parameters stay the same objects; under FSDP2 they become sharded ones of the same names, so create
+    the optimizer afterwards.
+
+    Args:
+        model: on its device.
+        info: the processes that share the work.
+        activation_checkpointing: blocks that recompute their activations in the backward pass.
+        compile: torch.compile each block.
+        parallel: ddp keeps all weights on each device; fsdp shards weights, gradients and optimizer over the devices.
+        compress_gradients: send gradients as bfloat16.
+        accumulates: a step has several backward passes. DDP's static graph, which saves a search in each pass, is for
+            one: with `no_sync` in its first pass PyTorch 2.14 fails an internal assertion.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
+    for block in blocks:
+        if isinstance(block, RECOMPUTED[activation_checkpointing]):
+            # The method is wrapped, not the module: a wrapping module would change the parameters' names.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if compile:
+            block.compile()
+    if info.world_size == 1:
+        return model
+    _synchronise_batch_norms(model)
+    if parallel == "fsdp":
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if compress_gradients else None)
+        for block in blocks:
+            fully_shard(block, mp_policy=policy)
+        return fully_shard(model, mp_policy=policy)
+    replica = DistributedDataParallel(
+        model,
+        device_ids=[info.device] if info.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        static_graph=not accumulates,
+        broadcast_buffers=False,  # tables are constant, running statistics are computed alike on all ranks
+    )
+    if compress_gradients:
+        replica.register_comm_hook(None, bf16_compress_hook)
+    return replica
+
+
+class SyncedBatchNorm(nn.BatchNorm1d):
+    """A probe's BatchNorm over the clips of all processes, on any device (PyTorch's own is for CUDA alone).
+
+    It normalises the features of a frozen encoder and has no parameters, so no gradient passes through it.
+    """
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C)` -> the same shape."""
+        if not self.training:
+            return super().forward(x)
+        if x.requires_grad or self.affine:
+            raise RuntimeError("SyncedBatchNorm has no backward pass; expected the features of a frozen encoder")
+        x = x.float()
+        count = len(x) * dist.get_world_size()
+        mean = all_reduce_mean(x.mean(dim=0))
+        # Two passes, about the common mean: no cancellation of large squares.
+        variance = all_reduce_mean((x - mean).square().mean(dim=0))
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return (x - mean) * (variance + self.eps).rsqrt()
+
+
+def _synchronise_batch_norms(model: nn.Module) -> None:
+    """Replace every BatchNorm1d by a synchronised one with the same buffers."""
+    for parent in list(model.modules()):
+        for name, norm in parent.named_children():
+            if type(norm) is nn.BatchNorm1d:
+                synced = SyncedBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine)
+                synced.load_state_dict(norm.state_dict())
+                setattr(parent, name, synced.to(next(norm.buffers()).device).train(norm.training))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model under DDP; a sharded model is its own."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return True if no process holds the whole model."""
+    return isinstance(model, FSDPModule)
+
+
+@contextlib.contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Leave gradients of this backward pass on their process: for all but the last accumulated part of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    elif isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor on every process; return any other as it is. All processes call this together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
