@@ -20,12 +20,12 @@ from video_convmae import create_classifier, create_probe, load
 from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.features import extract_features as run
 from video_convmae.cli.parser import parse
-from video_convmae.config import FeaturesConfig
 from video_convmae.config import (
     AutoencoderConfig,
     ClassifierConfig,
     DataConfig,
     EvaluateConfig,
+    FeaturesConfig,
     FinetuneConfig,
     LabelledDataConfig,
     PretrainConfig,

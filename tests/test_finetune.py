@@ -11,18 +11,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from clips import encode
-
 from states import load_state
 
 from video_convmae import create_autoencoder, create_classifier
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.config import FinetuneConfig
-from video_convmae.data.options import MixingConfig
 from video_convmae.engine import checkpoint
 from video_convmae.engine.optim import OptimConfig, build_optimization, parameter_groups
 from video_convmae.models import positions
