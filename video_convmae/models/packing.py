@@ -30,7 +30,6 @@ from video_convmae.masking import Grid
 from .sizes import Implementation
 
 
-
 class Packing:
     """Where the visible tokens of one batch lie, worked out once and used by every stage.
 

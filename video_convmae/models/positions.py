@@ -9,7 +9,6 @@ from torch import Tensor
 from video_convmae.masking import Grid
 
 
-
 def sincos(grid: Grid, width: int) -> Tensor:
     """The table of MAE over (h, w), the column in the first half of the channels; for t > 1 a table over t is added.
 
