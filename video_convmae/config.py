@@ -258,7 +258,6 @@ def to_plain(config: Any) -> dict[str, Any]:
     return simplify(asdict(config))
 
 
-
 def from_plain(kind: type[Config], values: dict[str, Any]) -> Config:
     """Return the configuration that `to_plain` turned into plain data, checked as strictly as a file.
 

@@ -166,7 +166,9 @@ def load(
         names = tuple(class_names("", labels=labels) or ())
         classes = getattr(config.data, "num_classes", None)
         if classes is not None and len(names) != classes:
-            raise ListError(f"{labels} names {len(names)} classes and the model has {classes}: line n must name class n")
+            raise ListError(
+                f"{labels} names {len(names)} classes and the model has {classes}: line n must name class n"
+            )
     chosen = _working_reader(config.data.reader) if reader is None else resolve_reader(reader)
     return Predictor(model, replace(config, data=replace(config.data, reader=chosen)), names)
 
