@@ -61,7 +61,7 @@ def test_workers_are_measured(folder: Path, tmp_path: Path) -> None:
 def test_every_side_reads_the_same_frames(folder: Path) -> None:
     records = read_list(folder / "list.txt", root=folder)
     case = benchmark_loader.Case(
-        "x", records, Sampling("dense", 4, 3), 32, 2, None, Augmentation(), decoder="pyav", clock="wall"
+        "x", records, Sampling("dense", 4, 3), 32, 2, None, Augmentation(), reader="pyav", clock="wall"
     )
     asked = []
     stages = benchmark_loader.Stages(case)

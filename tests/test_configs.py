@@ -164,7 +164,7 @@ def test_a_shrunken_copy_takes_two_steps(path: Path, videos: Path, tmp_path: Pat
         output=str(tmp_path),
         device="cpu",
         model=replace(config.model, size=size, num_frames=frames, image_size=32, strides=None, decoder=None),
-        data=replace(config.data, train=str(videos / images), root=str(videos), decoder="pyav", workers=0),
+        data=replace(config.data, train=str(videos / images), root=str(videos), reader="pyav", workers=0),
         train=replace(config.train, batch_size=2, accumulate=1, effective_batch=2, epochs=1, log_every=1),
     )
     assert pretrain(small) == 2
@@ -205,7 +205,7 @@ def test_a_shrunken_classifier_takes_two_steps(path: Path, videos: Path, tmp_pat
             root=str(videos),
             labels=None,
             num_classes=None,
-            decoder="pyav",
+            reader="pyav",
             workers=0,
         ),
         train=replace(config.train, batch_size=2, accumulate=1, effective_batch=2, epochs=1, log_every=1),

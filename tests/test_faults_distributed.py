@@ -21,7 +21,7 @@ import pytest
 import torch
 from states import load_state
 from test_faults import descendants
-from test_isolation import is_gone
+from test_reader_process import is_gone
 from test_pretrain import ENVIRONMENT, command, log, model_of
 
 from video_convmae.engine import checkpoint
@@ -29,7 +29,7 @@ from video_convmae.engine.checkpoint import CheckpointError, Saver
 from video_convmae.engine.distributed import Watchdog
 
 pytestmark = [
-    pytest.mark.bad_records,
+    pytest.mark.faults,
     pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc, mounts, makes network namespaces"),
 ]
 STEPS = 16

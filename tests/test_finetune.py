@@ -293,7 +293,7 @@ def test_a_run_that_was_killed_while_it_validated_does_so_again(
     assert (tmp_path / "killed" / "checkpoints" / "best").exists()
 
 
-@pytest.mark.bad_records
+@pytest.mark.faults
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
     videos: Path, tmp_path: Path, ending: signal.Signals

@@ -3,7 +3,7 @@
     python tools/benchmark.py loader                                # both kinds of files, made for it
     python tools/benchmark.py loader --vs videomae --repeats 2 --json loader.json
     python tools/benchmark.py loader --vs videomae --views 5x3      # multi-view evaluation
-    python tools/benchmark.py loader --list LIST --root DIR --sampling dense --decoder torchcodec --workers 8
+    python tools/benchmark.py loader --list LIST --root DIR --sampling dense --reader torchcodec --workers 8
 
 Everything is done to the same records, at the same frames, in turns, so that a machine whose speed drifts slows all; a
 ratio is the median over the pairs. Without workers one core does the work: the decoding process and this one wait for
@@ -28,7 +28,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from subprocess import Popen
 from tempfile import gettempdir
 from typing import Any, get_args
 
@@ -64,23 +63,23 @@ class Case:
     repeats: int
     views: ViewConfig | None
     augmentation: Augmentation
-    decoder: str
+    reader: str
     clock: str  # wall, or cpu: the seconds that this process and the decoding one had a core
 
     def now(self, child: ReaderProcess | None = None) -> float:
         """The clock, in seconds."""
         if self.clock == "wall":
             return time.perf_counter()
-        return time.process_time() + (0.0 if child is None or child._child is None else _cpu_of(child._child.process))
+        return time.process_time() + (0.0 if child is None or child._child is None else _cpu_of(child._child.pid))
 
-    def data(self, decoder: Any, seed: int = 0) -> ClipDataset | TestViewDataset:
-        """The data set, reading through `decoder` (what an IsolatedDecoder is)."""
+    def data(self, reader: Any, seed: int = 0) -> ClipDataset | TestViewDataset:
+        """The data set, reading through `reader`, a ReaderProcess or the like."""
         size = (self.size, self.size)
         if self.views is not None:
-            return TestViewDataset(self.records, self.sampling, self.views, self.augmentation, size, decoder)
+            return TestViewDataset(self.records, self.sampling, self.views, self.augmentation, size, reader)
         grid = (self.sampling.num_frames // 2, self.size // 16, self.size // 16)
         mask = partial(_draw_mask, grid)
-        return ClipDataset(self.records, self.sampling, self.augmentation, size, mask, decoder, self.repeats, seed)
+        return ClipDataset(self.records, self.sampling, self.augmentation, size, mask, reader, self.repeats, seed)
 
     def key(self, turn: int) -> Any:
         """What the data set is asked for in this turn: each record once before any comes again."""
@@ -106,27 +105,27 @@ def _draw_mask(grid: masking.Grid, generator: torch.Generator) -> tuple[Tensor, 
     return masking.tube(grid, MASK_RATIO, generator), None
 
 
-def _cpu_of(process: Popen) -> float:
+def _cpu_of(pid: int) -> float:
     """CPU seconds of a process that runs: on Linux its number names its clock (clock_getcpuclockid)."""
-    return time.clock_gettime((~process.pid << 3) | 2)
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 # ---- the sides: each does sample number `turn` and returns its seconds ----------------------------------------------
 
 
 class Ours:
-    """The training path of one core: a sample and its batch of one, the decoder in a process of its own."""
+    """The training path of one core: a sample and its batch of one, the reader in a process of its own."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.decoder = ReaderProcess(case.decoder)
-        self.data = case.data(self.decoder)
+        self.reader = ReaderProcess(case.reader)
+        self.data = case.data(self.reader)
 
     def __call__(self, turn: int) -> float:
-        start = self.case.now(self.decoder)
+        start = self.case.now(self.reader)
         sample = self.data[self.case.key(turn)]
         collate([sample])
-        seconds = self.case.now(self.decoder) - start
+        seconds = self.case.now(self.reader) - start
         if sample.faults:
             raise DecodeError(f"{sample.faults[0].error}; measure a list that tools/check_videos.py found clean")
         return seconds
@@ -245,9 +244,9 @@ class Stages:
         return spent["augment"] + spent["collate"]
 
     def open(self, record: Record) -> FrameReader:
-        """A reader whose time is taken, in place of an IsolatedDecoder."""
+        """A reader whose time is taken, in place of a RemoteReader."""
         with self._timed("decode"):
-            reader = open_frames(record, self.case.decoder)
+            reader = open_frames(record, self.case.reader)
         read = reader.read
 
         def timed_read(indices: np.ndarray) -> np.ndarray:
@@ -284,7 +283,7 @@ class Stages:
 
     def shares(self, seconds: float, turns: int) -> dict[str, float | None]:
         """Share of each stage in samples that take `seconds` on the whole path; "transfer" is what remains: the way
-        between the decoding process and this one. Where the decoder is not PyAV, conversion is a part of decoding."""
+        between the decoding process and this one. Where the reader is not PyAV, conversion is a part of decoding."""
         shares = {name: self.seconds[name] / turns / seconds for name in ("decode", "convert", "augment", "collate")}
         shares["transfer"] = max(0.0, 1 - sum(shares.values()))
         if not shares["convert"]:
@@ -303,13 +302,13 @@ def measure(case: Case, against: str, turns: int) -> dict[str, Any]:
         side(0)
     sides["stages"].seconds.clear()
     taken = [{name: side(turn) for name, side in sides.items()} for turn in range(turns)]
-    sides["ours"].decoder.close()
+    sides["ours"].reader.close()
 
     def rate(name: str) -> float:
         return case.clips * turns / sum(each[name] for each in taken)
 
     return {
-        "model": f"{case.name}, {case.decoder}, {case.sampling.kind} {case.sampling.num_frames} frames, {case.clips} "
+        "model": f"{case.name}, {case.reader}, {case.sampling.kind} {case.sampling.num_frames} frames, {case.clips} "
         + ("clips a decode" if case.views is None else "views"),
         "against": against,
         "precision": "uint8",
@@ -330,7 +329,7 @@ def measure(case: Case, against: str, turns: int) -> dict[str, Any]:
 
 def measure_workers(case: Case, workers: int, batch: int, batches: int) -> dict[str, Any]:
     """Clips a second of the whole loader, from the second batch of each worker on."""
-    data = case.data(ReaderProcess(case.decoder))
+    data = case.data(ReaderProcess(case.reader))
     warm, total = 2 * workers, 2 * workers + batches
     if case.views is None:
         records = Records([case.records[i % len(case.records)] for i in range(max(len(case.records), batch))])
@@ -390,7 +389,7 @@ def add_command(commands: Any, environment: Callable[[], dict[str, Any]]) -> Non
     parser.add_argument("--list", type=Path, help="videos to read; none: files like those of both data sets are made")
     parser.add_argument("--root", type=Path, default=Path(), help="folder that its paths are relative to")
     parser.add_argument("--sampling", choices=["dense", "uniform"], default="dense", help="of the list's clips")
-    parser.add_argument("--decoder", nargs="+", choices=get_args(ReaderName), default=["pyav"], help="each is measured")
+    parser.add_argument("--reader", nargs="+", choices=get_args(ReaderName), default=["pyav"], help="each is measured")
     parser.add_argument("--vs", default="floor", choices=RIVALS, help="what it is measured against")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--stride", type=int, default=4)
@@ -427,7 +426,7 @@ def run(given: argparse.Namespace, environment: Callable[[], dict[str, Any]]) ->
 
 
 def cases(given: argparse.Namespace) -> Iterator[Case]:
-    """Each list with each decoder."""
+    """Measure each list with each reader."""
     if given.list is not None:
         lists = [(given.list.stem, given.list, given.root, given.sampling)]
     else:
@@ -439,7 +438,7 @@ def cases(given: argparse.Namespace) -> Iterator[Case]:
     for name, path, root, kind in lists:
         records = read_list(path, root=root)
         sampling = Sampling(kind, given.frames, given.stride)
-        for decoder in given.decoder:
+        for reader in given.reader:
             yield Case(
                 name,
                 records,
@@ -448,6 +447,6 @@ def cases(given: argparse.Namespace) -> Iterator[Case]:
                 given.repeats if views is None else 1,
                 views,
                 Augmentation(AugmentationConfig(crop=given.crop, flip=given.flip, on_device=given.on_device)),
-                resolve_reader(decoder),
+                resolve_reader(reader),
                 given.clock,
             )

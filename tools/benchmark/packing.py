@@ -64,11 +64,11 @@ def measure(
         halved = 2 if title in variants and variants[title].fps else 1
         sampling = Sampling(kind, 16, max(1, given.stride // halved))
         crop = Augmentation()
-        sides[title] = Ours(Case(name, records, sampling, 224, 1, None, crop, given.decoder, given.clock))
+        sides[title] = Ours(Case(name, records, sampling, 224, 1, None, crop, given.reader, given.clock))
         sides[title](0)
     taken = [{title: side(turn) for title, side in sides.items()} for turn in range(given.turns)]
     for title, row in rows.items():
-        sides[title].decoder.close()
+        sides[title].reader.close()
         row["clips_per_second"] = given.turns / sum(each[title] for each in taken)
         row["times"] = row["clips_per_second"] / rows["as it is"]["clips_per_second"]
     return [{"files": name, "variant": title, "sampling": kind, **row} for title, row in rows.items()]
@@ -96,7 +96,7 @@ def add_command(commands: Any, environment: Callable[[], dict[str, Any]]) -> Non
     parser.add_argument("--root", type=Path, default=Path(), help="folder that its paths are relative to")
     parser.add_argument("--sampling", choices=["dense", "uniform"], default="dense", help="of the list's clips")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="settings to try")
-    parser.add_argument("--decoder", default="pyav")
+    parser.add_argument("--reader", default="pyav")
     parser.add_argument("--stride", type=int, default=4, help="of dense clips; half of it where frames are halved")
     parser.add_argument("--files", type=int, default=8, help="files of each kind that are made")
     parser.add_argument("--turns", type=int, default=40, help="samples of each variant")

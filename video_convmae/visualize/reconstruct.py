@@ -53,9 +53,9 @@ def middle_clips(records: Iterable[Record], config: PretrainConfig, size: tuple[
         DecodeError: a file cannot be read.
     """
     sampling = Sampling(config.data.sampling, config.model.num_frames, config.data.stride)
-    decoder, clips = resolve_reader(config.data.decoder), []
+    name, clips = resolve_reader(config.data.reader), []
     for record in records:
-        with open_frames(record, decoder) as reader:
+        with open_frames(record, name) as reader:
             frames = reader.read(sampling.views(len(reader), 1)[0])
         (crop,) = view_crops(*frames.shape[1:3], size, 1)
         clips.append(Augmentation(config.data.augmentation).apply(frames, crop, size))
