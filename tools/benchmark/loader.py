@@ -38,9 +38,8 @@ from torch import Tensor
 from video_convmae.benchmark.files import KINDS, make_files
 
 from video_convmae import masking
-from video_convmae.data import decoding
 from video_convmae.data.datasets import CLIP, ClipDataset, SampleKey, TestViewDataset, sample_generator
-from video_convmae.data.decoding import DecodeError, FrameReader, open_frames, resolve_reader
+from video_convmae.data.decoding import DecodeError, FrameReader, open_frames, pyav_reader, resolve_reader
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.loader import BatchPlan, ResumableBatchSampler, collate, iter_batches
 from video_convmae.data.options import AugmentationConfig, ReaderName, ViewConfig
@@ -264,7 +263,7 @@ class Stages:
 
     @contextmanager
     def _timed_convert(self) -> Iterator[None]:
-        make_converter = decoding._rgb_converter
+        make_converter = pyav_reader.rgb_converter
 
         def timed_converter() -> Callable[[Any], np.ndarray]:
             convert = make_converter()
@@ -275,11 +274,11 @@ class Stages:
 
             return timed_convert
 
-        decoding._rgb_converter = timed_converter
+        pyav_reader.rgb_converter = timed_converter
         try:
             yield
         finally:
-            decoding._rgb_converter = make_converter
+            pyav_reader.rgb_converter = make_converter
 
     def shares(self, seconds: float, turns: int) -> dict[str, float | None]:
         """Share of each stage in samples that take `seconds` on the whole path; "transfer" is what remains: the way

@@ -153,7 +153,7 @@ def stream_facts(record: Record) -> tuple[float | None, str]:
     """Frame rate and codec as the header says them; of pictures the kind of file. For records that did decode."""
     if record.format != "video":
         return None, Path(record.path).suffix.lstrip(".").lower() or record.format
-    with av.open(shards.source(record.path), metadata_errors="ignore") as container:
+    with av.open(shards.path_or_bytes(record.path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         rate = stream.average_rate or stream.guessed_rate
         return (round(float(rate), 3) if rate else None), stream.codec_context.codec.canonical_name
