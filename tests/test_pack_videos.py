@@ -245,8 +245,8 @@ def test_a_worker_that_hangs_or_ends_costs_the_video(folder: Path, tmp_path: Pat
         with pytest.raises(DecodeError, match=r"hangs.mp4: nothing was decoded within 3 s"):
             worker.pack(Record(str(tmp_path / "hangs.mp4")))
         assert worker.pack(Record(str(folder / "a.mp4")))[0].frames == 50
-        worker._process.kill()
-        worker._process.join()
+        worker._child._process.kill()
+        worker._child._process.wait()
         assert worker.pack(Record(str(folder / "a.mp4")))[0].frames == 50
     finally:
         worker.close()

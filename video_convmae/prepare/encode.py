@@ -9,6 +9,7 @@ these settings: `python tools/benchmark.py packing`. The tool that packs a list 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from video_convmae.data.decoding import DecodeError, open_frames
 from video_convmae.data.records import Record
 
 PSNR_FRAMES = 32  # of each video, spread over it
-FRAMES_A_SIGN = 25  # a sign of life comes so often
+PROGRESS_FRAMES = 25  # progress is reported every so many frames: it extends the deadline of a packing process
 LOWEST_MSE = 1e-4  # no difference at all is given as 88 dB
 ENCODERS = {"h264": "libx264", "hevc": "libx265"}
 
@@ -89,13 +90,13 @@ class Packed:
     psnr: float
 
 
-def pack(record: Record, settings: Settings, sign: Any = lambda: None) -> tuple[Packed, int]:
+def pack(record: Record, settings: Settings, progress: Callable[[], None] = lambda: None) -> tuple[Packed, int]:
     """Pack a video.
 
     Args:
         record: the video.
         settings: how.
-        sign: called every few frames.
+        progress: called every `PROGRESS_FRAMES` frames.
 
     Returns:
         The packed video, and how many frames the source has.
@@ -111,8 +112,8 @@ def pack(record: Record, settings: Settings, sign: Any = lambda: None) -> tuple[
         buffer, references, converter = io.BytesIO(), {}, None
         with av.open(buffer, "w", format="mp4") as container:
             for index, frame in enumerate(reader.pictures()):
-                if index % FRAMES_A_SIGN == 0:
-                    sign()
+                if index % PROGRESS_FRAMES == 0:
+                    progress()
                 if converter is None:
                     first_size, converter = (frame.width, frame.height), _Converter(frame, settings)
                     stream = _stream(container, converter.size, settings, tick, rate)
@@ -129,7 +130,7 @@ def pack(record: Record, settings: Settings, sign: Any = lambda: None) -> tuple[
             container.mux(stream.encode())
         source_frames = len(reader)
     data = buffer.getvalue()
-    psnr = _compare(record.path, data, references, len(kept), sign)
+    psnr = _compare(record.path, data, references, len(kept), progress)
     return Packed(data, len(kept), *converter.size, psnr), source_frames
 
 
@@ -189,14 +190,16 @@ def _stream(container: Any, size: tuple[int, int], settings: Settings, tick: Fra
     return stream
 
 
-def _compare(path: str, data: bytes, references: dict[int, np.ndarray], count: int, sign: Any) -> float:
+def _compare(
+    path: str, data: bytes, references: dict[int, np.ndarray], count: int, progress: Callable[[], None]
+) -> float:
     """PSNR in dB over the reference frames; raises DecodeError unless the video holds `count` frames."""
     errors, place = [], -1
     with av.open(io.BytesIO(data)) as container:
         container.streams.video[0].thread_type = "NONE"
         for place, frame in enumerate(container.decode(video=0)):
-            if place % FRAMES_A_SIGN == 0:
-                sign()
+            if place % PROGRESS_FRAMES == 0:
+                progress()
             if place in references:
                 difference = frame.to_ndarray(format="rgb24").astype(np.float32) - references[place]
                 errors.append(float(np.square(difference).mean()))

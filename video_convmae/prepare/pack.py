@@ -24,14 +24,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import tarfile
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -42,12 +40,12 @@ from typing import Any
 from tqdm import tqdm
 
 from video_convmae.data.decoding import DecodeError
+from video_convmae.data.decoding.errors import decode_errors
+from video_convmae.data.decoding.process import ChildDied, ChildProcess, ChildTimeout
 from video_convmae.data.records import ListError, Record, parse_line
-from video_convmae.data.shards import file_of, read_member, split
+from video_convmae.data.shards import file_of, read_member, split_path
 from video_convmae.prepare.check import Row, appending, read_rows, replacing, stamp
 from video_convmae.prepare.encode import ENCODERS, PRESETS, Packed, Settings, pack
-
-START_SECONDS = 300.0  # to import the encoder, from a slow disk if need be
 
 
 @dataclass(frozen=True)
@@ -72,77 +70,43 @@ class Result:
 
 
 class _Worker:
-    """A process that packs videos one after the other; a hang or a crash costs the video, not the run."""
+    """A child process that packs one video after the other; a hang or a crash costs the video, not the run."""
 
     def __init__(self, settings: Settings, timeout: float) -> None:
         self.settings, self.timeout = settings, timeout
-        self._process: Any = None
+        self._child: ChildProcess | None = None
 
     def pack(self, record: Record) -> tuple[Packed, int]:
-        """As `pack`; DecodeError also where no sign came for `timeout` seconds, or the process ended."""
-        if self._process is None or not self._process.is_alive():
-            self._start()
+        """Pack a video as `encode.pack` does.
+
+        Raises:
+            DecodeError: of `encode.pack`; no frame was decoded for `timeout` seconds; the child ended.
+            RuntimeError: the child does not start; no video is to blame.
+        """
+        if self._child is None or not self._child.is_alive():
+            self._child = ChildProcess(make_packer, self.settings)
         try:
-            self._line.send(record)
-            while self._line.poll(self.timeout):
-                kind, value = self._line.recv()
-                if kind == "error":
-                    raise DecodeError(value)
-                if kind == "packed":
-                    return value
-        except (EOFError, OSError):
-            self.close()
-            raise DecodeError(f"{record.path}: the packing process ended (the codec crashed, or no memory)") from None
-        self.close()
-        raise DecodeError(f"{record.path}: nothing was decoded within {self.timeout:g} s; the process was killed")
+            return self._child.ask(record, self.timeout)
+        except ChildTimeout:
+            message = f"{record.path}: nothing was decoded within {self.timeout:g} s; the process was killed"
+            raise DecodeError(message) from None
+        except ChildDied as error:
+            raise DecodeError(f"{record.path}: the packing process {error}") from None
 
     def close(self) -> None:
-        """Kill the process."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.join(5.0)
-            self._line.close()
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._line, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.settings), daemon=True)
-        self._process.start()
-        theirs.close()
-        try:
-            ready = self._line.poll(START_SECONDS) and self._line.recv()
-        except EOFError:
-            ready = False
-        if not ready:  # no video is to blame
-            self.close()
-            raise RuntimeError(
-                f"a packing process did not start within {START_SECONDS:g} s; what it wrote stands above"
-            )
+        """Kill the child."""
+        if self._child is not None:
+            self._child.kill()
 
 
-def _serve(line: Any, settings: Settings) -> None:
-    """What a worker process does until its parent is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # of the terminal; the parent answers it
+def make_packer(progress: Callable[[], None], settings: Settings) -> Callable[[Record], tuple[Packed, int]]:
+    """Return the handler of a packing process: from a record to its packed video and its number of frames."""
 
-    def sign() -> None:
-        try:
-            line.send(("alive", None))
-        except OSError:  # nobody waits for the video any more
-            os._exit(1)
+    def handle(record: Record) -> tuple[Packed, int]:
+        with decode_errors(record.path):
+            return pack(record, settings, progress)
 
-    with suppress(EOFError, OSError):
-        line.send(True)
-        while True:
-            record = line.recv()
-            try:
-                reply = "packed", pack(record, settings, sign)
-            except DecodeError as error:
-                reply = "error", str(error)
-            except Exception as error:
-                reply = "error", f"{record.path}: {type(error).__name__}: {error}"
-            line.send(reply)
+    return handle
 
 
 # ---- where packed videos go ------------------------------------------------------------------------------------------
@@ -353,7 +317,7 @@ def _store(row: Row, outcome: tuple[Packed, int] | DecodeError, store: Folder | 
 
 def source_bytes(path: str) -> int:
     """Size of a video, be it a file or in an archive."""
-    parts = split(path)
+    parts = split_path(path)
     return os.path.getsize(path) if parts is None else len(read_member(*parts))
 
 
