@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import av
 import numpy as np
@@ -16,12 +18,14 @@ import torch
 from clips import encode
 from PIL import Image
 
-from video_convmae import create_autoencoder
+from video_convmae import create_autoencoder, masking
 from video_convmae.benchmark import main as benchmark
+from video_convmae.benchmark import reading
 from video_convmae.benchmark import scale as benchmark_scale
 from video_convmae.benchmark import step as benchmark_step
 from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import PretrainConfig, parse
+from video_convmae.data.decoding import ReaderName
 from video_convmae.visualize import reconstruct
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +106,7 @@ SMALL = ["--size=tiny", "--frames=4", "--image-size=64", "--batch=1", "--repeats
 
 def run_benchmark(tmp_path: Path, *arguments: str) -> dict:
     file = tmp_path / "step.json"
-    benchmark.main(["step", f"--json={file}", *SMALL, *arguments])
+    assert benchmark.main(["step", f"--json={file}", *SMALL, *arguments]) == 0
     return json.loads(file.read_text())
 
 
@@ -153,11 +157,9 @@ def test_benchmark_measures_every_kind_of_step(
 
 def test_benchmark_counts_what_transformers_embeds() -> None:
     """Hidden patches too, which at base size makes 35.4 G of our plain ViT's 33.8 G."""
-    parser = argparse.ArgumentParser()
-    benchmark_step.add_options(parser)
-    given = parser.parse_args(["--size=tiny", "--image-size=64", "--batch=1"])
-    benchmark_step.resolve(given)
-    ours, theirs = (benchmark_step.build(given, name).multiply_adds for name in ("videomae", "hf-videomae"))
+    args = benchmark.parse_arguments(["step", "--size=tiny", "--image-size=64", "--batch=1"])
+    args = benchmark_step.resolve_step_options(args)
+    ours, theirs = (benchmark_step.build_side(args, name).multiply_adds for name in ("videomae", "hf-videomae"))
     tokens, visible = 8 * 4 * 4, 8 * 2
     assert theirs == ours | {"embeddings": tokens * 1536 * 192}
     assert ours["embeddings"] == visible * 1536 * 192
@@ -168,10 +170,35 @@ def test_benchmark_scale_draws_what_it_measured(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(benchmark_scale, "measure_point", benchmark_scale._measure_here)  # a process starts slowly
     plot, numbers = tmp_path / "scale.png", tmp_path / "scale.json"
     options = ["--image-size=32", "--ratio=0.75", "--batch=1", "--repeats=1", "--vs=dense", "--threads=1"]
-    benchmark.main(["scale", "--frames=4", *options, f"--plot={plot}", f"--json={numbers}"])
+    assert benchmark.main(["scale", "--frames=4", *options, f"--plot={plot}", f"--json={numbers}"]) == 0
     points = json.loads(numbers.read_text())["points"]
     assert [(row["sweep"], row["value"]) for row in points[::2]] == [
         ("frames", 2), ("frames", 4), ("ratio", 0.5), ("ratio", 0.75),
     ]  # fmt: skip
     assert all(row["seconds_per_clip"] > 0 and row["fixed_bytes"] > 0 for row in points)
     assert Image.open(plot).width > 400
+
+
+def test_benchmark_offers_the_choices_of_its_modules() -> None:
+    """They stand twice, so that `--help` needs no torch."""
+    assert set(benchmark.STEP_SIDES) == {*benchmark_step.RIVALS, *benchmark_step.PEERS}
+    assert set(benchmark.READ_SIDES) == set(reading.RIVALS)
+    assert set(benchmark.MASK_KINDS) == set(masking.MASKS)
+    assert set(benchmark.PRECISIONS) == set(benchmark_step.DTYPES)
+    assert set(benchmark.ACTIVATION_CHECKPOINTING) == set(benchmark_step.CHECKPOINTED)
+    assert set(benchmark.READERS) == set(get_args(ReaderName))
+
+
+@pytest.mark.parametrize("command", [[], ["step"], ["scale"], ["loader"], ["packing"]])
+def test_help_of_benchmark_imports_no_torch(command: list[str]) -> None:
+    program = (
+        "import sys\nfrom video_convmae.cli.benchmark import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(str(sorted({'torch', 'av', 'timm', 'matplotlib'} & set(sys.modules)) or ''))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.strip() == ""
+    assert "usage: video-convmae benchmark" in done.stdout
+    assert not command or "--json" in done.stdout
