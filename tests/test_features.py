@@ -19,6 +19,7 @@ from torch import nn
 from video_convmae import create_classifier, create_probe, load
 from video_convmae.cli.evaluate import run as evaluate
 from video_convmae.cli.features import FeaturesConfig, run
+from video_convmae.cli.show_features import main as show_features
 from video_convmae.config import (
     AutoencoderConfig,
     ClassifierConfig,
@@ -35,7 +36,7 @@ from video_convmae.data.records import Record, Records
 from video_convmae.engine import checkpoint, features
 from video_convmae.engine.evaluation import ChunkStore, Evaluation, ProtocolConfig
 from video_convmae.visualize import accuracy as plots
-from video_convmae.visualize import features as show_features
+from video_convmae.visualize import features as features_picture
 from video_convmae.weights.files import save
 from video_convmae.weights.released import release
 
@@ -252,7 +253,7 @@ def test_evidence_of_a_classifier_sums_to_the_logit() -> None:
     with torch.inference_mode():
         logits, tokens = model(clips)[0], model.encode(clips)[0]
         for label in range(5):
-            parts = show_features.evidence(model, tokens, label)
+            parts = features_picture.token_evidence(model, tokens, label)
             assert parts.tokens.shape == (TOKENS,)
             assert float(parts.tokens.sum() + parts.constant) == pytest.approx(float(logits[label]), rel=1e-12)
             constant = model.head.weight[label] @ model.norm.bias + model.head.bias[label]
@@ -266,7 +267,7 @@ def test_evidence_of_a_linear_probe_sums_to_the_logit() -> None:
     clips = torch.randn(1, 3, 4, 32, 32, dtype=torch.float64)
     with torch.inference_mode():
         logits, tokens = model(clips)[0], model.encode(clips)[0]
-        parts = show_features.evidence(model, tokens, 3)
+        parts = features_picture.token_evidence(model, tokens, 3)
     assert float(parts.tokens.sum() + parts.constant) == pytest.approx(float(logits[3]), rel=1e-12)
     assert float(parts.constant) == pytest.approx(model.head.linear.bias[3].item())
 
@@ -278,7 +279,7 @@ def test_a_token_that_speaks_for_the_class_has_the_evidence() -> None:
         direction = model.head.weight[1] - model.head.weight[1].mean()
         tokens[5] += 10 * direction
         tokens[2] -= 5 * direction
-        values = show_features.evidence(model, tokens, 1).tokens
+        values = features_picture.token_evidence(model, tokens, 1).tokens
     assert int(values.argmax()) == 5
     assert int(values.argmin()) == 2
     assert float(values[5]) > 0 > float(values[2])
@@ -286,29 +287,29 @@ def test_a_token_that_speaks_for_the_class_has_the_evidence() -> None:
 
 def test_the_heat_is_symmetric_about_no_evidence() -> None:
     frames = np.full((1, 4, 4, 3), 100, np.uint8)
-    shown = show_features.heat(frames, np.array([[[1.0, -1.0], [0.0, 0.5]]]))
+    shown = features_picture.overlay_heat(frames, np.array([[[1.0, -1.0], [0.0, 0.5]]]))
     assert (shown[0, 2:, :2] == 100).all()  # none: as it was
     red, blue, half = shown[0, 0, 0].astype(int), shown[0, 0, 3].astype(int), shown[0, 3, 3].astype(int)
-    np.testing.assert_allclose(red, 0.15 * 100 + 0.85 * show_features.FOR, atol=1)
-    np.testing.assert_allclose(blue, 0.15 * 100 + 0.85 * show_features.AGAINST, atol=1)
-    np.testing.assert_allclose(half, 0.575 * 100 + 0.425 * show_features.FOR, atol=1)
-    assert (show_features.heat(frames, np.zeros((1, 2, 2))) == 100).all()
+    np.testing.assert_allclose(red, 0.15 * 100 + 0.85 * features_picture.FOR, atol=1)
+    np.testing.assert_allclose(blue, 0.15 * 100 + 0.85 * features_picture.AGAINST, atol=1)
+    np.testing.assert_allclose(half, 0.575 * 100 + 0.425 * features_picture.FOR, atol=1)
+    assert (features_picture.overlay_heat(frames, np.zeros((1, 2, 2))) == 100).all()
 
 
 def test_colours_are_principal_components_and_the_same_at_all_times() -> None:
     generator = torch.Generator().manual_seed(0)
     pattern = torch.randn(20, 1, 6, 6, generator=generator)
-    colours = show_features.principal_colours(pattern.expand(-1, 4, -1, -1))
+    colours = features_picture.principal_colours(pattern.expand(-1, 4, -1, -1))
     assert colours.shape == (4, 6, 6, 3)
     assert all(np.array_equal(colours[0], colours[time]) for time in range(4))
     # A grid that varies in one direction alone: that is red; there is no second component.
     ramp = torch.arange(36.0).view(1, 1, 6, 6) * torch.ones(20, 1, 1, 1)
-    colours = show_features.principal_colours(ramp)
+    colours = features_picture.principal_colours(ramp)
     assert (np.diff(colours[0, :, :, 0].astype(int).flatten()) >= 0).all()
     assert colours[..., 0].min() == 0
     assert colours[..., 0].max() == 255
     assert (colours[..., 1:] == 128).all()
-    assert (show_features.principal_colours(torch.ones(2, 1, 3, 3)) == 128).all()
+    assert (features_picture.principal_colours(torch.ones(2, 1, 3, 3)) == 128).all()
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,7 @@ def test_the_picture_has_a_row_for_each_stage(
     capsys: pytest.CaptureFixture,
 ) -> None:
     output = tmp_path / "new" / "picture.png"
-    show_features.main([str(runs[kind]), str(videos / file), f"--output={output}"])
+    assert show_features([str(runs[kind]), str(videos / file), f"--output={output}"]) == 0
     printed = capsys.readouterr().out
     assert f"{rows} rows" in printed
     assert said in printed
@@ -347,7 +348,7 @@ def test_a_label_may_be_named(
 ) -> None:
     arguments = [str(runs["classifier"]), str(videos / "1.mp4"), f"--output={tmp_path / 'picture.png'}"]
     for label in ("b", "1"):
-        show_features.main([*arguments, f"--label={label}"])
+        assert show_features([*arguments, f"--label={label}"]) == 0
         assert "\nb: " in capsys.readouterr().out
     for given, message in (
         ([*arguments, "--label=tap dancing"], "expected a number from 0 to 2 or a name such as 'a'"),
@@ -355,9 +356,10 @@ def test_a_label_may_be_named(
         ([str(runs["pretrained"]), *arguments[1:], "--label=0"], "has no classes"),
         ([arguments[0], str(videos / "bad.mp4"), arguments[2]], "bad.mp4"),
     ):
-        with pytest.raises(SystemExit):
-            show_features.main(given)
-        assert message in capsys.readouterr().err
+        assert show_features(given) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("video-convmae show-features: error: ")
+        assert message in line
 
 
 def test_what_all_tokens_say_alike_does_not_paint_the_evidence(
@@ -367,15 +369,15 @@ def test_what_all_tokens_say_alike_does_not_paint_the_evidence(
     predictor = load(runs["classifier"])
     pictures = predictor.pictures(videos / "4.mp4", predictor.middle)
     clips = predictor.normalise(pictures)
-    before, _ = show_features.rows_of(predictor, pictures, clips, 0)
-    real = show_features.evidence
+    before, _ = features_picture.draw_feature_rows(predictor, pictures, clips, 0)
+    real = features_picture.token_evidence
 
-    def shifted(*arguments: object) -> show_features.Evidence:
+    def shifted(*arguments: object) -> features_picture.Evidence:
         parts = real(*arguments)
         return parts._replace(tokens=parts.tokens + 1000)
 
-    monkeypatch.setattr(show_features, "evidence", shifted)
-    after, lines = show_features.rows_of(predictor, pictures, clips, 0)
+    monkeypatch.setattr(features_picture, "token_evidence", shifted)
+    after, lines = features_picture.draw_feature_rows(predictor, pictures, clips, 0)
     assert np.abs(after[-1].images.astype(int) - before[-1].images.astype(int)).max() <= 1
     assert len(np.unique(after[-1].images.reshape(-1, 3), axis=0)) > 8
     assert "adds +1e+03 to the logit on average" in lines[1]
@@ -400,12 +402,12 @@ def test_evaluate_plots(runs: dict[str, Path], videos: Path, tmp_path: Path) -> 
 
 
 def test_the_confusion_is_counted_over_labelled_records_that_were_read() -> None:
-    table = plots.confusion(evaluation(3, [0, 0, 0, 2, -1, 2], [0, 0, 1, 1, 1, 0], failed=(5,)))
+    table = plots.confusion_matrix(evaluation(3, [0, 0, 0, 2, -1, 2], [0, 0, 1, 1, 1, 0], failed=(5,)))
     np.testing.assert_allclose(table[0], [2 / 3, 1 / 3, 0])
     assert np.isnan(table[1]).all()
     np.testing.assert_allclose(table[2], [0, 1, 0])
     with pytest.raises(ValueError, match="no labelled record was scored"):
-        plots.confusion(evaluation(3, [-1, 1], [0, 0], failed=(1,)))
+        plots.confusion_matrix(evaluation(3, [-1, 1], [0, 0], failed=(1,)))
 
 
 @pytest.mark.parametrize("classes", [3, 174, 400])

@@ -1,4 +1,4 @@
-"""The tools beside pretraining: reconstruction and its measurement, benchmark."""
+"""Reconstructions and their error, and `benchmark step` and `scale`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from video_convmae.benchmark import reading
 from video_convmae.benchmark import scale as benchmark_scale
 from video_convmae.benchmark import step as benchmark_step
 from video_convmae.cli.pretrain import pretrain
+from video_convmae.cli.reconstruct import main as draw_reconstructions
 from video_convmae.config import PretrainConfig, parse
 from video_convmae.data.decoding import ReaderName
+from video_convmae.runs import load_autoencoder
 from video_convmae.visualize import reconstruct
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +50,8 @@ def test_reconstruct_writes_a_picture_and_a_playable_mp4(
     run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     checkpoint, folder = run
-    reconstruct.main([str(checkpoint), str(folder / "0.mp4"), str(folder / "1.mp4"), f"--output={tmp_path}"])
+    videos = [str(folder / "0.mp4"), str(folder / "1.mp4")]
+    assert draw_reconstructions([str(checkpoint), *videos, f"--output={tmp_path}"]) == 0
     assert "mean and variance of each channel are the original's" in capsys.readouterr().out
     with Image.open(tmp_path / "reconstruction.png") as picture:
         assert picture.width >= 4 * 64
@@ -61,7 +64,22 @@ def test_reconstruct_writes_a_picture_and_a_playable_mp4(
 
 def test_the_average_of_the_weights_is_there_or_an_error(run: tuple[Path, Path]) -> None:
     with pytest.raises(ValueError, match=r"the run had no train\.ema"):
-        reconstruct.load_autoencoder(run[0], ema=True)
+        load_autoencoder(run[0], ema=True)
+
+
+def test_reconstruct_ends_with_one_line_about_a_bad_file(
+    run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "bad.mp4").write_text("no video")
+    for arguments, message in (
+        ([str(run[0]), str(tmp_path / "bad.mp4")], "bad.mp4"),
+        ([str(tmp_path), str(run[1] / "0.mp4")], str(tmp_path)),
+        ([str(run[0]), str(run[1] / "0.mp4"), "--ema"], "the run had no train.ema"),
+    ):
+        assert draw_reconstructions([*arguments, f"--output={tmp_path / 'pictures'}"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("video-convmae reconstruct: error: ")
+        assert message in line
 
 
 def test_the_caption_is_honest() -> None:
@@ -69,7 +87,7 @@ def test_the_caption_is_honest() -> None:
     texts = {}
     for target in ("none", "patch", "patch_channel"):
         model = create_autoencoder("tiny", num_frames=2, image_size=32, target=target)
-        texts[target] = reconstruct.caption(config, model)
+        texts[target] = reconstruct.write_caption(config, model)
     assert "the model's pixels alone" in texts["none"]
     assert "each patch's mean and variance are the original's" in texts["patch"]
     assert "of each channel are the original's" in texts["patch_channel"]
@@ -83,7 +101,8 @@ def test_hidden_error_and_its_baselines() -> None:
     reconstructed = original.clone()
     reconstructed[..., 16:, 16:] = 51
     visible = torch.tensor([True, False, False, False]).view(1, 1, 2, 2)
-    errors = reconstruct.hidden_error(model, reconstruct.Reconstructions(original, original, reconstructed, visible))
+    result = reconstruct.Reconstructions(original, original, reconstructed, visible)
+    errors = reconstruct.measure_hidden_error(model, result)
     assert errors["mse"] == pytest.approx(0.2**2 / 3)
     assert errors["mean_colour_mse"] == pytest.approx((0.8**2 * 2 + 1) / 3)
     assert errors["nearest_patch_mse"] == pytest.approx((0.8**2 * 2 + 1) / 3)
@@ -91,10 +110,10 @@ def test_hidden_error_and_its_baselines() -> None:
 
 
 def test_the_masked_clip_hides_what_the_model_does_not_see(run: tuple[Path, Path]) -> None:
-    model, config = reconstruct.load_autoencoder(run[0])
+    model, config = load_autoencoder(run[0])
     clips = torch.randint(0, 256, (2, 3, 4, 64, 64), dtype=torch.uint8)
     visible = reconstruct.draw_masks(model, replace(config), 2)
-    result = reconstruct.reconstruct(model, config, clips, visible)
+    result = reconstruct.reconstruct_clips(model, config, clips, visible)
     shown = visible.repeat_interleave(2, 1).repeat_interleave(16, 2).repeat_interleave(16, 3)[:, None].expand_as(clips)
     assert torch.equal(result.masked[shown], clips[shown])
     assert (result.masked[~shown] == reconstruct.GREY).all()
