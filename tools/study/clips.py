@@ -178,7 +178,7 @@ def render(photo: Image.Image, path: CameraPath, size: int) -> np.ndarray:
     small = photo.resize((width, height), Image.Resampling.LANCZOS)
     picture = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float()
     matrices = path.matrices() * (2 / np.array(photo.size))[:, None] - [0, 0, 1]  # grid_sample's -1 to 1
-    grid = affine_grid(torch.from_numpy(matrices).float(), (len(matrices), 3, 2 * size, 2 * size), align_corners=False)
+    grid = affine_grid(torch.from_numpy(matrices).float(), [len(matrices), 3, 2 * size, 2 * size], align_corners=False)
     seen = grid_sample(picture, grid.view(1, -1, 2 * size, 2), padding_mode="border", align_corners=False)
     seen = avg_pool2d(seen, 2)[0].view(3, -1, size, size)
     return seen.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).numpy()

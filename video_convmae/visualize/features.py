@@ -63,7 +63,7 @@ def token_evidence(model: Classifier | Probe, tokens: Tensor, label: int) -> Evi
         linear, statistics = model.head.linear, model.head.norm
         mean, variance = cast(Tensor, statistics.running_mean), cast(Tensor, statistics.running_var)
         centred = tokens - mean
-        weight, constant = linear.weight[label] / (variance + statistics.eps).sqrt(), linear.bias[label]
+        weight, constant = linear.weight[label] / (variance + statistics.eps).sqrt(), linear.bias[label].detach()
     else:
         head = type(getattr(model, "head", model)).__name__
         raise TypeError(f"the logits of this model ({head}) are no sum over tokens: there is no evidence to show")
@@ -121,9 +121,8 @@ def draw_feature_rows(
         tokens, grids = model.encoder.forward_intermediates(clips)
         rows = [FeatureRow("frames", frames)]
         for stage, grid in enumerate(grids, start=1):
-            rows.append(
-                FeatureRow(f"stage {stage}: {grid.shape[1]} x {_shape(grid)}", principal_colours(grid[0].cpu()))
-            )
+            title = f"stage {stage}: {grid.shape[1]} x {_shape(grid)}"
+            rows.append(FeatureRow(title, principal_colours(grid[0].cpu())))
         if isinstance(model, FusedEncoder):
             tokens = model.encode(clips)
             grid = tokens[0].T.unflatten(1, config.grid)
@@ -152,7 +151,7 @@ def draw_feature_rows(
 def write_feature_picture(
     rows: Sequence[FeatureRow], lines: Sequence[str], path: Path, tubelet: int = 1, columns: int = 8
 ) -> None:
-    """Write a PNG: the lines, then the rows, each with its title and up to `columns` images, evenly spread over time."""
+    """Write a PNG: the lines, then the rows, each with a title and up to `columns` images evenly spread over time."""
     count, height, width = rows[0].images.shape[:3]
     times = np.linspace(0, count - 1, min(columns, count)).round().astype(int)
     scale = max(1, 128 // width)
@@ -186,7 +185,8 @@ def find_label(predictor: Predictor, text: str) -> int:
     if isinstance(predictor.model, Autoencoder):
         raise ValueError("--label was given; the model was pretrained only and has no classes")
     config = cast(FinetuneConfig, predictor.config)  # that of every model with classes
-    names, count = predictor.class_names or (), config.data.num_classes
+    names = predictor.class_names or ()
+    count = config.data.num_classes or len(names)
     if text in names:
         return names.index(text)
     if text.isdecimal() and int(text) < count:
