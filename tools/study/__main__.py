@@ -26,7 +26,7 @@ import torch
 from video_convmae.benchmark.environment import describe_machine
 
 from tools.study.clips import make_motion_clips
-from tools.study.demo import CONFIGS, LABELLED, finetune_on, pretrain_on, measure_accuracy
+from tools.study.demo import CONFIGS, LABELLED, finetune_on, measure_accuracy, pretrain_on
 from video_convmae.config import FinetuneConfig, parse
 from video_convmae.engine.log import write_text
 

@@ -94,7 +94,7 @@ def pretrain_on(data: Path, run: Path, *edits: str) -> None:
 
 
 def finetune_on(data: Path, labelled: int, run: Path, weights: Path | None, *edits: str) -> None:
-    """Finetune on the first `labelled` training clips (classes alternate, then photographs), from weights or scratch."""
+    """Finetune on the first `labelled` training clips (classes alternate, then photographs)."""
     _remove_finished(run)
     lines = (data / "train.txt").read_text().splitlines(keepends=True)
     (data / f"labelled_{labelled}.txt").write_text("".join(lines[:labelled]))
