@@ -41,7 +41,7 @@ def test_measured_ratios_are_medians_of_their_pairs_and_say_where_they_were_meas
     for row in measured["step"]:
         assert row["ratio"] == pytest.approx(statistics.median(row["pairs"])), row["name"]
     for row in [*measured["step"], *measured["loader"], *measured["packing"]]:
-        assert row["command"] and row["machine"] and row["commit"]
+        assert all(row[name] for name in ("command", "machine", "commit"))
     parts = dict(measured["counted"]["parts"])
     for name, total in parts.pop("sum").items():
         assert sum(part.get(name, 0) for part in parts.values()) == pytest.approx(total, abs=0.3)

@@ -100,8 +100,8 @@ def _draw_encoder(drawing: Drawing) -> None:
             drawing.line([(x - gap + 2, top + 98), (x - 2, top + 98)], arrow=True)
     bus, plus = 286, left + 2 * (width + gap) + width / 2
     for stage in range(2):
-        x = left + stage * (width + gap) + width / 2
-        drawing.line([(x, top + 198), (x, bus), (plus - 13, bus)], arrow=True)
+        centre = left + stage * (width + gap) + width / 2
+        drawing.line([(centre, top + 198), (centre, bus), (plus - 13, bus)], arrow=True)
     drawing.text(left + width + gap / 2, bus + 20, "multi-scale fusion")
     drawing.line([(plus, top + 198), (plus, bus - 13)], arrow=True)
     drawing.add(f'<circle cx="{plus:g}" cy="{bus}" r="11" fill="none" stroke="{INK}" stroke-width="1.5"/>')

@@ -62,7 +62,9 @@ StudyRow = dict[str, Any]  # model, seed, labelled, top1, top5, device, commit
 
 def main() -> None:
     """Run the study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m tools.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model (default %(default)s)")
     parser.add_argument("--pretrain-epochs", type=float, help="passes over the clips (default: the demo's)")

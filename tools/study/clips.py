@@ -269,7 +269,9 @@ def _remove_own_files(output: Path) -> None:
 
 def main() -> None:
     """Make the clips that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m tools.study.clips", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to make the clips in")
     parser.add_argument("--train", type=int, default=640, help="training clips (default %(default)s)")
     parser.add_argument("--validation", type=int, default=128, help="validation clips (default %(default)s)")

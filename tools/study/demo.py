@@ -51,7 +51,9 @@ LABELLED = 80  # training clips whose labels are read; pretraining sees all clip
 
 def main() -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m tools.study.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/demo"), help="folder for all results (default %(default)s)"
     )

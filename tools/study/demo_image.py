@@ -51,7 +51,9 @@ MIN_TOP1 = 0.5  # mean of the finetuned models; chance is 0.1
 
 def main() -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m tools.study.demo_image", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/demo-image"), help="folder for all results (default %(default)s)"
     )
