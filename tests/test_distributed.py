@@ -104,7 +104,9 @@ def stop_after(last: int, videos: Path, output: Path, *edits: str, processes: in
 
 def config_of(mixes: bool = False, **train: object) -> PretrainConfig | FinetuneConfig:
     if mixes:
-        return FinetuneConfig(output="run", data=LabelledDataConfig("list"), model=ClassifierConfig(), train=TrainConfig(**train))
+        return FinetuneConfig(
+            output="run", data=LabelledDataConfig("list"), model=ClassifierConfig(), train=TrainConfig(**train)
+        )
     return PretrainConfig(output="run", data=DataConfig("list"), model=AutoencoderConfig(), train=TrainConfig(**train))
 
 

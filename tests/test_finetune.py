@@ -17,11 +17,11 @@ from clips import encode
 from states import load_state
 
 from video_convmae import create_autoencoder, create_classifier
+from video_convmae.build import build_optimization
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.config import FinetuneConfig
 from video_convmae.engine import checkpoint
-from video_convmae.build import build_optimization
 from video_convmae.engine.optim import parameter_groups
 from video_convmae.engine.options import OptimConfig, TrainConfig
 from video_convmae.models import positions
@@ -348,7 +348,7 @@ def test_lars_adapts_matrices_alone(videos: Path) -> None:
     model = torch.nn.Linear(8, 3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = OptimConfig(optimizer="lars", weight_decay=0.0, lr=0.4, betas=(0.9, 0.999))
-    optimizer = build_optimization(model, config, 4, 1, 4).optimizer
+    optimizer = build_optimization(model, config, TrainConfig(epochs=1), 4, 4).optimizer
     model(torch.randn(5, 8)).square().sum().backward()
     for group in optimizer.param_groups:
         group["lr"] = 0.4

@@ -138,7 +138,7 @@ class PretrainConfig(RunConfig):
 
     data: DataConfig
     """The list, and how clips are made of its records."""
-    model: AutoencoderConfig  # no default: an instance holds resolved numbers, which edits of single fields must precede
+    model: AutoencoderConfig  # no default: an instance is resolved, and edits of single fields come before
     """The autoencoder."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     """The tokens hidden from the encoder."""
