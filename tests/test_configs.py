@@ -21,7 +21,7 @@ from video_convmae.models.probe import Probe
 from video_convmae import create_autoencoder, create_classifier
 from video_convmae.build import build_classifier, count_classes
 from video_convmae.cli.finetune import finetune
-from video_convmae.cli.parser import flatten, merge, parse, read_config
+from video_convmae.cli.parser import fields_of, flatten, merge, parse, read_config
 from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import AutoencoderConfig, FinetuneConfig, PretrainConfig, from_plain, to_plain
 from video_convmae.data.records import ListError, Record, Records
@@ -411,10 +411,13 @@ def test_edits_replace_single_fields_and_the_resolved_file_reads_back(tmp_path: 
 def test_every_field_is_explained(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         parse(PretrainConfig, ["--help-all"])
-    text = capsys.readouterr().out
-    for field in ("--model.msd", "--optim.base_lr", "--train.on_nonfinite", "--data.max_bad_fraction", "--mask.ratio"):
-        explanation = text.rsplit(field, 1)[1].split("(type:", 1)[0]
-        assert len(explanation.split()) > 3, field
+    text = " ".join(capsys.readouterr().out.split())
+    fields = fields_of(PretrainConfig)
+    for name, field in fields.items():
+        assert field.explanation
+        assert f"--{name} {field.explanation} (" in text
+    for name in ("model.msd", "optim.base_lr", "train.on_nonfinite", "data.max_bad_fraction", "mask.ratio"):
+        assert len(fields[name].explanation.split()) > 3, name
 
 
 def test_a_model_configuration_says_what_it_overrides() -> None:
