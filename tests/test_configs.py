@@ -16,7 +16,6 @@ import yaml
 from clips import encode, pictures
 from PIL import Image
 from states import load_state
-from video_convmae.models.probe import Probe
 
 from video_convmae import create_autoencoder, create_classifier
 from video_convmae.build import build_classifier, count_classes
@@ -27,8 +26,9 @@ from video_convmae.config import AutoencoderConfig, FinetuneConfig, PretrainConf
 from video_convmae.data.records import ListError, Record, Records
 from video_convmae.engine import checkpoint
 from video_convmae.models.autoencoder import Autoencoder
+from video_convmae.models.probe import Probe
 from video_convmae.runs import load_autoencoder, load_classifier
-from video_convmae.weights.released import release
+from video_convmae.weights.released import to_format
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -435,7 +435,7 @@ def test_pretraining_starts_from_a_finetuned_classifier(
     """A released ConvViT has learnt positions, and an autoencoder fixed ones: they are left out as the error says."""
     classifier = create_classifier("tiny", num_classes=5, num_frames=1, image_size=32)
     torch.nn.init.normal_(classifier.encoder.positions)
-    torch.save({"model": release(classifier, "convmae")}, tmp_path / "convvit.pth")
+    torch.save({"model": to_format(classifier, "convmae")}, tmp_path / "convvit.pth")
     edits = (
         f"--init.weights={tmp_path / 'convvit.pth'}",
         f"--data.train={videos / source}",

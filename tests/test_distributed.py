@@ -11,15 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from states import load_state
 from test_pretrain import ENVIRONMENT, ROOT, command, log, model_of, run
 
-from states import load_state
-
+from video_convmae.build import plan_batches
 from video_convmae.config import DataConfig, FinetuneConfig, LabelledDataConfig, PretrainConfig
-from video_convmae.engine import checkpoint
 from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.options import TrainConfig
-from video_convmae.build import plan_batches
 from video_convmae.runs import load_autoencoder
 
 

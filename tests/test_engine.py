@@ -15,14 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from states import load_state
 from torch import Tensor, nn
 
-from states import load_state
-
 from video_convmae import create_autoencoder
+from video_convmae.build import build_optimization
 from video_convmae.data.datasets import BadRecord
 from video_convmae.data.loader import Batch
-from video_convmae.build import build_optimization
 from video_convmae.engine import checkpoint
 from video_convmae.engine.checkpoint import Checkpoint, CheckpointError, Saver
 from video_convmae.engine.distributed import DistInfo

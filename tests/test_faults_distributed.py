@@ -19,11 +19,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from states import load_state
 from test_faults import descendants
 from test_isolation import is_gone
 from test_pretrain import ENVIRONMENT, command, log, model_of
-
-from states import load_state
 
 from video_convmae.engine import checkpoint
 from video_convmae.engine.checkpoint import CheckpointError, Saver

@@ -37,8 +37,8 @@ from video_convmae.engine import checkpoint, features
 from video_convmae.engine.evaluation import ChunkStore, Evaluation, ProtocolConfig
 from video_convmae.visualize import accuracy as plots
 from video_convmae.visualize import features as show_features
-from video_convmae.weights.files import save
-from video_convmae.weights.released import release
+from video_convmae.weights.files import save_file
+from video_convmae.weights.released import to_format
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
@@ -78,7 +78,7 @@ def runs(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         state = {"model": scrambled(model).state_dict(), "ema": None, "config": plain(config)}
         checkpoint.save_checkpoint(folder / name / "checkpoints", 1, state)
     image = scrambled(create_classifier("tiny", num_classes=CLASSES, num_frames=1, image_size=32))
-    save(release(image, "convmae"), folder / "published.pth")
+    save_file(to_format(image, "convmae"), folder / "published.pth")
     return {**{name: folder / name for name in configs}, "published": folder / "published.pth"}
 
 

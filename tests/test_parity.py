@@ -28,7 +28,7 @@ from video_convmae.models.classifier import Classifier
 from video_convmae.models.packing import take_patches, take_tokens
 from video_convmae.weights.layouts import CONVMAE, VIDEOMAE, Layout, to_layout
 from video_convmae.weights.load import load_weights
-from video_convmae.weights.released import sizes_of, weights_of
+from video_convmae.weights.released import model_arguments, read_weights
 
 ROOT = Path(__file__).parent.parent
 NAMED = os.environ.get("PARITY_DIR") or None  # empty is as good as unset
@@ -75,8 +75,8 @@ class Golden:
 
     def model(self) -> Autoencoder | Classifier:
         """Ours with the file's weights."""
-        weights = weights_of(self.group("w:"))
-        sizes = sizes_of(weights) | {"heads": self.config["heads"]}
+        weights = read_weights(self.group("w:"))
+        sizes = model_arguments(weights) | {"heads": self.config["heads"]}
         sizes["image_size"] = tuple((self["image"] if "image" in self.fields else self["video"]).shape[-2:])
         if "video" in self.fields:
             sizes["num_frames"] = self["video"].shape[2]
@@ -102,7 +102,7 @@ def gradients_are_close(
     model: Autoencoder | Classifier, golden: Golden, layout: Layout, tolerance: float = GRADIENT
 ) -> None:
     """Norms relative, sums within 1e-4 of the norm, for every parameter of the released model, under its name."""
-    weights = weights_of(model)
+    weights = read_weights(model)
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     if isinstance(model, Classifier):
         ours = {"fc_" + name if name.startswith("norm.") else name: gradient for name, gradient in ours.items()}
@@ -195,7 +195,7 @@ def layer_decay_is_equal(model: Classifier, theirs: Mapping[str, list[float]]) -
     ours = list(dict(model.named_parameters()).items())
     marked = {"fc_" + name if name.startswith("norm.") else name: tensor for name, tensor in marked.items()}
     groups = {}
-    for name, tensor in to_layout(marked, weights_of(model).geometry, CONVMAE).items():
+    for name, tensor in to_layout(marked, read_weights(model).geometry, CONVMAE).items():
         our_name, parameter = ours[int(tensor.flatten()[0])]
         groups[name] = [scales[our_name], decayed[id(parameter)]]
     assert groups == dict(theirs)

@@ -28,9 +28,9 @@ from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import ListError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
-from video_convmae.weights.files import save
+from video_convmae.weights.files import save_file
 from video_convmae.weights.load import load_weights
-from video_convmae.weights.released import release
+from video_convmae.weights.released import to_format
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("juggling", "sawing wood", "tap dancing", "welding")
@@ -87,7 +87,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = create_classifier("tiny", num_classes=3, num_frames=1, image_size=32, head_init_std=0.05)
     path = tmp_path_factory.mktemp("published") / "convvit.pth"
-    save(release(model, "convmae"), path)
+    save_file(to_format(model, "convmae"), path)
     return path
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from states import load_state
 
 from video_convmae.engine import checkpoint

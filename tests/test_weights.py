@@ -23,7 +23,7 @@ from video_convmae.models.classifier import Classifier, Probe, create_probe
 from video_convmae.models.encoder import Encoder
 from video_convmae.weights.files import read, save
 from video_convmae.weights.load import Inflation, inflate, load_weights, model_from
-from video_convmae.weights.released import release, sizes_of, weights_of
+from video_convmae.weights.released import model_arguments, read_weights, to_format
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {"widths": (8, 12, 24), "depths": (1, 2, 2), "heads": 2, "decoder": (16, 2, 2)}
@@ -75,14 +75,14 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def test_round_trip_through_the_convmae_layout(kind: str, strides: tuple[int, ...]) -> None:
     settings = {"strides": strides, "image_size": 2 * int(np.prod(strides))}
     model = autoencoder(**settings) if kind == "pretraining" else classifier(**settings)
-    released = release(model, "convmae")
-    assert f"ConvMAE {kind}" == weights_of(released).layout
+    released = to_format(model, "convmae")
+    assert f"ConvMAE {kind}" == read_weights(released).layout
     again, report = model_from(released, heads=2, **({"decoder": TINY["decoder"]} if kind == "pretraining" else {}))
     assert again.encoder.config == model.encoder.config
     assert_same(again.state_dict(), model.state_dict())
     assert not report.missing
     assert not report.unexpected
-    assert_same(weights_of(released).state_dict(), model.state_dict())
+    assert_same(read_weights(released).state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("layout", ["videomae", "huggingface"])
@@ -95,21 +95,21 @@ def test_round_trip_through_the_videomae_layouts(kind: str, layout: str) -> None
             parameter.data.chunk(3)[1].zero_()  # the layouts have no key bias: softmax does not feel it
         if name == "decoder.embedding.bias":
             parameter.data.zero_()  # nor this one
-    released = release(model, layout)
+    released = to_format(model, layout)
     decoder = {"decoder": TINY["decoder"]} if kind == "pretraining" else {}
     again, _ = model_from(released, heads=2, num_frames=4, image_size=32, **decoder)
     assert again.encoder.config == model.encoder.config
     assert_same(again.state_dict(), model.state_dict())
-    assert weights_of(released).layout.endswith(f"VideoMAE {kind}")
+    assert read_weights(released).layout.endswith(f"VideoMAE {kind}")
 
 
 @pytest.mark.parametrize("name", ["convmae", "convvit", "fastconvmae"])
 def test_released_weights_come_back(name: str) -> None:
     released = golden(name)
-    again = release(weights_of(released), "convmae")
+    again = to_format(read_weights(released), "convmae")
     assert_same(again, released)
     model, _ = model_from(released, heads=4)
-    again = release(model, "convmae")
+    again = to_format(model, "convmae")
     tables = [] if name == "convvit" else ["pos_embed", "decoder_pos_embed"]
     for table in tables:
         assert (again.pop(table) - released.pop(table)).abs().max() < 1e-6
@@ -119,7 +119,7 @@ def test_released_weights_come_back(name: str) -> None:
 def test_the_released_base_models_have_313_and_207_tensors() -> None:
     with torch.device("meta"):
         models = create_autoencoder("base", num_frames=1), create_classifier("base", num_frames=1, num_classes=1000)
-    pretraining, finetuning = (release(model, "convmae") for model in models)
+    pretraining, finetuning = (to_format(model, "convmae") for model in models)
     assert (len(pretraining), len(finetuning)) == (313, 207)
     shapes = {
         "pos_embed": (1, 196, 768),
@@ -149,7 +149,7 @@ def test_layouts_that_cannot_hold_a_model_say_so() -> None:
         (autoencoder(), "mae", "expected one of convmae, videomae, huggingface"),
     ]:
         with pytest.raises(ValueError, match=message):
-            release(model, layout)
+            to_format(model, layout)
 
 
 # Other people's files
@@ -157,7 +157,7 @@ def test_layouts_that_cannot_hold_a_model_say_so() -> None:
 
 def test_encoder_alone_as_released() -> None:
     """convmae_base.pth: no mask token, decoder or fusion."""
-    released = release(autoencoder(), "convmae")
+    released = to_format(autoencoder(), "convmae")
     parts = ("mask_token", "decoder", "stage")
     released = {name: tensor for name, tensor in released.items() if not name.startswith(parts)}
     model = autoencoder(image_size=32)
@@ -175,7 +175,7 @@ def test_encoder_alone_as_released() -> None:
 
 def test_second_version_has_a_cls_token() -> None:
     source = autoencoder()
-    released = release(source, "convmae")
+    released = to_format(source, "convmae")
     released = {name: tensor for name, tensor in released.items() if not name.startswith("decoder")}
     released["cls_token"] = torch.randn(1, 1, 24)
     released["pos_embed"] = torch.cat([torch.zeros(1, 1, 24), released["pos_embed"]], dim=1)
@@ -241,7 +241,7 @@ def ddp(released: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 )
 def test_names_of_other_code_bases(rename: Callable, title: str, kind: str) -> None:
     source = autoencoder() if kind == "pretraining" else classifier()
-    other = {"state_dict": rename(release(source, "convmae"), kind), "meta": {"epoch": 50}}
+    other = {"state_dict": rename(to_format(source, "convmae"), kind), "meta": {"epoch": 50}}
     model = create_autoencoder("base", **IMAGE) if kind == "pretraining" else classifier()
     report = load_weights(model, other)
     assert report.layout == f"{title} {kind}"
@@ -306,7 +306,7 @@ def test_what_is_written_for_hugging_face_loads_there(kind: str, tmp_path: Path)
     source = hugging_face(kind)
     decoder = {"decoder": (16, 2, 2)} if kind == "pretraining" else {}
     ours, _ = model_from(source.state_dict(), heads=2, num_frames=4, image_size=32, **decoder)
-    save(release(ours, "huggingface"), tmp_path / "model.safetensors")
+    save(to_format(ours, "huggingface"), tmp_path / "model.safetensors")
     source.config.save_pretrained(tmp_path)
     again, said = type(source).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(said.values()), said
@@ -401,7 +401,7 @@ def test_mae_loses_its_cls_token_and_says_so() -> None:
 
 def test_files(tmp_path: Path) -> None:
     source = classifier()
-    released = release(source, "convmae")
+    released = to_format(source, "convmae")
     arguments = argparse.Namespace(lr=1e-3, model="convvit_base_patch16")
     torch.save({"model": released, "args": arguments, "epoch": 99, "scaler": {}}, tmp_path / "released.pth")
     torch.save({"model": source.state_dict(), "step": 7}, tmp_path / "ours.pt")
@@ -428,7 +428,7 @@ class Stranger:
 def test_no_strange_code_is_executed(tmp_path: Path) -> None:
     path, trace = tmp_path / "weights.pth", tmp_path / "executed"
     arguments = argparse.Namespace(path=Stranger(trace))
-    torch.save({"model": release(classifier(), "convmae"), "args": arguments}, path)
+    torch.save({"model": to_format(classifier(), "convmae"), "args": arguments}, path)
     with pytest.raises(ValueError, match="cannot be read as weights"):
         read(path)
     assert not trace.exists()
@@ -444,10 +444,10 @@ def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
 
 
 def test_what_matters_is_an_error_and_leaves_the_model_alone() -> None:
-    released = release(autoencoder(), "convmae")
-    finetuned = release(classifier(), "convmae")
+    released = to_format(autoencoder(), "convmae")
+    finetuned = to_format(classifier(), "convmae")
     token = {name.replace("fc_norm", "norm"): tensor for name, tensor in finetuned.items()}
-    plain = release(classifier(**PLAIN, strides=(16,), learnable_positions=False), "videomae")
+    plain = to_format(classifier(**PLAIN, strides=(16,), learnable_positions=False), "videomae")
     other_decoder = create_autoencoder("base", **{**IMAGE, "decoder": (32, 2, 2)})
     ratios = {n: t.repeat_interleave(2, 0) if n.startswith("blocks1.0.mlp.fc1") else t for n, t in released.items()}
     for model, state, message in [
@@ -474,13 +474,13 @@ def test_what_matters_is_an_error_and_leaves_the_model_alone() -> None:
             load_weights(model, state)
         assert_same(model.state_dict(), before)
     with pytest.raises(ValueError, match="MLP ratios"):
-        sizes_of(ratios)
+        model_arguments(ratios)
     with pytest.raises(ValueError, match="exclude has encoder"):
         load_weights(autoencoder(), released, exclude=["encoder"])
 
 
 def test_parts_can_be_left_out() -> None:
-    released = release(autoencoder(), "convmae")
+    released = to_format(autoencoder(), "convmae")
     model = create_autoencoder("base", **{**IMAGE, "decoder": (32, 2, 2)}, msd=False)
     report = load_weights(model, released, exclude=["decoder", "fusion"])
     assert {name.split(".")[0] for name in report.missing} == {"decoder"}
@@ -490,7 +490,7 @@ def test_parts_can_be_left_out() -> None:
 def test_pretraining_into_a_classifier() -> None:
     """As the released main_finetune: positions are taken, norm over tokens, fusion and decoder have no place."""
     source = autoencoder()
-    released = release(source, "convmae")
+    released = to_format(source, "convmae")
     model = create_classifier("base", num_classes=3, **without(IMAGE, "decoder"))
     report = load_weights(model, released)
     assert set(report.missing) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
@@ -533,15 +533,15 @@ def test_a_models_own_state_dict_comes_back(build: Callable, settings: dict, inf
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_a_file_of_ours_says_whether_it_is_of_images(tmp_path: Path, suffix: str) -> None:
     source, path = classifier(**ONE_EACH), tmp_path / f"video.{suffix}"
-    weights = weights_of(source)
+    weights = read_weights(source)
     save(weights.state_dict(), path, geometry=weights.about())
-    assert not weights_of(path).is_image
+    assert not read_weights(path).is_image
     with pytest.raises(ValueError, match="4 frames"):
         inflate(path)
     model = classifier(**{**ONE_EACH, "num_frames": 2})
     report = load_weights(model, path, inflation=Inflation())
     assert "positions resized from the grid (4, 4, 4) to (2, 4, 4)" in report.notes
-    sizes = sizes_of(path)
+    sizes = model_arguments(path)
     assert (sizes["num_frames"], sizes["tubelet"], sizes["image_size"]) == (4, 1, 64)
 
 
@@ -549,14 +549,14 @@ def test_a_file_of_ours_says_whether_it_is_of_images(tmp_path: Path, suffix: str
 def test_a_converted_file_says_its_grid(tmp_path: Path, suffix: str) -> None:
     """128 positions are 8 frames of 4 x 4, and to a model of 2 token frames they might be 2 of 8 x 8."""
     source, path = str(tmp_path / "image.pth"), str(tmp_path / f"video.{suffix}")
-    torch.save({"model": release(classifier(), "convmae")}, source)
+    torch.save({"model": to_format(classifier(), "convmae")}, source)
     convert_weights.main(["inflate", source, path, "--num-frames", "16"])
     report = load_weights(classifier(**VIDEO), path)
     assert "positions resized from the grid (8, 4, 4) to (2, 4, 4)" in report.notes
     bare = inflate(source, num_frames=16).state_dict()
     with pytest.raises(ValueError, match=r"may be over the grid \(2, 8, 8\) or \(8, 4, 4\)"):
         load_weights(classifier(**VIDEO), bare)
-    report = load_weights(classifier(**VIDEO), replace(weights_of(bare), grid=(8, 4, 4)))
+    report = load_weights(classifier(**VIDEO), replace(read_weights(bare), grid=(8, 4, 4)))
     assert "positions resized from the grid (8, 4, 4) to (2, 4, 4)" in report.notes
     report = load_weights(classifier(**VIDEO), bare, exclude=["positions"])
     assert report.missing == ("encoder.positions",)
@@ -567,7 +567,7 @@ def test_positions_of_an_image_or_of_a_clip_are_told_apart_or_are_an_error() -> 
     video = classifier(num_frames=4, tubelet=1, temporal_kernel=1, image_size=64)
     with pytest.raises(ValueError, match=r"\(1, 4, 4\) or \(4, 2, 2\)"):
         load_weights(video, image.state_dict(), inflation=Inflation())
-    report = load_weights(video, weights_of(image), inflation=Inflation())
+    report = load_weights(video, read_weights(image), inflation=Inflation())
     assert "inflated" in report.layout
     assert not report.reshaped
 
@@ -580,17 +580,17 @@ def run_of(model: nn.Module, **config: object) -> dict:
 def test_a_runs_configuration_says_what_its_tensors_do_not() -> None:
     settings = {"size": "base", "num_frames": 4, "image_size": 32, "heads": 2}
     plain = {"widths": [24], "depths": [2], "strides": [16]}
-    weights = weights_of(run_of(autoencoder(**PLAIN, strides=(16,)), **settings, **plain, position_table="flat"))
+    weights = read_weights(run_of(autoencoder(**PLAIN, strides=(16,)), **settings, **plain, position_table="flat"))
     assert (weights.grid, weights.position_table) == ((2, 2, 2), "flat")
     with pytest.raises(ValueError, match="position_table='flat'"):
         load_weights(classifier(**{**PLAIN, "position_table": "sincos"}, strides=(16,)), weights)
 
     other = {**settings, **{name: TINY[name] for name in ("widths", "depths")}, "image_size": [32, 64], "tubelet": 4}
     source = autoencoder(**{**VIDEO, "tubelet": 4, "image_size": (32, 64)})
-    weights = weights_of(run_of(source, **other))
+    weights = read_weights(run_of(source, **other))
     assert weights.grid == (1, 2, 4)
     assert (weights.geometry.strides, weights.geometry.tubelet) == ((4, 2, 2), 4)
-    assert sizes_of(weights)["image_size"] == (32, 64)
+    assert model_arguments(weights)["image_size"] == (32, 64)
     again, _ = model_from(weights, heads=2, decoder=TINY["decoder"])
     assert again.encoder.config == source.encoder.config
     assert_same(again.state_dict(), source.state_dict())
@@ -607,7 +607,7 @@ def test_the_tables_of_a_released_layout_are_the_runs_own(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_fixed_tables_are_known_in_half_precision(dtype: torch.dtype) -> None:
-    released = {name: tensor.to(dtype) for name, tensor in release(autoencoder(), "convmae").items()}
+    released = {name: tensor.to(dtype) for name, tensor in to_format(autoencoder(), "convmae").items()}
     assert not load_weights(autoencoder(), released).missing
     assert not load_weights(autoencoder(**VIDEO), released, inflation=Inflation()).missing
     assert "encoder.positions" not in inflate(released).state_dict()
@@ -617,21 +617,21 @@ def test_fixed_tables_are_known_in_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_learnt_positions_are_not_lost() -> None:
-    released = release(autoencoder(), "convmae")
+    released = to_format(autoencoder(), "convmae")
     learnt = {**released, "decoder_pos_embed": released["decoder_pos_embed"] + 0.01}
     with pytest.raises(ValueError, match="decoder_pos_embed was learnt"):
-        weights_of(learnt).state_dict()
+        read_weights(learnt).state_dict()
     with pytest.raises(ValueError, match=r"decoder_pos_embed is not the fixed .*exclude \[positions\]"):
         load_weights(autoencoder(), learnt)
     model = autoencoder()
-    for weights in (weights_of(learnt).without("positions"), weights_of(released)):
+    for weights in (read_weights(learnt).without("positions"), read_weights(released)):
         assert model.load_state_dict(weights.state_dict())
     assert not load_weights(model, learnt, exclude=["positions"]).missing
 
 
 def test_a_fixed_table_may_be_over_any_rectangle() -> None:
-    released = release(autoencoder(image_size=(32, 128)), "convmae")  # 2 x 8 tokens, as many as 4 x 4
-    assert weights_of(released).about()["grid"] == (1, 2, 8)
+    released = to_format(autoencoder(image_size=(32, 128)), "convmae")  # 2 x 8 tokens, as many as 4 x 4
+    assert read_weights(released).about()["grid"] == (1, 2, 8)
     model = classifier()
     assert "positions resized from the grid (1, 2, 8) to (1, 4, 4)" in load_weights(model, released).notes
     assert not load_weights(autoencoder(), released).missing
@@ -644,7 +644,7 @@ def test_a_fixed_table_may_be_over_any_rectangle() -> None:
 def test_pretraining_into_a_probe(kind: str) -> None:
     """Encoder, fusion and norm are taken; the decoder has no place; the head is new."""
     source = autoencoder()
-    for state in (source.state_dict(), release(source, "convmae")):
+    for state in (source.state_dict(), to_format(source, "convmae")):
         model = probe(kind=kind)
         head = {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
         report = load_weights(model, state)
@@ -658,7 +658,7 @@ def test_pretraining_into_a_probe(kind: str) -> None:
 def test_the_released_encoder_into_a_probe() -> None:
     """convmae_base.pth has the norm but no fusion."""
     source = autoencoder()
-    released = without(release(source, "convmae"), "mask_token", "decoder", "stage")
+    released = without(to_format(source, "convmae"), "mask_token", "decoder", "stage")
     model = probe(msd=False)
     report = load_weights(model, released)
     assert not report.unexpected
@@ -698,11 +698,11 @@ def test_a_probes_own_weights_come_back_with_what_it_saw(kind: str) -> None:
 def test_a_probe_takes_learnt_positions_and_image_weights() -> None:
     learnt = autoencoder(learnable_positions=True)
     model = probe(learnable_positions=True)
-    load_weights(model, release(learnt, "convmae"))
+    load_weights(model, to_format(learnt, "convmae"))
     assert torch.equal(model.encoder.positions, learnt.encoder.positions)
     assert not model.encoder.positions.requires_grad
     with pytest.raises(ValueError, match="learnable_positions=True"):
-        load_weights(probe(), release(learnt, "convmae"))
+        load_weights(probe(), to_format(learnt, "convmae"))
 
     image, video = autoencoder(), probe(**VIDEO)
     with pytest.raises(ValueError, match="Inflation"):
@@ -713,8 +713,8 @@ def test_a_probe_takes_learnt_positions_and_image_weights() -> None:
 
 def test_a_probe_reads_nothing_untrained() -> None:
     source = autoencoder()
-    released = release(source, "convmae")
-    finetuned = [release(classifier(learnable_positions=False), "convmae"), classifier().state_dict()]
+    released = to_format(source, "convmae")
+    finetuned = [to_format(classifier(learnable_positions=False), "convmae"), classifier().state_dict()]
     for model, state, exclude, message in [
         *((probe(learnable_positions=True), state, [], "no norm over tokens comes from") for state in finetuned),
         (probe(), without(released, "norm."), [], "untrained and frozen. Probe pretraining weights"),
@@ -735,7 +735,7 @@ def test_another_number_of_classes_and_another_grid() -> None:
     source = classifier(num_classes=5)
     model = classifier(num_classes=7, image_size=(48, 96))
     before = model.head.weight.clone()
-    report = load_weights(model, release(source, "convmae"))
+    report = load_weights(model, to_format(source, "convmae"))
     assert set(report.reshaped) == {"encoder.positions", "head.weight", "head.bias"}
     assert "5 classes in the file, 7 in the model" in str(report)
     assert "(1, 4, 4) to (1, 3, 6)" in str(report)
@@ -764,7 +764,7 @@ def test_resizing_a_table() -> None:
 def test_sizes_are_found_in_the_shapes(size: str) -> None:
     with torch.device("meta"):
         model = create_autoencoder(size, num_frames=1)
-    sizes = sizes_of(release(model, "convmae"))
+    sizes = model_arguments(to_format(model, "convmae"))
     assert sizes["size"] == size
     with torch.device("meta"):
         again = create_autoencoder(**sizes)
@@ -780,7 +780,7 @@ def test_sizes_of_our_own_weights() -> None:
         classifier(),
         autoencoder(**{**VIDEO, "strides": (7, 1, 2), "image_size": 28}),
     ):
-        sizes = sizes_of(model.state_dict())
+        sizes = model_arguments(model.state_dict())
         config = model.encoder.config
         for name in ("widths", "depths", "strides", "tubelet", "mlp_ratio", "channels"):
             assert sizes[name] == getattr(config, name)
@@ -870,7 +870,7 @@ def test_an_averaged_depthwise_kernel_cannot() -> None:
 
 def test_positions_and_decoder_of_inflated_weights() -> None:
     image = autoencoder()
-    weights = inflate(release(image, "convmae"), num_frames=4)
+    weights = inflate(to_format(image, "convmae"), num_frames=4)
     assert (weights.tensors["encoder.positions"][0] - positions.sincos((2, 4, 4), 24)).abs().max() < 1e-6
     finetuned = classifier()
     video = classifier(num_frames=8, image_size=32)
@@ -930,7 +930,7 @@ def test_the_tool_converts_there_and_back(tmp_path: Path, capsys: pytest.Capture
 
 def test_the_tool_inflates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = autoencoder()
-    save(release(image, "convmae"), tmp_path / "image.pth")
+    save(to_format(image, "convmae"), tmp_path / "image.pth")
     convert_weights.main(["inflate", str(tmp_path / "image.pth"), str(tmp_path / "video.pth"), "--num-frames", "4"])
     assert "depthwise kernels over 3 frames (center)" in capsys.readouterr().out
     video = create_autoencoder("base", **VIDEO)

@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from video_convmae.models.probe import create_probe
 
 from video_convmae import create_autoencoder, create_classifier, masking
 from video_convmae.build import build_optimization
@@ -25,6 +24,7 @@ from video_convmae.engine.ema import EMA
 from video_convmae.engine.options import OptimConfig, TrainConfig
 from video_convmae.engine.parallel import full_tensor, no_sync, parallelize, unwrap
 from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, Task
+from video_convmae.models.probe import create_probe
 
 RECORDS, STEPS, CLASSES = 8, 2, 5
 SHAPE = {"num_frames": 4, "image_size": 32}

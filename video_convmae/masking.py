@@ -135,6 +135,17 @@ def running_cell(visible: Tensor, ratio: float) -> Tensor:
 MASKS: dict[str, Mask] = {"tube": tube, "random": random, "frame": frame, "block": block}
 
 
+def draw(
+    kind: str, grid: Grid, ratio: float, decoder_ratio: float | None = None, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Draw the mask of one sample: `visible`, and the hidden tokens to predict, both `(t, h, w)` bool.
+
+    `predicted` is None without `decoder_ratio`: all hidden tokens are.
+    """
+    visible = MASKS[kind](grid, ratio, generator)
+    return visible, None if decoder_ratio is None else running_cell(visible, decoder_ratio)
+
+
 def _checked(grid: Grid) -> Grid:
     if len(grid) != 3 or any(size < 1 for size in grid):
         raise ValueError(f"the token grid is {tuple(grid)}; expected three positive sizes (t, h, w)")

@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from video_convmae.engine import checkpoint
-from video_convmae.weights.files import save
+from video_convmae.weights.files import save_file
 from video_convmae.weights.load import EXCLUDABLE, inflate
-from video_convmae.weights.released import WRITTEN, Weights, release, sizes_of, weights_of
+from video_convmae.weights.released import WRITTEN, Weights, model_arguments, read_weights, to_format
 
 
 def report(weights: Weights) -> str:
     """What was recognised, the sizes, and what was noted on the way."""
-    sizes = ", ".join(f"{name} {value}" for name, value in sizes_of(weights).items())
+    sizes = ", ".join(f"{name} {value}" for name, value in model_arguments(weights).items())
     parts = [part for part in ("fusion", "decoder", "head") if weights.has(part)]
     lines = [f"{weights.layout}: {len(weights.tensors)} tensors; {', '.join(['encoder', *parts])}", sizes]
     lines += [f"dropped {name}: {reason}" for name, reason in weights.dropped.items()]
@@ -33,9 +33,9 @@ def report(weights: Weights) -> str:
 
 def convert(given: argparse.Namespace) -> None:
     """Any layout to ours, or to a released one."""
-    weights = weights_of(source(given)).without(*given.exclude)
-    tensors = weights.state_dict() if given.to == "ours" else release(weights, given.to, given.image_size)
-    save(tensors, given.output, geometry=weights.about() if given.to == "ours" else None)
+    weights = read_weights(source(given)).without(*given.exclude)
+    tensors = weights.state_dict() if given.to == "ours" else to_format(weights, given.to, given.image_size)
+    save_file(tensors, given.output, geometry=weights.about() if given.to == "ours" else None)
     print(report(weights))
     print(f"{given.output}: {len(tensors)} tensors, layout {given.to}")
 
@@ -48,7 +48,7 @@ def source(given: argparse.Namespace) -> Path:
 def inflate_file(given: argparse.Namespace) -> None:
     """Image weights of any layout to video weights of ours."""
     weights = inflate(
-        weights_of(source(given)).without(*given.exclude),
+        read_weights(source(given)).without(*given.exclude),
         tubelet=given.tubelet,
         temporal_kernel=given.temporal_kernel,
         num_frames=given.num_frames,
@@ -56,7 +56,7 @@ def inflate_file(given: argparse.Namespace) -> None:
         depthwise=given.depthwise,
     )
     tensors = weights.state_dict()
-    save(tensors, given.output, geometry=weights.about())
+    save_file(tensors, given.output, geometry=weights.about())
     print(report(weights))
     print(f"{given.output}: {len(tensors)} tensors, layout ours")
 

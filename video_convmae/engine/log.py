@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from video_convmae.errors import UserError
 from video_convmae.atomic import whole_lines, write_text
 from video_convmae.data.datasets import BadRecord
+from video_convmae.errors import UserError
 
 from .checkpoint import BEST, checkpoint_name
 from .metrics import Values

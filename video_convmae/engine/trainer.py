@@ -20,12 +20,12 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from video_convmae.errors import UserError
 from video_convmae.atomic import write_text
 from video_convmae.data.datasets import STEP, sample_generator
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.loader import Batch
 from video_convmae.data.workers import LoaderError
+from video_convmae.errors import UserError
 from video_convmae.weights.files import save_file
 
 from .checkpoint import PUBLISHED, Checkpoint, CheckpointError, Saver

@@ -7,112 +7,16 @@ convolutional stages compute (n packed, N dense), D width of a token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import positions
 from .blocks import AttentionBlock, ConvBlock, DepthwiseConv, PatchEmbedding, block_multiply_adds
-from .packing import Implementation, Packing, patch_cells, take_patches, take_tokens
-from .sizes import size_named
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """An encoder in numbers. One width and depth a stage; the last stage is attention, those before it convolutional.
-
-    A plain ViT is one stage with one stride. An image encoder has one frame, tubelet 1 and temporal kernel 1.
-    """
-
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    heads: int
-    strides: tuple[int, ...] = (4, 2, 2)
-    num_frames: int = 16
-    image_size: tuple[int, int] = (224, 224)
-    tubelet: int = 2
-    temporal_kernel: int = 3
-    spatial_kernel: int = 5
-    mlp_ratio: float = 4
-    channels: int = 3
-    drop_path: float = 0.0
-    position_table: Literal["sincos", "flat"] = "sincos"
-    learnable_positions: bool = False
-    implementation: Implementation = "packed"
-
-    def __post_init__(self) -> None:
-        if not len(self.widths) == len(self.depths) == len(self.strides) >= 1:
-            raise ValueError(
-                f"widths {self.widths}, depths {self.depths} and strides {self.strides} differ in length; "
-                "expected one of each for every stage"
-            )
-        if self.num_frames % self.tubelet:
-            raise ValueError(f"num_frames is {self.num_frames}; expected a multiple of the tubelet, {self.tubelet}")
-        if any(size % self.patch for size in self.image_size):
-            raise ValueError(
-                f"image_size is {self.image_size}; expected multiples of the spatial stride {self.patch} "
-                f"(strides {self.strides})"
-            )
-        if self.implementation not in ("packed", "dense"):
-            raise ValueError(f"implementation is {self.implementation!r}; expected 'packed' or 'dense'")
-        if self.position_table not in positions.TABLES:
-            raise ValueError(f"position_table is {self.position_table!r}; expected {' or '.join(positions.TABLES)}")
-
-    @property
-    def patch(self) -> int:
-        """Pixels along a token's side."""
-        return prod(self.strides)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """The token grid (t, h, w)."""
-        height, width = self.image_size
-        return self.num_frames // self.tubelet, height // self.patch, width // self.patch
-
-    @property
-    def kernel(self) -> tuple[int, int, int]:
-        """Of the depthwise convolutions, (kt, kh, kw)."""
-        return self.temporal_kernel, self.spatial_kernel, self.spatial_kernel
-
-    @property
-    def clip_shape(self) -> tuple[int, int, int, int]:
-        """(C, T, H, W) of one clip."""
-        return (self.channels, self.num_frames, *self.image_size)
-
-    def later_strides(self, stage: int) -> tuple[int, ...]:
-        """Strides of the stages after `stage` (counted from 0): how its cells are nested in a token."""
-        return self.strides[stage + 1 :]
-
-
-def encoder_config(size: str, num_frames: int, image_size: int | tuple[int, int], **overrides: Any) -> EncoderConfig:
-    """The numbers of a named size for clips or, at one frame, for images.
-
-    `overrides` are fields of `EncoderConfig`.
-
-    Raises:
-        ValueError: an unknown size or numbers that do not fit together.
-        TypeError: an override that is no field.
-    """
-    named = size_named(size)
-    fields = {
-        "widths": named.widths,
-        "depths": named.depths,
-        "heads": named.heads,
-        "strides": named.strides,
-        "tubelet": 1 if num_frames == 1 else 2,
-        "temporal_kernel": 1 if num_frames == 1 else 3,
-        **overrides,
-    }
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if unknown := sorted(set(fields) - set(EncoderConfig.__dataclass_fields__)):
-        raise TypeError(
-            f"unknown overrides: {', '.join(unknown)}; known: {', '.join(EncoderConfig.__dataclass_fields__)}"
-        )
-    return EncoderConfig(num_frames=num_frames, image_size=(height, width), **fields)
+from .packing import Packing, patch_cells, take_patches, take_tokens
+from .sizes import EncoderConfig
 
 
 class Features(NamedTuple):
@@ -197,11 +101,11 @@ class Encoder(nn.Module):
         """Clips `(B, C, T, H, W)` -> the pyramid and the visible tokens."""
         config, last = self.config, len(self.conv_stages)
         patches = take_patches(clips, config.tubelet, config.patch, packing.computed)
-        x = patch_cells(patches, config.later_strides(0))
+        x = patch_cells(patches, config.cell_factors[0])
         pyramid = []
         for stage, blocks in enumerate(self.conv_stages):
             x = self.embeddings[stage](x)
-            cells = packing.cells(config.later_strides(stage), config.kernel)
+            cells = packing.cells(config.cell_factors[stage], config.kernel)
             for block in blocks:
                 x = block(x, cells)
             pyramid.append(x)
@@ -249,7 +153,7 @@ class Encoder(nn.Module):
         """Multiply-adds of one clip with `visible` visible tokens, by part, as the implementation computes them."""
         config, last = self.config, len(self.conv_stages)
         computed = visible if config.implementation == "packed" else prod(config.grid)
-        cells = [computed * prod(config.later_strides(stage)) ** 2 for stage in range(last + 1)]
+        cells = [computed * prod(config.cell_factors[stage]) ** 2 for stage in range(last + 1)]
         parts = {"embeddings": sum(e.linear.weight.numel() * count for e, count in zip(self.embeddings, cells))}
         if last:
             parts["embeddings"] += computed * self.projection.weight.numel()
@@ -260,7 +164,7 @@ class Encoder(nn.Module):
 
     def _grid(self, features: Features, packing: Packing, stage: int) -> Tensor:
         """What a stage left as `(B, t, H, W, C)`, hidden positions zero."""
-        cells = packing.cells(self.config.later_strides(stage))
+        cells = packing.cells(self.config.cell_factors[stage])
         if stage == len(features.pyramid):
             return cells.visible_to_grid(features.tokens[:, :, None])
         return cells.to_grid(features.pyramid[stage])

@@ -19,16 +19,15 @@ from __future__ import annotations
 
 from functools import cached_property
 from math import prod
-from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from video_convmae.kernels import Neighbours, find_neighbours
+from video_convmae.masking import Grid
 
-Implementation = Literal["packed", "dense"]
-Grid = tuple[int, int, int]
+from .sizes import Implementation
 
 
 class Packing:

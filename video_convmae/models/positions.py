@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Grid = tuple[int, int, int]
+from video_convmae.masking import Grid
 
 
 def sincos(grid: Grid, width: int) -> Tensor:

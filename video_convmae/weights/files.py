@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 Tensors: TypeAlias = "dict[str, Tensor]"
@@ -19,7 +19,7 @@ Tensors: TypeAlias = "dict[str, Tensor]"
 ABOUT = ("config", "geometry")  # beside the tensors, as JSON in the metadata of .safetensors: see `save`
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read_file(path: str | Path) -> dict[str, Any]:
     """What a file holds: `.safetensors` as that, anything else as `torch.save` wrote it. No pickled code is executed.
 
     Of all classes only `argparse.Namespace` is allowed, which the released checkpoints keep their arguments in. A
@@ -35,7 +35,7 @@ def read(path: str | Path) -> dict[str, Any]:
         if path.is_dir():
             return {"model": read_shards(path, "model"), "config": run_config(path)}
         if path.suffix == ".safetensors":
-            tensors, about = load_file(path), _about(path)
+            tensors, about = safetensors_torch.load_file(path), _about(path)
             return {"model": tensors, **about} if about else tensors
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -97,7 +97,7 @@ def _assembled(pieces: list[tuple[list[int], Tensor]]) -> Tensor:
     return tensor
 
 
-def save(
+def save_file(
     tensors: Tensors,
     path: str | Path,
     config: Mapping[str, Any] | None = None,
@@ -118,6 +118,6 @@ def save(
     about = {name: value for name, value in zip(ABOUT, (config, geometry)) if value is not None}
     if path.suffix == ".safetensors":
         metadata = {"format": "pt", **{name: json.dumps(value) for name, value in about.items()}}
-        save_file(tensors, path, metadata=metadata)
+        safetensors_torch.save_file(tensors, path, metadata=metadata)
     else:
         torch.save({"model": tensors, **about}, path)

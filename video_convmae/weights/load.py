@@ -22,13 +22,24 @@ from torch import Tensor, nn
 
 from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder, FusedEncoder, create_autoencoder
-from video_convmae.models.classifier import Classifier, Probe, create_classifier
-from video_convmae.models.encoder import Encoder, EncoderConfig
+from video_convmae.models.classifier import Classifier, create_classifier
+from video_convmae.models.encoder import Encoder
+from video_convmae.models.probe import Probe
+from video_convmae.models.sizes import EncoderConfig
 
 from .layouts import NO_CLS, Geometry, Tensors, matches
-from .released import PARTS, POSITIONS, Weights, embeddings, fixed_grids, sizes_of, summarize_names, weights_of, what
-
-EXCLUDABLE = ("positions", *PARTS[1:])
+from .options import EXCLUDABLE, Inflation
+from .released import (
+    PARTS,
+    POSITIONS,
+    Weights,
+    embeddings,
+    fixed_grids,
+    model_arguments,
+    read_weights,
+    summarize_names,
+    what,
+)
 
 
 @dataclass(frozen=True)
@@ -59,25 +70,6 @@ class LoadReport:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
-@dataclass(frozen=True)
-class Inflation:
-    """How image weights become video weights.
-
-    embedding: of the first embedding over the frames of a token: `average` repeats and divides, `center` puts the image
-        kernel on the middle frame.
-    depthwise: of the depthwise kernels over time, likewise. Only `center` keeps the image model's tokens on a still
-        clip: an average reads zero padding beyond the first and last frames and dims them.
-    """
-
-    embedding: Literal["average", "center"] = "average"
-    depthwise: Literal["average", "center"] = "center"
-
-    def __post_init__(self) -> None:
-        for name in ("embedding", "depthwise"):
-            if getattr(self, name) not in ("average", "center"):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected 'average' or 'center'")
-
-
 # Loading
 
 
@@ -98,16 +90,16 @@ def load_weights(
 
     Args:
         model: an Autoencoder, a Classifier, a Probe or an Encoder of ours, not wrapped.
-        path_or_state_dict: as in `weights_of`.
+        path_or_state_dict: as in `read_weights`.
         inflation: lets image weights into a video model, in this way; then a decoder that does not fit stays new.
         exclude: what is not taken: positions, norm, fusion, decoder, head.
 
     Raises:
-        ValueError: as `weights_of`; the encoder or another part does not fit; positions of another kind, or of a grid
+        ValueError: as `read_weights`; the encoder or another part does not fit; positions of another kind, or of a grid
             that cannot be told; image weights for a video model without `inflation`; a head that was not trained on the
             mean over tokens; no norm or fusion for a probe that reads it; a fusion that the model would not read.
     """
-    weights = weights_of(path_or_state_dict)
+    weights = read_weights(path_or_state_dict)
     if unknown := sorted(set(exclude) - set(EXCLUDABLE)):
         raise ValueError(f"exclude has {', '.join(unknown)}; expected some of {', '.join(EXCLUDABLE)}")
     if "positions" in exclude:
@@ -266,7 +258,7 @@ def _plan_part(plan: _Plan, part: str, decoder_may_be_new: bool) -> None:
         hint = "" if part == "encoder" else f", or leave out the {part}"
         raise ValueError(
             f"{plan.weights.layout} weights do not fit the model's {part}: {'; '.join(faults[:3])}{more}. "
-            f"Build the model with what sizes_of(weights) says{hint}"
+            f"Build the model with what model_arguments(weights) says{hint}"
         )
 
 
@@ -356,7 +348,7 @@ def _grid_of(weights: Weights, config: EncoderConfig) -> positions.Grid:
     fault = f"may be over the grid {' or '.join(map(str, grids))}" if grids else "are over no grid that is known here"
     raise ValueError(
         f"{weights.names.get(POSITIONS[0], POSITIONS[0])} has {tokens} tokens, which {fault}; the model's grid is "
-        f"{config.grid}. Say it with dataclasses.replace(weights_of(path), grid=...), or leave out positions (on the "
+        f"{config.grid}. Say it with dataclasses.replace(read_weights(path), grid=...), or leave out positions (on the "
         "command line --init.exclude [positions])"
     )
 
@@ -383,16 +375,16 @@ def model_from(
 ) -> tuple[Autoencoder | Classifier, LoadReport]:
     """The model that a checkpoint describes, with its weights: a classifier where there is a head, else an autoencoder.
 
-    `overrides` go before what `sizes_of` says: `heads`, `image_size`, `num_frames`, ...
+    `overrides` go before what `model_arguments` says: `heads`, `image_size`, `num_frames`, ...
 
     Raises:
-        ValueError: as `weights_of`, `sizes_of` and `load_weights`.
+        ValueError: as `read_weights`, `model_arguments` and `load_weights`.
     """
-    weights = weights_of(source)
+    weights = read_weights(source)
     if "head.linear.weight" in weights.tensors:
         raise ValueError("these are a probe's weights: build it with create_probe and fill it with load_weights")
     create: Callable[..., Autoencoder | Classifier] = create_classifier if weights.has("head") else create_autoencoder
-    model = create(**{**sizes_of(weights), **overrides})
+    model = create(**{**model_arguments(weights), **overrides})
     return model, load_weights(model, weights)
 
 
@@ -416,7 +408,7 @@ def inflate(
     are the image model's but for what the table over time adds.
 
     Args:
-        source: as in `weights_of`.
+        source: as in `read_weights`.
         tubelet: frames in a token.
         temporal_kernel: frames of the depthwise kernels, odd.
         num_frames: of a clip; the positions are made for it.
@@ -426,7 +418,7 @@ def inflate(
         ValueError: the weights are no image model's, or numbers that do not fit.
     """
     inflation = Inflation(embedding, depthwise)
-    weights = weights_of(source)
+    weights = read_weights(source)
     if not weights.is_image:
         raise ValueError(f"only image weights can be inflated; {what(weights)}")
     if tubelet < 1 or num_frames % tubelet or temporal_kernel % 2 == 0:

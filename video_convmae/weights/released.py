@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
-from video_convmae.models.encoder import EncoderConfig, encoder_config
-from video_convmae.models.sizes import SIZES, Size
+from video_convmae.models.sizes import SIZES, EncoderConfig, Size
 
-from .files import read
+from .files import read_file
 from .layouts import (
     CONVMAE,
     HUGGING_FACE,
@@ -153,7 +152,7 @@ class Weights:
 # Reading
 
 
-def weights_of(source: str | Path | Mapping[str, Any] | Weights | nn.Module) -> Weights:
+def read_weights(source: str | Path | Mapping[str, Any] | Weights | nn.Module) -> Weights:
     """Weights of any known layout under our names; which one it is, is found out from names and shapes.
 
     Args:
@@ -167,7 +166,7 @@ def weights_of(source: str | Path | Mapping[str, Any] | Weights | nn.Module) -> 
         return source
     if isinstance(source, nn.Module):
         return _weights_of_model(source)
-    given = read(source) if isinstance(source, (str, Path)) else source
+    given = read_file(source) if isinstance(source, (str, Path)) else source
     state = _without_wrappers(_tensors_in(given))
     if _OURS in state:
         return _from_ours(state, given)
@@ -252,7 +251,7 @@ def _said_by_run(source: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(model, Mapping) or not {"size", "num_frames", "image_size"} <= model.keys():
         return None
     given = {name: model[name] for name in EncoderConfig.__dataclass_fields__ if model.get(name) is not None}
-    return _said_by_encoder(encoder_config(model["size"], **given))
+    return _said_by_encoder(EncoderConfig(**given))
 
 
 def _said_by_about(source: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -377,7 +376,7 @@ def embeddings(tensors: Tensors) -> Iterable[Tensor]:
 # Writing
 
 
-def release(
+def to_format(
     source: str | Path | Mapping[str, Any] | Weights | nn.Module,
     layout: Literal["convmae", "videomae", "huggingface"],
     image_size: int | tuple[int, int] | None = None,
@@ -385,7 +384,7 @@ def release(
     """Weights in a released layout: pretraining if they have a decoder, else finetuning.
 
     Args:
-        source: as in `weights_of`.
+        source: as in `read_weights`.
         layout: `convmae` for image hybrids, `videomae` and `huggingface` for plain ViTs.
         image_size: the pixels that the fixed position tables of `convmae` are made for; None: the model's or run's own
             where the source says them, else 224.
@@ -395,7 +394,7 @@ def release(
     """
     if layout not in WRITTEN:
         raise ValueError(f"layout is {layout!r}; expected one of {', '.join(WRITTEN)} (MAE has a CLS token, ours none)")
-    weights = weights_of(source)
+    weights = read_weights(source)
     tensors = dict(weights.tensors)
     stages = len(weights.geometry.strides)
     if layout == "convmae":
@@ -440,7 +439,7 @@ def what(weights: Weights) -> str:
 # Sizes
 
 
-def sizes_of(
+def model_arguments(
     source: str | Path | Mapping[str, Any] | Weights, kind: Literal["autoencoder", "classifier"] | None = None
 ) -> dict[str, Any]:
     """What `create_autoencoder` or `create_classifier` must be called with to hold these weights.
@@ -450,13 +449,13 @@ def sizes_of(
     (16 frames, one for an image model, of 224x224 pixels). With a table alone the grid is taken to be square.
 
     Args:
-        source: as in `weights_of`.
+        source: as in `read_weights`.
         kind: which of the two; by default a classifier where there is a head.
 
     Raises:
         ValueError: the weights cannot be held: stages with different MLP ratios, or a probe's head.
     """
-    weights = weights_of(source)
+    weights = read_weights(source)
     if weights.is_probe and kind is None:
         raise ValueError("a probe of ours: video_convmae.load() reads the checkpoint of its run")
     kind = kind or ("classifier" if weights.has("head") else "autoencoder")

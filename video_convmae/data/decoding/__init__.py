@@ -33,10 +33,10 @@ from typing import Any, get_args
 
 import numpy as np
 
-from video_convmae.errors import UserError
 from video_convmae.data import shards
 from video_convmae.data.options import IMAGE_SUFFIXES, ReaderName
 from video_convmae.data.records import Record
+from video_convmae.errors import UserError
 
 _IN_ORDER_OF_CHOICE = ("torchcodec", "pyav", "decord")
 _MODULES = {"torchcodec": "torchcodec.decoders", "pyav": "av", "decord": "decord"}
