@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from video_convmae import create_autoencoder, create_classifier, load_weights, masking
 from video_convmae.models.autoencoder import Autoencoder
-from video_convmae.models.classifier import Probe, create_probe
+from video_convmae.models.probe import Probe, create_probe
 
 VIDEO = {"num_frames": 4, "image_size": 32, "depths": (1, 1, 2)}
 GEOMETRIES = {
@@ -200,8 +200,8 @@ def test_heads_start_with_the_deviation_that_was_asked_for() -> None:
     ("wrong", "message"),
     [
         ({"num_classes": 0}, "num_classes is 0; expected 1"),
-        ({"kind": "quadratic"}, "kind is 'quadratic'; expected one of linear, attentive, knn"),
-        ({"head_init": 0.0}, "head_init_std is 0.0; expected a deviation above 0"),
+        ({"kind": "quadratic"}, "probe is 'quadratic'; expected one of linear, attentive, knn"),
+        ({"head_init_std": 0.0}, "head_init_std is 0.0; expected a deviation above 0"),
     ],
 )
 def test_impossible_heads_are_errors(wrong: dict, message: str) -> None:
@@ -223,5 +223,5 @@ def test_dropout_before_the_head_is_there_in_training_alone() -> None:
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model.eval()(clips), plain.eval()(clips))
     assert torch.equal(plain.train()(clips), plain(clips))
-    with pytest.raises(ValueError, match=r"head_dropout is 1\.0; expected a share"):
+    with pytest.raises(ValueError, match=r"head_dropout is 1\.0; expected a fraction"):
         create_classifier("tiny", num_classes=3, head_dropout=1.0, **VIDEO)

@@ -17,12 +17,12 @@ from kernel_cases import CASES, MASKS, Case, differences, neighbours_of, tensors
 from torch import Tensor
 
 from video_convmae import create_autoencoder
-from video_convmae.engine.distributed import DistInfo, parallelize
+from video_convmae.engine.distributed import DistInfo
+from video_convmae.engine.parallel import parallelize
 from video_convmae.kernels import Neighbours, masked_depthwise, tiles
 from video_convmae.kernels.depthwise import passes_for
 from video_convmae.models.blocks import ConvBlock
 from video_convmae.models.packing import Packing, nest, unnest
-from video_convmae.runs import BLOCKS
 
 GEOMETRIES = {
     "16 cells": Case((3, 3, 4), (2, 2), (3, 5, 5)),
@@ -195,7 +195,7 @@ def test_a_model_that_is_really_compiled_has_the_same_gradients() -> None:
     for compiled in (False, True):
         torch.manual_seed(0)
         model = create_autoencoder("tiny", num_frames=4, image_size=32)
-        models.append(parallelize(model, DistInfo(0, 1, torch.device("cpu")), BLOCKS, compile_blocks=compiled))
+        models.append(parallelize(model, DistInfo(0, 1, torch.device("cpu")), compile=compiled))
     clips, visible = torch.randn(2, 3, 4, 32, 32), torch.tensor([True, False, False, True] * 4).view(2, 2, 2, 2)
     for model in models:
         model(clips, visible).loss.backward()

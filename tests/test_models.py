@@ -229,7 +229,7 @@ class PlainConvMAE(nn.Module):
         mean, variance = patches.mean(2, keepdim=True), patches.var(2, keepdim=True, unbiased=True)
         target = ((patches - mean) / (variance.sqrt() + 1e-6)).flatten(2)
         packing = model.encoder.packing(clips, visible)
-        prediction = model.decoder(tokens, packing)
+        prediction = model.decoder(tokens, packing, packing.hidden)
         return Output((prediction - target).square().mean(), tokens)
 
     @staticmethod
@@ -361,21 +361,22 @@ def test_multiply_adds_of_the_base_model() -> None:
 
 def test_multiply_adds_with_half_of_the_hidden_tokens_predicted() -> None:
     with torch.device("meta"):
-        model = create_autoencoder("base", decoder_ratio=0.5)
-    assert round(sum(model.multiply_adds(160).values()) / 1e9, 1) == 28.4
+        model = create_autoencoder("base")
+    assert round(sum(model.multiply_adds(160, predicted=704).values()) / 1e9, 1) == 28.4
 
 
 @pytest.mark.parametrize("decoder_ratio", [None, 0.3])
 def test_multiply_adds_equal_fvcores_count_of_the_dense_model(decoder_ratio: float | None) -> None:
-    model = shrunk("tiny", implementation="dense", num_frames=8, image_size=96, decoder_ratio=decoder_ratio).eval()
+    model = shrunk("tiny", implementation="dense", num_frames=8, image_size=96).eval()
     clips, visible = batch(model, clips=1)
-    ours = model.multiply_adds(int(visible.sum()))
+    predicted = None if decoder_ratio is None else choose(visible, decoder_ratio)
+    ours = model.multiply_adds(int(visible.sum()), None if predicted is None else int(predicted.sum()))
 
     def attention(inputs: list, outputs: list) -> int:
         batch_, heads, queries, width = inputs[0].type().sizes()
         return 2 * batch_ * heads * queries * inputs[1].type().sizes()[2] * width
 
-    analysis = FlopCountAnalysis(model, (clips, visible))
+    analysis = FlopCountAnalysis(model, (clips, visible, predicted))
     analysis.set_op_handle("aten::scaled_dot_product_attention", attention)
     analysis.set_op_handle("aten::layer_norm", lambda inputs, outputs: 0)  # fvcore's own counts norms; we do not
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -390,13 +391,19 @@ def test_multiply_adds_equal_fvcores_count_of_the_dense_model(decoder_ratio: flo
 # Decoder masking
 
 
+def choose(visible: Tensor, ratio: float) -> Tensor:
+    """The hidden tokens to predict, as the data set draws them: `(B, t, h, w)` bool."""
+    return torch.stack([masking.running_cell(of_clip, ratio) for of_clip in visible])
+
+
 @pytest.mark.parametrize("mask", ["tube", "random"])
 def test_a_part_of_the_hidden_tokens_is_predicted(mask: str) -> None:
     """Targets are the whole decoder's, at fewer tokens; predictions are not: attention sees fewer mask tokens."""
-    part, whole = (shrunk("tiny", decoder_ratio=ratio) for ratio in (0.5, None))
-    clips, visible = batch(part, mask)
-    ours, theirs = part(clips, visible), whole(clips, visible)
-    chosen = torch.stack([masking.running_cell(of_clip, 0.5) for of_clip in visible]).flatten(1)
+    model = shrunk("tiny")
+    clips, visible = batch(model, mask)
+    predicted = choose(visible, 0.5)
+    ours, theirs = model(clips, visible, predicted), model(clips, visible)
+    chosen = predicted.flatten(1)
     among_hidden = torch.stack([of_clip[~shown.flatten()] for of_clip, shown in zip(chosen, visible)])
     assert ours.prediction.shape == ours.target.shape == (2, int(0.5 * (~visible[0]).sum()), 2 * 16 * 16 * 3)
     assert torch.equal(ours.target.flatten(0, 1), theirs.target[among_hidden])
@@ -406,33 +413,35 @@ def test_a_part_of_the_hidden_tokens_is_predicted(mask: str) -> None:
 
 
 def test_without_attention_the_predictions_are_the_whole_decoders() -> None:
-    part, whole = (shrunk("tiny", decoder=(96, 0, 3), decoder_ratio=ratio) for ratio in (0.5, None))
-    clips, visible = batch(part, "random")
-    chosen = torch.stack([masking.running_cell(of_clip, 0.5)[~of_clip] for of_clip in visible])
-    ours, theirs = part(clips, visible).prediction, whole(clips, visible).prediction
+    model = shrunk("tiny", decoder=(96, 0, 3))
+    clips, visible = batch(model, "random")
+    predicted = choose(visible, 0.5)
+    chosen = torch.stack([of_clip[~shown] for of_clip, shown in zip(predicted, visible)])
+    ours, theirs = model(clips, visible, predicted).prediction, model(clips, visible).prediction
     assert torch.allclose(ours.flatten(0, 1), theirs[chosen], atol=1e-6)
 
 
 def test_predicting_all_is_the_whole_decoder() -> None:
-    clips, visible = batch(shrunk("tiny"))
-    all_, whole = (shrunk("tiny", decoder_ratio=ratio)(clips, visible) for ratio in (1.0, None))
+    model = shrunk("tiny")
+    clips, visible = batch(model)
+    all_, whole = (model(clips, visible, predicted) for predicted in (choose(visible, 1.0), None))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(all_, whole))
 
 
 def test_tokens_that_are_neither_seen_nor_predicted_change_nothing() -> None:
-    model = shrunk("tiny", decoder_ratio=0.5)
+    model = shrunk("tiny")
     clips, visible = batch(model, "random")
-    used = visible | torch.stack([masking.running_cell(of_clip, 0.5) for of_clip in visible])
-    broken = torch.where(hidden_pixels(model, used), math.nan, clips)
-    assert torch.equal(model(broken, visible).loss, model(clips, visible).loss)
+    predicted = choose(visible, 0.5)
+    broken = torch.where(hidden_pixels(model, visible | predicted), math.nan, clips)
+    assert torch.equal(model(broken, visible, predicted).loss, model(clips, visible, predicted).loss)
     broken = torch.where(hidden_pixels(model, visible), math.nan, clips)
-    assert torch.equal(model(broken, visible).prediction, model(clips, visible).prediction)
+    assert torch.equal(model(broken, visible, predicted).prediction, model(clips, visible, predicted).prediction)
 
 
 def test_every_parameter_learns_from_a_part_and_a_picture_shows_all() -> None:
-    model = shrunk("tiny", decoder_ratio=0.4)
+    model = shrunk("tiny")
     clips, visible = batch(model)
-    model(clips, visible).loss.backward()
+    model(clips, visible, choose(visible, 0.4)).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
     changed = (model.reconstruct(clips, visible) != clips).any(1, keepdim=True)
     assert torch.equal(changed.unflatten(2, (-1, 2)).any(3)[..., ::16, ::16].squeeze(1), ~visible)
@@ -541,8 +550,6 @@ def test_video_positions_at_one_frame_are_the_image_table() -> None:
         ({"widths": (8, 8)}, "differ in length"),
         ({"implementation": "sparse"}, "packed"),
         ({"target": "edges"}, "target"),
-        ({"decoder_ratio": 0}, "decoder_ratio"),
-        ({"decoder_ratio": 1.5}, "decoder_ratio"),
         ({"position_table": "learned"}, "position_table"),
         ({"temporal_kernel": 2}, "odd"),
         ({"heads": 7}, "heads"),
@@ -575,3 +582,5 @@ def test_impossible_batches_are_errors() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             model(wrong_clips, wrong_visible)
+    with pytest.raises(ValueError, match="expected hidden tokens only"):
+        model(clips, visible, torch.ones_like(visible))

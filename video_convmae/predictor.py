@@ -150,7 +150,7 @@ def load(
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: the file is of no known family (weights/formats/), or the number of names is not that of its classes.
+        ValueError: the file is of no known family (weights/formats/), or there are more or fewer names than classes.
         ImportError: the reader does not work here.
     """
     source = path_or_run if isinstance(path_or_run, Checkpoint) else find_weights(path_or_run)
@@ -166,7 +166,9 @@ def load(
         names = tuple(class_names("", labels=labels) or ())
         classes = getattr(config.data, "num_classes", None)
         if classes is not None and len(names) != classes:
-            raise ListError(f"{labels} names {len(names)} classes and the model has {classes}: line n must name class n")
+            raise ListError(
+                f"{labels} names {len(names)} classes and the model has {classes}: line n must name class n"
+            )
     chosen = _working_reader(config.data.reader) if reader is None else resolve_reader(reader)
     return Predictor(model, replace(config, data=replace(config.data, reader=chosen)), names)
 

@@ -43,7 +43,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         loaded, path, digest = load_model(config, info)
         data, protocol = merge_options(config, loaded)
         if not isinstance(data, LabelledDataConfig) or data.num_classes is None:
-            raise ValueError(f"{config.weights} was pretrained only: it has no classes (video-convmae finetune adds them)")
+            raise ValueError(
+                f"{config.weights} was pretrained only: it has no classes (video-convmae finetune adds them)"
+            )
         if config.list is not None:
             data = replace(data, validation=config.list)
         records = build.read_validation_records(data)
@@ -87,9 +89,7 @@ def load_model(config: InferenceConfig, info: DistInfo) -> tuple[Predictor, Path
     from video_convmae.engine.distributed import all_gather_object
 
     found: Checkpoint | Path | None = find_weights(config.weights) if info.is_main else None
-    is_checkpoint, path = all_gather_object(
-        (True, found.path) if isinstance(found, Checkpoint) else (False, found)
-    )[0]
+    is_checkpoint, path = all_gather_object((True, found.path) if isinstance(found, Checkpoint) else (False, found))[0]
     source = Checkpoint(path, verified=True) if is_checkpoint else path
     digest = source.digest() if is_checkpoint else file_digest(path)
     labels = config.labels if isinstance(config, EvaluateConfig) else None

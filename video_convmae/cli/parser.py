@@ -160,7 +160,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def fields_of(kind: type, prefix: str = "") -> dict[str, Field]:
-    """Return every field of a dataclass and of those in it, by its dotted name."""
+    """Return every field of a dataclass and of those in it, by its dotted name, with the default of its own class."""
     texts: dict[str, str] = {}
     for parent in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
         parameters = docstring_parser.parse_from_object(parent).params
@@ -217,6 +217,9 @@ class _FieldParser(jsonargparse.ArgumentParser):
         self.add_class_arguments(kind)
         self._is_complete = is_complete
         self._fields = fields_of(kind)
+        # jsonargparse takes a group's defaults from an instance, which may hold values resolved from other fields: the
+        # widths of the default size. A field that is not given keeps its own default, and is resolved with the others.
+        self.set_defaults({name: field.default for name, field in self._fields.items() if field.default is not MISSING})
         groups = {name[:place] for name in self._fields for place, letter in enumerate(name) if letter == "."}
         self._known = {*self._fields, *groups}
 

@@ -123,7 +123,8 @@ class ClipDataset(Dataset[Sample]):
                 label = -1 if record.label is None else record.label
                 return Sample(clips, visible, predicted, label, index, tuple(bad_records))
         raise DecodeError(
-            f"{len(bad_records)} records in a row could not be read, from record {key[1]} on; the first: {bad_records[0].error}"
+            f"{len(bad_records)} records in a row could not be read, from record {key[1]} on; the first: "
+            f"{bad_records[0].error}"
         )
 
     def _read(

@@ -146,13 +146,9 @@ class Autoencoder(FusedEncoder):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__(config, config.msd)
         self.config = config
+        self.target = config.target
         self.decoder = Decoder(config)
         self.init_weights()
-
-    @property
-    def target(self) -> str:
-        """Normalisation of the target's pixels (see `patch_target`)."""
-        return self.config.target
 
     def init_weights(self) -> None:
         """Set every parameter and table; works after `to_empty` on a model built on the meta device."""
@@ -186,7 +182,7 @@ class Autoencoder(FusedEncoder):
             index = split_tokens(predicted)[0].to(packing.hidden.device, non_blocking=True)
         tokens = self._encode(clips, packing)
         prediction = self.decoder(tokens, packing, index)
-        target = patch_target(take_patches(clips, self.config.tubelet, self.config.patch, index), self.config.target)
+        target = patch_target(take_patches(clips, self.config.tubelet, self.config.patch, index), self.target)
         dtype = torch.promote_types(target.dtype, torch.float32)  # at least float32, whatever autocast did
         loss = F.mse_loss(prediction.to(dtype), target.to(dtype))
         return AutoencoderOutput(loss, prediction, target, tokens)
@@ -202,7 +198,7 @@ class Autoencoder(FusedEncoder):
         prediction = self.decoder(self._encode(clips, packing), packing, packing.hidden)
         everything = torch.arange(prod(self.grid), device=clips.device).expand(len(clips), -1)
         patches = take_patches(clips, self.config.tubelet, self.config.patch, everything)
-        hidden = undo_target(prediction, take_tokens(patches, packing.hidden), self.config.target)
+        hidden = undo_target(prediction, take_tokens(patches, packing.hidden), self.target)
         clip = torch.arange(len(clips), device=clips.device)[:, None]
         patches[clip, packing.hidden] = hidden.to(patches.dtype)
         return put_patches(patches, self.grid)
