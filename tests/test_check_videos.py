@@ -283,7 +283,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "--workers 0" in capsys.readouterr().err
 
 
-@pytest.mark.bad_records
+@pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_by_a_signal_it_leaves_no_process_and_goes_on(
     tmp_path: Path, number: signal.Signals, request: pytest.FixtureRequest

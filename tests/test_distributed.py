@@ -18,6 +18,7 @@ from video_convmae.build import plan_batches
 from video_convmae.config import DataConfig, FinetuneConfig, LabelledDataConfig, PretrainConfig
 from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.options import TrainConfig
+from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
 from video_convmae.runs import load_autoencoder
 
 
@@ -28,7 +29,7 @@ def torchrun(count: int, *program: str) -> list[str]:
 # Wrapped models
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.bad_records)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.faults)])
 def test_every_recipe_wrapped_in_every_way_equals_the_bare_model(ranks: int, capsys: pytest.CaptureFixture) -> None:
     """Loss, gradients, weights and their average after two steps; INTERFACES.md promises 1e-5."""
     program = torchrun(ranks, str(ROOT / "tests" / "wrapped_models.py"))
@@ -103,8 +104,8 @@ def stop_after(last: int, videos: Path, output: Path, *edits: str, processes: in
 
 def config_of(mixes: bool = False, **train: object) -> PretrainConfig | FinetuneConfig:
     if mixes:
-        return FinetuneConfig(output="run", data=LabelledDataConfig("list"), train=TrainConfig(**train))
-    return PretrainConfig(output="run", data=DataConfig("list"), train=TrainConfig(**train))
+        return FinetuneConfig(output="run", data=LabelledDataConfig("list"), model=ClassifierConfig(), train=TrainConfig(**train))
+    return PretrainConfig(output="run", data=DataConfig("list"), model=AutoencoderConfig(), train=TrainConfig(**train))
 
 
 @pytest.mark.parametrize(

@@ -265,5 +265,5 @@ def test_weights_that_are_not_there_are_an_error_of_one_line() -> None:
     command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--weights=/nowhere", "--output=/nowhere"]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
-    assert result.stderr.startswith("evaluate.py: error: no checkpoint at /nowhere")
+    assert result.stderr.startswith("video-convmae evaluate: error: no checkpoint at /nowhere")
     assert "Traceback" not in result.stderr

@@ -166,7 +166,7 @@ def _what_happens(folder: Path, names: list[str]) -> dict[str, str]:
     return happened
 
 
-@pytest.mark.bad_records
+@pytest.mark.faults
 def test_what_each_fault_does(folder: Path, capsys: pytest.CaptureFixture) -> None:
     """Each is reported by a line that names the file and says what is wrong, or shows the frames that it still has."""
     names = [name for name in FAULTS if name != "no permission.mp4" or _binds(folder / name)]
@@ -202,7 +202,7 @@ def test_good_samples_do_not_feel_bad_rows_anywhere(folder: Path) -> None:
 # ---- 2. an epoch over a list with bad files -------------------------------------------------------------------------
 
 
-@pytest.mark.bad_records
+@pytest.mark.faults
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_an_epoch_over_a_list_with_bad_files(start_method: str, workers: int, folder: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_an_epoch_over_a_list_with_bad_files(start_method: str, workers: int, fo
     assert len(os.listdir("/proc/self/fd")) <= files + 6  # of the fork server and the resource tracker, which stay
 
 
-@pytest.mark.bad_records
+@pytest.mark.faults
 def test_a_file_that_vanishes_during_the_run(folder: Path, tmp_path: Path) -> None:
     """Shown in the first epoch, removed, reported in the second."""
     for i in range(8):
@@ -251,7 +251,7 @@ def test_a_file_that_vanishes_during_the_run(folder: Path, tmp_path: Path) -> No
     assert "No such file" in faults[0].error
 
 
-@pytest.mark.bad_records
+@pytest.mark.faults
 def test_a_run_over_a_list_with_bad_files(folder: Path, tmp_path: Path) -> None:
     """tools/pretrain.py: `bad_records.jsonl` and the log's counter; two start methods give the same losses."""
     expected = reported_of(_binds(folder / "no permission.mp4"))
@@ -269,7 +269,7 @@ def test_a_run_over_a_list_with_bad_files(folder: Path, tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.bad_records
+@pytest.mark.faults
 def test_too_many_bad_files_end_a_run_at_once(folder: Path, tmp_path: Path) -> None:
     edits = ("--data.max_bad_fraction=0.015", "--data.workers=3")
     with started(folder, tmp_path, *edits) as process:
@@ -305,7 +305,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.bad_records
+@pytest.mark.faults
 @pytest.mark.parametrize(("start_method", "ranks"), [("fork", 1), ("forkserver", 1), ("fork", 2)])
 def test_a_killed_worker_ends_the_run(
     start_method: str, ranks: int, good: Path, undisturbed: Path, tmp_path: Path
@@ -338,7 +338,7 @@ def test_a_killed_worker_ends_the_run(
     assert reported_in(tmp_path / "bad_records.jsonl") == ["3.mp4"]
 
 
-@pytest.mark.bad_records
+@pytest.mark.faults
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_worker_that_dies_is_an_error_of_the_loader(start_method: str, good: Path) -> None:
     """Not one that is raised wherever the main process happens to be: only where it asks for a batch."""
@@ -355,7 +355,7 @@ def test_a_worker_that_dies_is_an_error_of_the_loader(start_method: str, good: P
     assert not workers_of(os.getpid())
 
 
-@pytest.mark.bad_records
+@pytest.mark.faults
 def test_a_killed_decoding_process_costs_one_record(good: Path, tmp_path: Path) -> None:
     """All of them are killed while one waits for a file that never comes; the others are idle by then."""
     folder = tmp_path / "videos"
@@ -379,7 +379,7 @@ def test_a_killed_decoding_process_costs_one_record(good: Path, tmp_path: Path) 
     assert "the decoding process was ended by SIGKILL (out of memory?)" in (output / "bad_records.jsonl").read_text()
 
 
-@pytest.mark.bad_records
+@pytest.mark.faults
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_nothing_outlives_a_killed_run(start_method: str, folder: Path, tmp_path: Path) -> None:
     """One decoding process hangs at that moment or soon."""
@@ -404,7 +404,7 @@ QUICK |= {("SIGTERM to the main process", "spawn", 1), ("SIGTERM to the main pro
 
 @pytest.mark.parametrize(
     ("end", "start_method", "workers"),
-    [pytest.param(*way, marks=pytest.mark.bad_records if way in QUICK else pytest.mark.slow) for way in WAYS],
+    [pytest.param(*way, marks=pytest.mark.faults if way in QUICK else pytest.mark.slow) for way in WAYS],
 )
 def test_a_run_ends_at_once(
     end: str, start_method: str, workers: int, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -432,7 +432,7 @@ def test_a_run_ends_at_once(
     assert ("stopped by a signal after step" in said(tmp_path)) == (end not in edits)
 
 
-@pytest.mark.bad_records
+@pytest.mark.faults
 @pytest.mark.parametrize(("start_method", "ending"), [("forkserver", ""), ("fork", "raise KeyError")])
 def test_a_program_that_closes_nothing_ends(start_method: str, ending: str, good: Path, tmp_path: Path) -> None:
     """A loader that is not closed, or that a traceback holds, does not keep the program; nor does a hanging decoder."""

@@ -29,7 +29,7 @@ from video_convmae.engine.checkpoint import CheckpointError, Saver
 from video_convmae.engine.distributed import Watchdog
 
 pytestmark = [
-    pytest.mark.bad_records,
+    pytest.mark.faults,
     pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc, mounts, makes network namespaces"),
 ]
 STEPS = 16

@@ -21,7 +21,9 @@ from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.config import FinetuneConfig
 from video_convmae.engine import checkpoint
-from video_convmae.engine.optim import OptimConfig, build_optimization, parameter_groups
+from video_convmae.build import build_optimization
+from video_convmae.engine.optim import parameter_groups
+from video_convmae.engine.options import OptimConfig, TrainConfig
 from video_convmae.models import positions
 from video_convmae.runs import load_classifier
 
@@ -293,7 +295,7 @@ def test_a_run_that_was_killed_while_it_validated_does_so_again(
     assert (tmp_path / "killed" / "checkpoints" / "best").exists()
 
 
-@pytest.mark.bad_records
+@pytest.mark.faults
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
     videos: Path, tmp_path: Path, ending: signal.Signals

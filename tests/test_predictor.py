@@ -225,7 +225,7 @@ def test_a_decoder_that_is_not_here_is_replaced(finetuned: Path, monkeypatch: py
     monkeypatch.setattr(predictor, "resolve", resolve)
     with pytest.warns(UserWarning, match="in place of the run's pyav: pyav needs something"):
         loaded = video_convmae.load(finetuned)
-    assert loaded.config.data.decoder == real("auto")
+    assert loaded.config.data.reader == real("auto")
     with pytest.raises(ImportError):
         video_convmae.load(finetuned, decoder="pyav")
 

@@ -88,7 +88,7 @@ def test_the_same_global_batch_gives_the_same_steps(
         assert ours["bad_records"] == theirs["bad_records"]
 
 
-@pytest.mark.bad_records
+@pytest.mark.faults
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
     videos: Path, tmp_path: Path, ending: signal.Signals

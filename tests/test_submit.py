@@ -183,7 +183,7 @@ def test_a_local_job_that_fails(videos: Path, tmp_path: Path) -> None:
 
 
 @needs_proc
-@pytest.mark.bad_records
+@pytest.mark.faults
 def test_a_local_job_is_preempted_and_goes_on(videos: Path, tmp_path: Path, start: Callable) -> None:
     """The signal goes to every process of the job, as Slurm sends it."""
     job = start(local(videos, tmp_path, "--train.epochs=6"), env=ENVIRONMENT, stdout=subprocess.PIPE)
@@ -199,7 +199,7 @@ def test_a_local_job_is_preempted_and_goes_on(videos: Path, tmp_path: Path, star
 
 
 @needs_proc
-@pytest.mark.bad_records
+@pytest.mark.faults
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_a_local_job_that_is_stopped_saves(
     ending: signal.Signals,
@@ -261,7 +261,7 @@ def signal_all(tasks: list[subprocess.Popen], number: signal.Signals) -> None:
 
 
 @needs_proc
-@pytest.mark.bad_records
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("number", "state"), [(PREEMPTION, "RUNNING"), (signal.SIGTERM, "RUNNING"), (signal.SIGTERM, "COMPLETING")]
 )

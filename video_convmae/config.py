@@ -138,7 +138,7 @@ class PretrainConfig(RunConfig):
 
     data: DataConfig
     """The list, and how clips are made of its records."""
-    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    model: AutoencoderConfig  # no default: an instance holds resolved numbers, which edits of single fields must precede
     """The autoencoder."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     """The tokens hidden from the encoder."""
@@ -158,7 +158,7 @@ class FinetuneConfig(RunConfig):
 
     data: LabelledDataConfig
     """The lists, and how clips are made of their records."""
-    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    model: ClassifierConfig  # no default, as above
     """The classifier or probe."""
     mixing: MixingConfig = field(default_factory=MixingConfig)
     """Mixup, cutmix and label smoothing."""
