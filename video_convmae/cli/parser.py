@@ -217,9 +217,6 @@ class _FieldParser(jsonargparse.ArgumentParser):
         self.add_class_arguments(kind)
         self._is_complete = is_complete
         self._fields = fields_of(kind)
-        # jsonargparse takes a group's defaults from an instance, which may hold values resolved from other fields: the
-        # widths of the default size. A field that is not given keeps its own default, and is resolved with the others.
-        self.set_defaults({name: field.default for name, field in self._fields.items() if field.default is not MISSING})
         groups = {name[:place] for name in self._fields for place, letter in enumerate(name) if letter == "."}
         self._known = {*self._fields, *groups}
 
