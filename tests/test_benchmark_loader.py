@@ -1,4 +1,4 @@
-"""tools/benchmark.py loader and packing: what they measure is the loader, and what they write is complete."""
+"""`benchmark loader` and `benchmark packing`: they measure the loader, and their results are complete."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from video_convmae.benchmark import files as benchmark_files
-from video_convmae.benchmark import loader as benchmark_loader
 from video_convmae.benchmark import main as benchmark
+from video_convmae.benchmark import packing, reading
 from video_convmae.data.records import read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, out: Path, *options: str) -> dict | list:
     arguments = [f"--list={folder / 'list.txt'}", f"--root={folder}", "--turns=3", f"--json={out}"]
-    benchmark.main([options[0], *arguments, *options[1:]])
+    assert benchmark.main([options[0], *arguments, *options[1:]]) == 0
     return json.loads(out.read_text())
 
 
@@ -60,11 +60,11 @@ def test_workers_are_measured(folder: Path, tmp_path: Path) -> None:
 
 def test_every_side_reads_the_same_frames(folder: Path) -> None:
     records = read_list(folder / "list.txt", root=folder)
-    case = benchmark_loader.Case(
+    case = reading.ReadCase(
         "x", records, Sampling("dense", 4, 3), 32, 2, None, Augmentation(), reader="pyav", clock="wall"
     )
     asked = []
-    stages = benchmark_loader.Stages(case)
+    stages = reading.StageTimer(case)
     reader = stages.open
 
     def noting(record: object) -> object:
@@ -85,6 +85,18 @@ def test_packing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [row["variant"] for row in rows] == ["as it is", *only[1:]]
     assert all(row["clips_per_second"] > 0 and row["bytes"] > 0 and row["times"] > 0 for row in rows)
     assert "| as it is |" in capsys.readouterr().out
+
+
+def test_packing_measures_the_presets_by_default_and_refuses_unknown_variants(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = []
+    monkeypatch.setattr(packing, "measure_packing", lambda videos, variants, args: measured.append(variants) or [])
+    monkeypatch.setattr(packing, "packing_table", lambda rows: [])
+    assert run(folder, tmp_path / "rows.json", "packing") == []
+    assert measured == [packing.PRESETS]
+    assert benchmark.main(["packing", f"--list={folder / 'list.txt'}", "--only", "slow"]) == 1
+    assert "--only is 'slow'; expected some of 'fast', 'fastest'" in capsys.readouterr().err
 
 
 def test_files_are_of_their_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

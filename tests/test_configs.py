@@ -8,7 +8,7 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,9 +20,16 @@ from states import load_state
 from video_convmae import create_autoencoder, create_classifier
 from video_convmae.build import build_classifier, count_classes
 from video_convmae.cli.finetune import finetune
-from video_convmae.cli.parser import flatten, merge, parse, read_config
+from video_convmae.cli.parser import fields_of, flatten, merge, parse, read_config
 from video_convmae.cli.pretrain import pretrain
-from video_convmae.config import AutoencoderConfig, FinetuneConfig, PretrainConfig, from_plain, to_plain
+from video_convmae.config import (
+    AutoencoderConfig,
+    ClassifierConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    from_plain,
+    to_plain,
+)
 from video_convmae.data.records import ListError, Record, Records
 from video_convmae.engine import checkpoint
 from video_convmae.models.autoencoder import Autoencoder
@@ -154,16 +161,23 @@ def test_the_whole_model_builds(path: Path) -> None:
         )
 
 
+def small_model(path: Path, frames: int) -> dict[str, Any]:
+    """The model of a file with a tiny size."""
+    stated = read_config(path)["model"]
+    size = "vit_tiny" if stated["size"].startswith("vit") else "tiny"
+    small = {"size": size, "num_frames": frames, "image_size": 32}
+    return {field: value for field, value in stated.items() if field not in ("strides", "decoder")} | small
+
+
 @pytest.mark.parametrize("path", PRETRAINING, ids=name)
 def test_a_shrunken_copy_takes_two_steps(path: Path, videos: Path, tmp_path: Path) -> None:
     config = load(path)
-    size = "vit_tiny" if config.model.size.startswith("vit") else "tiny"
     frames, images = (1, "images") if config.data.format == "image" else (4, "list.txt")
     small = replace(
         config,
         output=str(tmp_path),
         device="cpu",
-        model=replace(config.model, size=size, num_frames=frames, image_size=32, strides=None, decoder=None),
+        model=AutoencoderConfig(**small_model(path, frames)),
         data=replace(config.data, train=str(videos / images), root=str(videos), reader="pyav", workers=0),
         train=replace(config.train, batch_size=2, accumulate=1, effective_batch=2, epochs=1, log_every=1),
     )
@@ -190,14 +204,13 @@ def test_the_whole_classifier_builds(path: Path) -> None:
 @pytest.mark.parametrize("path", FINETUNING, ids=name)
 def test_a_shrunken_classifier_takes_two_steps(path: Path, videos: Path, tmp_path: Path) -> None:
     config = parse(FinetuneConfig, [f"--config={path}"])
-    size = "vit_tiny" if config.model.size.startswith("vit") else "tiny"
     frames, images = (1, "images") if config.data.format == "image" else (4, "list.txt")
     source = str(videos / images)
     small = replace(
         config,
         output=str(tmp_path),
         device="cpu",
-        model=replace(config.model, size=size, num_frames=frames, image_size=32, strides=None),
+        model=ClassifierConfig(**small_model(path, frames)),
         data=replace(
             config.data,
             train=source,
@@ -268,7 +281,7 @@ def test_the_numbers_of_image_pretraining_are_the_recipes(path: Path) -> None:
     assert (augmentation.crop, augmentation.area, augmentation.aspect) == ("random_resized", (0.2, 1.0), (0.75, 1.3333))
     assert (augmentation.flip, augmentation.interpolation) == (True, "bicubic")
     model = config.model
-    assert (model.size, model.num_frames, model.image_size, model.msd) == ("base", 1, 224, True)
+    assert (model.size, model.num_frames, model.image_size, model.msd) == ("base", 1, (224, 224), True)
     with torch.device("meta"):
         assert Autoencoder(model).target == "patch"  # --norm_pix_loss
 
@@ -411,10 +424,13 @@ def test_edits_replace_single_fields_and_the_resolved_file_reads_back(tmp_path: 
 def test_every_field_is_explained(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         parse(PretrainConfig, ["--help-all"])
-    text = capsys.readouterr().out
-    for field in ("--model.msd", "--optim.base_lr", "--train.on_nonfinite", "--data.max_bad_fraction", "--mask.ratio"):
-        explanation = text.rsplit(field, 1)[1].split("(type:", 1)[0]
-        assert len(explanation.split()) > 3, field
+    text = " ".join(capsys.readouterr().out.split())
+    fields = fields_of(PretrainConfig)
+    for name, field in fields.items():
+        assert field.explanation
+        assert f"--{name} {field.explanation} (" in text
+    for name in ("model.msd", "optim.base_lr", "train.on_nonfinite", "data.max_bad_fraction", "mask.ratio"):
+        assert len(fields[name].explanation.split()) > 3, name
 
 
 def test_a_model_configuration_says_what_it_overrides() -> None:

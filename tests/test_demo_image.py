@@ -1,4 +1,4 @@
-"""The demo on images: its split, what it keeps of an interrupted demo, its numbers, and that it learns."""
+"""The demo on images: its split, interrupted and finished runs, its numbers; and it learns."""
 
 from __future__ import annotations
 
@@ -60,34 +60,34 @@ def test_the_split_is_always_the_same_and_leaves_no_other_behind(data: Path, tmp
 
 
 def test_runs_of_an_interrupted_demo_stay_and_of_a_finished_one_go(tmp_path: Path) -> None:
-    demo_image.begin(tmp_path)
+    demo_image.remove_outdated_runs(tmp_path)
     run = tmp_path / "seed0" / "pretrain"
     run.mkdir(parents=True)
-    demo_image.begin(tmp_path)
+    demo_image.remove_outdated_runs(tmp_path)
     assert run.exists()
     (tmp_path / "metrics.json").write_text("{}")
-    demo_image.begin(tmp_path)
+    demo_image.remove_outdated_runs(tmp_path)
     assert not run.exists()
     assert not (tmp_path / "metrics.json").exists()
 
 
 def test_runs_with_other_settings_go(tmp_path: Path) -> None:
-    demo_image.begin(tmp_path)
+    demo_image.remove_outdated_runs(tmp_path)
     run = tmp_path / "seed0" / "pretrain"
     run.mkdir(parents=True)
     (tmp_path / "settings.json").write_text(json.dumps({"pretrain": "epochs: 1"}))
-    demo_image.begin(tmp_path)
+    demo_image.remove_outdated_runs(tmp_path)
     assert not run.exists()
 
 
 def test_an_interrupted_run_ends_the_demo(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="was interrupted"):
-        demo_image.check_done(tmp_path)
+        demo_image.require_finished(tmp_path)
 
 
 def test_metrics_are_mean_deviation_and_seeds() -> None:
     top1 = [{"finetuned": value, "probed": 0.5, "scratch": 0.25} for value in (0.8, 0.9, 1.0)]
-    metrics = demo_image.summarise(top1)
+    metrics = demo_image.summarize_seeds(top1)
     assert list(metrics) == ["finetuned", "probed", "scratch"]
     assert metrics["finetuned"] == {
         "top1": pytest.approx(0.9),
@@ -101,7 +101,7 @@ def test_metrics_are_mean_deviation_and_seeds() -> None:
 @pytest.mark.timeout(1800)
 def test_the_image_demo_learns(tmp_path: Path) -> None:
     """`make demo-image` without its installation: about five minutes."""
-    command = [sys.executable, str(ROOT / "tools" / "demo_image.py"), f"--output={tmp_path}"]
+    command = [sys.executable, "-m", "tools.study.demo_image", f"--output={tmp_path}"]
     subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=True, timeout=1800)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["finetuned"]["top1"] > 0.8

@@ -18,6 +18,7 @@ from video_convmae.build import plan_batches
 from video_convmae.config import DataConfig, FinetuneConfig, LabelledDataConfig, PretrainConfig
 from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.options import TrainConfig
+from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
 from video_convmae.runs import load_autoencoder
 
 
@@ -103,8 +104,10 @@ def stop_after(last: int, videos: Path, output: Path, *edits: str, processes: in
 
 def config_of(mixes: bool = False, **train: object) -> PretrainConfig | FinetuneConfig:
     if mixes:
-        return FinetuneConfig(output="run", data=LabelledDataConfig("list"), train=TrainConfig(**train))
-    return PretrainConfig(output="run", data=DataConfig("list"), train=TrainConfig(**train))
+        return FinetuneConfig(
+            output="run", data=LabelledDataConfig("list"), model=ClassifierConfig(), train=TrainConfig(**train)
+        )
+    return PretrainConfig(output="run", data=DataConfig("list"), model=AutoencoderConfig(), train=TrainConfig(**train))
 
 
 @pytest.mark.parametrize(

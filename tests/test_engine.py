@@ -187,7 +187,7 @@ def test_a_checkpoint_is_verified_once_and_gives_the_parts_that_are_asked_for(
 def test_no_room_is_an_error_that_says_how_much_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5))
-    with pytest.raises(CheckpointError, match="MB are needed .* resumes from the newest"):
+    with pytest.raises(CheckpointError, match=r"MB are needed .* resumes from the newest"):
         save(tmp_path, 2)
     assert names(tmp_path) == ["step_00000001"]
 

@@ -17,6 +17,7 @@ from clips import encode
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 from states import load_state
 
+from video_convmae.build import build_views, read_validation_records
 from video_convmae.cli.evaluate import evaluate as run
 from video_convmae.cli.evaluate import metrics_line as summary
 from video_convmae.cli.finetune import finetune
@@ -25,7 +26,7 @@ from video_convmae.config import EvaluateConfig, FinetuneConfig
 from video_convmae.data.sampling import dense_views
 from video_convmae.data.transforms import Augmentation, view_crops
 from video_convmae.engine import checkpoint
-from video_convmae.engine.inference import Progress, chunk_folder
+from video_convmae.engine.inference import ListInference, Progress, chunk_folder
 from video_convmae.predictor import load
 
 ROOT = Path(__file__).parent.parent
@@ -145,9 +146,9 @@ def test_scores_are_the_mean_softmax_of_the_views(trained: Path, videos: Path, a
     """Made anew from the frames, segment by segment and crop by crop."""
     predictor = load(trained)
     data, number = predictor.config.data, 7
-    with data.views(data.validation_records(), predictor.model.encoder.config, predictor.config.test).reader.open(
-        data.validation_records()[number]
-    ) as reader:
+    records = read_validation_records(data)
+    views = build_views(data, records, predictor.model.encoder.config, predictor.config.test)
+    with views.reader.open(records[number]) as reader:
         frames = reader.read(list(range(len(reader))))
     scores = []
     for segment in dense_views(len(frames), 4, 2, 2):
@@ -170,9 +171,7 @@ def test_an_interrupted_test_goes_on_from_what_was_scored(
     seen: list[int] = []
 
     def interrupting(after: int):
-        from video_convmae.engine import evaluate
-
-        real = evaluate._score
+        real = ListInference._compute
 
         def score(*arguments, **named):
             for number, chunk in enumerate(real(*arguments, **named)):
@@ -185,14 +184,14 @@ def test_an_interrupted_test_goes_on_from_what_was_scored(
 
     arguments = options(trained, videos, tmp_path, "--workers=0", name="with_bad.txt")
     with monkeypatch.context() as patch:
-        patch.setattr("video_convmae.engine.evaluation._score", interrupting(4))
+        patch.setattr("video_convmae.engine.inference.ListInference._compute", interrupting(4))
         with pytest.raises(Interrupted):
             run(parse(EvaluateConfig, arguments))
     assert not (tmp_path / "metrics.json").exists()
     for path in (tmp_path / "partial").rglob("*.rows"):  # the kill came while a row was written
         path.write_bytes(path.read_bytes()[:-3])
     with monkeypatch.context() as patch:
-        patch.setattr("video_convmae.engine.evaluation._score", interrupting(100))
+        patch.setattr("video_convmae.engine.inference.ListInference._compute", interrupting(100))
         metrics = run(parse(EvaluateConfig, arguments))
     assert metrics["videos_per_second"] == pytest.approx((len(seen) - 8) / metrics["seconds"])
     # The chunk with the bad record is tried again, the one with the torn row is scored again.
@@ -265,5 +264,5 @@ def test_weights_that_are_not_there_are_an_error_of_one_line() -> None:
     command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--weights=/nowhere", "--output=/nowhere"]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
-    assert result.stderr.startswith("evaluate.py: error: no checkpoint at /nowhere")
+    assert result.stderr.startswith("video-convmae evaluate: error: no checkpoint at /nowhere")
     assert "Traceback" not in result.stderr

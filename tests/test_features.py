@@ -17,9 +17,11 @@ from PIL import Image
 from torch import nn
 
 from video_convmae import create_classifier, create_probe, load
+from video_convmae.build import build_classifier
 from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.features import extract_features as run
 from video_convmae.cli.parser import parse
+from video_convmae.cli.show_features import main as show_features
 from video_convmae.config import (
     AutoencoderConfig,
     ClassifierConfig,
@@ -29,14 +31,17 @@ from video_convmae.config import (
     FinetuneConfig,
     LabelledDataConfig,
     PretrainConfig,
-    plain,
+    to_plain,
 )
 from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import Record, Records
 from video_convmae.engine import checkpoint, features
-from video_convmae.engine.evaluation import ChunkStore, Evaluation, ProtocolConfig
+from video_convmae.engine.evaluation import Evaluation
+from video_convmae.engine.inference import Chunk, ChunkStore, ListInference
+from video_convmae.engine.options import ProtocolConfig
+from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.visualize import accuracy as plots
-from video_convmae.visualize import features as show_features
+from video_convmae.visualize import features as features_picture
 from video_convmae.weights.files import save_file
 from video_convmae.weights.released import to_format
 
@@ -63,19 +68,22 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint of each kind, as a run leaves it, and a published file."""
     folder = tmp_path_factory.mktemp("runs")
-    data = {"train": str(videos / "list.txt"), "root": str(videos), "decoder": "pyav", "stride": 2, "workers": 0}
+    data = {"train": str(videos / "list.txt"), "root": str(videos), "reader": "pyav", "stride": 2, "workers": 0}
     test = ProtocolConfig(2, 3, batch_size=2, precision="fp32")
     labelled = LabelledDataConfig(**data, num_classes=CLASSES, labels=("a", "b", "some $ signs"))
+    models = {
+        "classifier": ClassifierConfig(**SHAPE, head_init_std=0.1),
+        "linear": ClassifierConfig(**SHAPE, probe="linear", head_init_std=0.1),
+        "attentive": ClassifierConfig(**SHAPE, probe="attentive"),
+    }
     configs = {
-        "pretrained": PretrainConfig("", DataConfig(**data), AutoencoderConfig(**SHAPE)),
-        "classifier": FinetuneConfig("", labelled, ClassifierConfig(**SHAPE, head_init_std=0.1), test=test),
-        "linear": FinetuneConfig("", labelled, ClassifierConfig(**SHAPE, probe="linear", head_init_std=0.1), test=test),
-        "attentive": FinetuneConfig("", labelled, ClassifierConfig(**SHAPE, probe="attentive"), test=test),
+        "pretrained": PretrainConfig(output="", data=DataConfig(**data), model=AutoencoderConfig(**SHAPE)),
+        **{name: FinetuneConfig(output="", data=labelled, model=model, test=test) for name, model in models.items()},
     }
     torch.manual_seed(0)
     for name, config in configs.items():
-        model = config.model.autoencoder() if name == "pretrained" else config.model.build(CLASSES)
-        state = {"model": scrambled(model).state_dict(), "ema": None, "config": plain(config)}
+        model = Autoencoder(config.model) if name == "pretrained" else build_classifier(config.model, CLASSES)
+        state = {"model": scrambled(model).state_dict(), "ema": None, "config": to_plain(config)}
         checkpoint.save_checkpoint(folder / name / "checkpoints", 1, state)
     image = scrambled(create_classifier("tiny", num_classes=CLASSES, num_frames=1, image_size=32))
     save_file(to_format(image, "convmae"), folder / "published.pth")
@@ -102,7 +110,7 @@ def options(weights: Path, videos: Path, output: Path, *edits: str, name: str = 
 
 
 def extracted(*arguments: object, **named: str) -> features.FeatureTable:
-    return features.read(run(parse(FeaturesConfig, options(*arguments, **named))))
+    return features.read_features(run(parse(FeaturesConfig, options(*arguments, **named))))
 
 
 # Features of a list
@@ -155,7 +163,7 @@ def test_features_of_images_with_published_weights(runs: dict[str, Path], videos
     (tmp_path / "list.txt").write_text("image.png\n")
     arguments = [f"--weights={runs['published']}", f"--list={tmp_path / 'list.txt'}", f"--root={videos}"]
     path = run(parse(FeaturesConfig, [*arguments, f"--output={tmp_path}", "--workers=0", "--precision=fp32"]))
-    table = features.read(path)
+    table = features.read_features(path)
     assert table.features.shape == (1, WIDTH)
     assert table.labels.tolist() == [-1]
     assert table.about["crop_pct"] == 0.875
@@ -169,7 +177,7 @@ def test_the_file_is_numpys_and_holds_no_pickle(runs: dict[str, Path], videos: P
     assert {path.name for path in tmp_path.iterdir()} == {"features.npz"}
     np.savez(tmp_path / "other.npz", scores=np.zeros(3))
     with pytest.raises(ValueError, match="holds no features, labels, failed, records, about"):
-        features.read(tmp_path / "other.npz")
+        features.read_features(tmp_path / "other.npz")
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +188,7 @@ def alone(runs: dict[str, Path], videos: Path, tmp_path_factory: pytest.TempPath
 
 
 def test_a_bad_record_is_reported_and_its_row_is_zeros(alone: Path, videos: Path) -> None:
-    table = features.read(alone / "features.npz")
+    table = features.read_features(alone / "features.npz")
     assert table.failed.tolist() == [False, False, True, *[False] * (COUNT - 2)]
     assert not table.features[2].any()
     assert table.features[~table.failed].any(axis=(1, 2)).all()
@@ -193,7 +201,7 @@ def test_two_processes_write_the_same_file(runs: dict[str, Path], videos: Path, 
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     tool = str(ROOT / "tools" / "extract_features.py")
     subprocess.run([sys.executable, *command, tool, *arguments], env=ENVIRONMENT, check=True, timeout=300)
-    ours, theirs = (features.read(folder / "features.npz") for folder in (tmp_path, alone))
+    ours, theirs = (features.read_features(folder / "features.npz") for folder in (tmp_path, alone))
     for name in ("features", "labels", "failed", "records"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     assert (tmp_path / "features.npz").read_bytes() == (alone / "features.npz").read_bytes()
@@ -206,12 +214,10 @@ def test_an_interrupted_extraction_goes_on(
     class Interrupted(Exception):
         pass
 
-    from video_convmae.engine import evaluate
-
-    real, seen = evaluate._score, []
+    real, seen = ListInference._compute, []
 
     def interrupting(after: int):
-        def score(*arguments: object) -> Iterator[evaluate.Chunk]:
+        def score(*arguments: object) -> Iterator[Chunk]:
             for number, chunk in enumerate(real(*arguments)):
                 if number == after:
                     raise Interrupted
@@ -222,14 +228,14 @@ def test_an_interrupted_extraction_goes_on(
 
     arguments = options(runs["pretrained"], videos, tmp_path, "--kind=tokens", name="with_bad.txt")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "_score", interrupting(2))
+        patch.setattr(ListInference, "_compute", interrupting(2))
         with pytest.raises(Interrupted):
             run(parse(FeaturesConfig, arguments))
     assert not (tmp_path / "features.npz").exists()
     for path in (tmp_path / "partial").rglob("*.rows"):  # the kill came while a row was written
         path.write_bytes(path.read_bytes()[:-3])
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "_score", interrupting(100))
+        patch.setattr(ListInference, "_compute", interrupting(100))
         run(parse(FeaturesConfig, arguments))
     assert seen == [0, 1, 2, 3, 2, 3, 4, 5, 6, 7]  # the chunk with the torn row is computed again
     assert (tmp_path / "features.npz").read_bytes() == (alone / "features.npz").read_bytes()
@@ -239,8 +245,8 @@ def test_an_interrupted_extraction_goes_on(
 def test_rows_that_are_not_there_are_an_error(tmp_path: Path) -> None:
     records = Records([Record("a.mp4"), Record("b.mp4")])
     with pytest.raises(RuntimeError, match=r"features of 2 of 2 records are not in .*same file system"):
-        features.write(tmp_path, (4,), records, tmp_path / "features.npz", {})
-    assert ChunkStore(tmp_path, (4,), 0).records() == set()
+        features.write_features(tmp_path, (4,), records, tmp_path / "features.npz", {})
+    assert ChunkStore(tmp_path, (4,), 0).stored_records() == set()
 
 
 # Pictures of features and evidence
@@ -253,7 +259,7 @@ def test_evidence_of_a_classifier_sums_to_the_logit() -> None:
     with torch.inference_mode():
         logits, tokens = model(clips)[0], model.encode(clips)[0]
         for label in range(5):
-            parts = show_features.evidence(model, tokens, label)
+            parts = features_picture.token_evidence(model, tokens, label)
             assert parts.tokens.shape == (TOKENS,)
             assert float(parts.tokens.sum() + parts.constant) == pytest.approx(float(logits[label]), rel=1e-12)
             constant = model.head.weight[label] @ model.norm.bias + model.head.bias[label]
@@ -267,7 +273,7 @@ def test_evidence_of_a_linear_probe_sums_to_the_logit() -> None:
     clips = torch.randn(1, 3, 4, 32, 32, dtype=torch.float64)
     with torch.inference_mode():
         logits, tokens = model(clips)[0], model.encode(clips)[0]
-        parts = show_features.evidence(model, tokens, 3)
+        parts = features_picture.token_evidence(model, tokens, 3)
     assert float(parts.tokens.sum() + parts.constant) == pytest.approx(float(logits[3]), rel=1e-12)
     assert float(parts.constant) == pytest.approx(model.head.linear.bias[3].item())
 
@@ -279,7 +285,7 @@ def test_a_token_that_speaks_for_the_class_has_the_evidence() -> None:
         direction = model.head.weight[1] - model.head.weight[1].mean()
         tokens[5] += 10 * direction
         tokens[2] -= 5 * direction
-        values = show_features.evidence(model, tokens, 1).tokens
+        values = features_picture.token_evidence(model, tokens, 1).tokens
     assert int(values.argmax()) == 5
     assert int(values.argmin()) == 2
     assert float(values[5]) > 0 > float(values[2])
@@ -287,29 +293,29 @@ def test_a_token_that_speaks_for_the_class_has_the_evidence() -> None:
 
 def test_the_heat_is_symmetric_about_no_evidence() -> None:
     frames = np.full((1, 4, 4, 3), 100, np.uint8)
-    shown = show_features.heat(frames, np.array([[[1.0, -1.0], [0.0, 0.5]]]))
+    shown = features_picture.overlay_heat(frames, np.array([[[1.0, -1.0], [0.0, 0.5]]]))
     assert (shown[0, 2:, :2] == 100).all()  # none: as it was
     red, blue, half = shown[0, 0, 0].astype(int), shown[0, 0, 3].astype(int), shown[0, 3, 3].astype(int)
-    np.testing.assert_allclose(red, 0.15 * 100 + 0.85 * show_features.FOR, atol=1)
-    np.testing.assert_allclose(blue, 0.15 * 100 + 0.85 * show_features.AGAINST, atol=1)
-    np.testing.assert_allclose(half, 0.575 * 100 + 0.425 * show_features.FOR, atol=1)
-    assert (show_features.heat(frames, np.zeros((1, 2, 2))) == 100).all()
+    np.testing.assert_allclose(red, 0.15 * 100 + 0.85 * features_picture.FOR, atol=1)
+    np.testing.assert_allclose(blue, 0.15 * 100 + 0.85 * features_picture.AGAINST, atol=1)
+    np.testing.assert_allclose(half, 0.575 * 100 + 0.425 * features_picture.FOR, atol=1)
+    assert (features_picture.overlay_heat(frames, np.zeros((1, 2, 2))) == 100).all()
 
 
 def test_colours_are_principal_components_and_the_same_at_all_times() -> None:
     generator = torch.Generator().manual_seed(0)
     pattern = torch.randn(20, 1, 6, 6, generator=generator)
-    colours = show_features.principal_colours(pattern.expand(-1, 4, -1, -1))
+    colours = features_picture.principal_colours(pattern.expand(-1, 4, -1, -1))
     assert colours.shape == (4, 6, 6, 3)
     assert all(np.array_equal(colours[0], colours[time]) for time in range(4))
     # A grid that varies in one direction alone: that is red; there is no second component.
     ramp = torch.arange(36.0).view(1, 1, 6, 6) * torch.ones(20, 1, 1, 1)
-    colours = show_features.principal_colours(ramp)
+    colours = features_picture.principal_colours(ramp)
     assert (np.diff(colours[0, :, :, 0].astype(int).flatten()) >= 0).all()
     assert colours[..., 0].min() == 0
     assert colours[..., 0].max() == 255
     assert (colours[..., 1:] == 128).all()
-    assert (show_features.principal_colours(torch.ones(2, 1, 3, 3)) == 128).all()
+    assert (features_picture.principal_colours(torch.ones(2, 1, 3, 3)) == 128).all()
 
 
 @pytest.mark.parametrize(
@@ -333,7 +339,7 @@ def test_the_picture_has_a_row_for_each_stage(
     capsys: pytest.CaptureFixture,
 ) -> None:
     output = tmp_path / "new" / "picture.png"
-    show_features.main([str(runs[kind]), str(videos / file), f"--output={output}"])
+    assert show_features([str(runs[kind]), str(videos / file), f"--output={output}"]) == 0
     printed = capsys.readouterr().out
     assert f"{rows} rows" in printed
     assert said in printed
@@ -348,7 +354,7 @@ def test_a_label_may_be_named(
 ) -> None:
     arguments = [str(runs["classifier"]), str(videos / "1.mp4"), f"--output={tmp_path / 'picture.png'}"]
     for label in ("b", "1"):
-        show_features.main([*arguments, f"--label={label}"])
+        assert show_features([*arguments, f"--label={label}"]) == 0
         assert "\nb: " in capsys.readouterr().out
     for given, message in (
         ([*arguments, "--label=tap dancing"], "expected a number from 0 to 2 or a name such as 'a'"),
@@ -356,9 +362,10 @@ def test_a_label_may_be_named(
         ([str(runs["pretrained"]), *arguments[1:], "--label=0"], "has no classes"),
         ([arguments[0], str(videos / "bad.mp4"), arguments[2]], "bad.mp4"),
     ):
-        with pytest.raises(SystemExit):
-            show_features.main(given)
-        assert message in capsys.readouterr().err
+        assert show_features(given) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("video-convmae show-features: error: ")
+        assert message in line
 
 
 def test_what_all_tokens_say_alike_does_not_paint_the_evidence(
@@ -368,15 +375,15 @@ def test_what_all_tokens_say_alike_does_not_paint_the_evidence(
     predictor = load(runs["classifier"])
     pictures = predictor.pictures(videos / "4.mp4", predictor.middle)
     clips = predictor.normalise(pictures)
-    before, _ = show_features.rows_of(predictor, pictures, clips, 0)
-    real = show_features.evidence
+    before, _ = features_picture.draw_feature_rows(predictor, pictures, clips, 0)
+    real = features_picture.token_evidence
 
-    def shifted(*arguments: object) -> show_features.Evidence:
+    def shifted(*arguments: object) -> features_picture.Evidence:
         parts = real(*arguments)
         return parts._replace(tokens=parts.tokens + 1000)
 
-    monkeypatch.setattr(show_features, "evidence", shifted)
-    after, lines = show_features.rows_of(predictor, pictures, clips, 0)
+    monkeypatch.setattr(features_picture, "token_evidence", shifted)
+    after, lines = features_picture.draw_feature_rows(predictor, pictures, clips, 0)
     assert np.abs(after[-1].images.astype(int) - before[-1].images.astype(int)).max() <= 1
     assert len(np.unique(after[-1].images.reshape(-1, 3), axis=0)) > 8
     assert "adds +1e+03 to the logit on average" in lines[1]
@@ -401,12 +408,12 @@ def test_evaluate_plots(runs: dict[str, Path], videos: Path, tmp_path: Path) -> 
 
 
 def test_the_confusion_is_counted_over_labelled_records_that_were_read() -> None:
-    table = plots.confusion(evaluation(3, [0, 0, 0, 2, -1, 2], [0, 0, 1, 1, 1, 0], failed=(5,)))
+    table = plots.confusion_matrix(evaluation(3, [0, 0, 0, 2, -1, 2], [0, 0, 1, 1, 1, 0], failed=(5,)))
     np.testing.assert_allclose(table[0], [2 / 3, 1 / 3, 0])
     assert np.isnan(table[1]).all()
     np.testing.assert_allclose(table[2], [0, 1, 0])
     with pytest.raises(ValueError, match="no labelled record was scored"):
-        plots.confusion(evaluation(3, [-1, 1], [0, 0], failed=(1,)))
+        plots.confusion_matrix(evaluation(3, [-1, 1], [0, 0], failed=(1,)))
 
 
 @pytest.mark.parametrize("classes", [3, 174, 400])

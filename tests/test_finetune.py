@@ -17,11 +17,13 @@ from clips import encode
 from states import load_state
 
 from video_convmae import create_autoencoder, create_classifier
+from video_convmae.build import build_optimization
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.config import FinetuneConfig
 from video_convmae.engine import checkpoint
-from video_convmae.engine.optim import OptimConfig, build_optimization, parameter_groups
+from video_convmae.engine.optim import parameter_groups
+from video_convmae.engine.options import OptimConfig, TrainConfig
 from video_convmae.models import positions
 from video_convmae.runs import load_classifier
 
@@ -241,7 +243,7 @@ def test_lists_whose_classes_differ_are_not_compared(videos: Path, tmp_path: Pat
     [
         ("--train.batch_size=3", "make it even"),
         ("--model.probe=linear", "layers are frozen"),
-        ("--model.head_dropout=2", "head_dropout is 2.0; expected a share"),
+        ("--model.head_dropout=2", "head_dropout is 2.0; expected a fraction"),
         ("--data.augmentation.rand_augment=rand-mx", "rand_augment"),
     ],
 )
@@ -281,7 +283,7 @@ def test_a_run_that_was_killed_while_it_validated_does_so_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tools.finetune.evaluate", killed)
+        patch.setattr("video_convmae.build.evaluate_list", killed)
         with pytest.raises(KeyboardInterrupt):
             run(videos, tmp_path / "killed", "--train.epochs=2")
     assert load_state(tmp_path / "killed")["step"] == 4
@@ -346,7 +348,7 @@ def test_lars_adapts_matrices_alone(videos: Path) -> None:
     model = torch.nn.Linear(8, 3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = OptimConfig(optimizer="lars", weight_decay=0.0, lr=0.4, betas=(0.9, 0.999))
-    optimizer = build_optimization(model, config, 4, 1, 4).optimizer
+    optimizer = build_optimization(model, config, TrainConfig(epochs=1), 4, 4).optimizer
     model(torch.randn(5, 8)).square().sum().backward()
     for group in optimizer.param_groups:
         group["lr"] = 0.4

@@ -10,7 +10,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "video_convmae"
 
-ANYWHERE = {"errors", "shipped"}
 LEAVES = {"masking", "atomic", "errors", "shipped"}  # anyone may import them
 PARTS = {"models", "data", "weights", "engine"}
 # Each part, and the parts that it may import besides itself, the leaves and the version.

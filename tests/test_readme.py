@@ -125,7 +125,7 @@ def test_make_has_the_commands_of_the_readme() -> None:
 @pytest.mark.slow
 def test_the_demo_learns(tmp_path: Path) -> None:
     """`make demo` without its installation: about five minutes."""
-    command = [sys.executable, str(ROOT / "tools" / "demo.py"), f"--output={tmp_path}"]
+    command = [sys.executable, "-m", "tools.study.demo", f"--output={tmp_path}"]
     subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=True, timeout=1800)
     for name in ("metrics.json", "loss.png", "reconstruction.png", "reconstruction.mp4"):
         assert (tmp_path / name).stat().st_size > 0

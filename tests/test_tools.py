@@ -1,13 +1,15 @@
-"""The tools beside pretraining: reconstruction and its measurement, benchmark."""
+"""Reconstructions and their error, and `benchmark step` and `scale`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import av
 import numpy as np
@@ -16,13 +18,17 @@ import torch
 from clips import encode
 from PIL import Image
 
-from video_convmae import create_autoencoder
+from video_convmae import create_autoencoder, masking
 from video_convmae.benchmark import main as benchmark
+from video_convmae.benchmark import reading
 from video_convmae.benchmark import scale as benchmark_scale
 from video_convmae.benchmark import step as benchmark_step
 from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
+from video_convmae.cli.reconstruct import main as draw_reconstructions
 from video_convmae.config import PretrainConfig
+from video_convmae.data.options import ReaderName
+from video_convmae.runs import load_autoencoder
 from video_convmae.visualize import reconstruct
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +51,8 @@ def test_reconstruct_writes_a_picture_and_a_playable_mp4(
     run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     checkpoint, folder = run
-    reconstruct.main([str(checkpoint), str(folder / "0.mp4"), str(folder / "1.mp4"), f"--output={tmp_path}"])
+    videos = [str(folder / "0.mp4"), str(folder / "1.mp4")]
+    assert draw_reconstructions([str(checkpoint), *videos, f"--output={tmp_path}"]) == 0
     assert "mean and variance of each channel are the original's" in capsys.readouterr().out
     with Image.open(tmp_path / "reconstruction.png") as picture:
         assert picture.width >= 4 * 64
@@ -58,7 +65,22 @@ def test_reconstruct_writes_a_picture_and_a_playable_mp4(
 
 def test_the_average_of_the_weights_is_there_or_an_error(run: tuple[Path, Path]) -> None:
     with pytest.raises(ValueError, match=r"the run had no train\.ema"):
-        reconstruct.load_autoencoder(run[0], ema=True)
+        load_autoencoder(run[0], ema=True)
+
+
+def test_reconstruct_ends_with_one_line_about_a_bad_file(
+    run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "bad.mp4").write_text("no video")
+    for arguments, message in (
+        ([str(run[0]), str(tmp_path / "bad.mp4")], "bad.mp4"),
+        ([str(tmp_path), str(run[1] / "0.mp4")], str(tmp_path)),
+        ([str(run[0]), str(run[1] / "0.mp4"), "--ema"], "the run had no train.ema"),
+    ):
+        assert draw_reconstructions([*arguments, f"--output={tmp_path / 'pictures'}"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("video-convmae reconstruct: error: ")
+        assert message in line
 
 
 def test_the_caption_is_honest() -> None:
@@ -66,7 +88,7 @@ def test_the_caption_is_honest() -> None:
     texts = {}
     for target in ("none", "patch", "patch_channel"):
         model = create_autoencoder("tiny", num_frames=2, image_size=32, target=target)
-        texts[target] = reconstruct.caption(config, model)
+        texts[target] = reconstruct.write_caption(config, model)
     assert "the model's pixels alone" in texts["none"]
     assert "each patch's mean and variance are the original's" in texts["patch"]
     assert "of each channel are the original's" in texts["patch_channel"]
@@ -80,7 +102,8 @@ def test_hidden_error_and_its_baselines() -> None:
     reconstructed = original.clone()
     reconstructed[..., 16:, 16:] = 51
     visible = torch.tensor([True, False, False, False]).view(1, 1, 2, 2)
-    errors = reconstruct.hidden_error(model, reconstruct.Reconstructions(original, original, reconstructed, visible))
+    result = reconstruct.Reconstructions(original, original, reconstructed, visible)
+    errors = reconstruct.measure_hidden_error(model, result)
     assert errors["mse"] == pytest.approx(0.2**2 / 3)
     assert errors["mean_colour_mse"] == pytest.approx((0.8**2 * 2 + 1) / 3)
     assert errors["nearest_patch_mse"] == pytest.approx((0.8**2 * 2 + 1) / 3)
@@ -88,10 +111,10 @@ def test_hidden_error_and_its_baselines() -> None:
 
 
 def test_the_masked_clip_hides_what_the_model_does_not_see(run: tuple[Path, Path]) -> None:
-    model, config = reconstruct.load_autoencoder(run[0])
+    model, config = load_autoencoder(run[0])
     clips = torch.randint(0, 256, (2, 3, 4, 64, 64), dtype=torch.uint8)
     visible = reconstruct.draw_masks(model, replace(config), 2)
-    result = reconstruct.reconstruct(model, config, clips, visible)
+    result = reconstruct.reconstruct_clips(model, config, clips, visible)
     shown = visible.repeat_interleave(2, 1).repeat_interleave(16, 2).repeat_interleave(16, 3)[:, None].expand_as(clips)
     assert torch.equal(result.masked[shown], clips[shown])
     assert (result.masked[~shown] == reconstruct.GREY).all()
@@ -103,7 +126,7 @@ SMALL = ["--size=tiny", "--frames=4", "--image-size=64", "--batch=1", "--repeats
 
 def run_benchmark(tmp_path: Path, *arguments: str) -> dict:
     file = tmp_path / "step.json"
-    benchmark.main(["step", f"--json={file}", *SMALL, *arguments])
+    assert benchmark.main(["step", f"--json={file}", *SMALL, *arguments]) == 0
     return json.loads(file.read_text())
 
 
@@ -154,11 +177,9 @@ def test_benchmark_measures_every_kind_of_step(
 
 def test_benchmark_counts_what_transformers_embeds() -> None:
     """Hidden patches too, which at base size makes 35.4 G of our plain ViT's 33.8 G."""
-    parser = argparse.ArgumentParser()
-    benchmark_step.add_options(parser)
-    given = parser.parse_args(["--size=tiny", "--image-size=64", "--batch=1"])
-    benchmark_step.resolve(given)
-    ours, theirs = (benchmark_step.build(given, name).multiply_adds for name in ("videomae", "hf-videomae"))
+    args = benchmark.parse_arguments(["step", "--size=tiny", "--image-size=64", "--batch=1"])
+    args = benchmark_step.resolve_step_options(args)
+    ours, theirs = (benchmark_step.build_side(args, name).multiply_adds for name in ("videomae", "hf-videomae"))
     tokens, visible = 8 * 4 * 4, 8 * 2
     assert theirs == ours | {"embeddings": tokens * 1536 * 192}
     assert ours["embeddings"] == visible * 1536 * 192
@@ -169,10 +190,35 @@ def test_benchmark_scale_draws_what_it_measured(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(benchmark_scale, "measure_point", benchmark_scale._measure_here)  # a process starts slowly
     plot, numbers = tmp_path / "scale.png", tmp_path / "scale.json"
     options = ["--image-size=32", "--ratio=0.75", "--batch=1", "--repeats=1", "--vs=dense", "--threads=1"]
-    benchmark.main(["scale", "--frames=4", *options, f"--plot={plot}", f"--json={numbers}"])
+    assert benchmark.main(["scale", "--frames=4", *options, f"--plot={plot}", f"--json={numbers}"]) == 0
     points = json.loads(numbers.read_text())["points"]
     assert [(row["sweep"], row["value"]) for row in points[::2]] == [
         ("frames", 2), ("frames", 4), ("ratio", 0.5), ("ratio", 0.75),
     ]  # fmt: skip
     assert all(row["seconds_per_clip"] > 0 and row["fixed_bytes"] > 0 for row in points)
     assert Image.open(plot).width > 400
+
+
+def test_benchmark_offers_the_choices_of_its_modules() -> None:
+    """They stand twice, so that `--help` needs no torch."""
+    assert set(benchmark.STEP_SIDES) == {*benchmark_step.RIVALS, *benchmark_step.PEERS}
+    assert set(benchmark.READ_SIDES) == set(reading.RIVALS)
+    assert set(benchmark.MASK_KINDS) == set(masking.MASKS)
+    assert set(benchmark.PRECISIONS) == set(benchmark_step.DTYPES)
+    assert set(benchmark.ACTIVATION_CHECKPOINTING) == set(benchmark_step.CHECKPOINTED)
+    assert set(benchmark.READERS) == set(get_args(ReaderName))
+
+
+@pytest.mark.parametrize("command", [[], ["step"], ["scale"], ["loader"], ["packing"]])
+def test_help_of_benchmark_imports_no_torch(command: list[str]) -> None:
+    program = (
+        "import sys\nfrom video_convmae.cli.benchmark import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(str(sorted({'torch', 'av', 'timm', 'matplotlib'} & set(sys.modules)) or ''))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.strip() == ""
+    assert "usage: video-convmae benchmark" in done.stdout
+    assert not command or "--json" in done.stdout

@@ -4,8 +4,8 @@
     video-convmae pretrain --help-all           every field, explained
     video-convmae pretrain ... --print_config   the whole run
 
-An unknown field or a wrong type is an error that names the field. Options of one part (model, data, engine, weights) are
-defined beside that part. Nothing here imports torch, so that `--help` is fast.
+An unknown field or a wrong type is an error that names the field. Options of one part (model, data, engine, weights)
+are defined beside that part. Nothing here imports torch, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class MaskConfig:
     """The tokens hidden from the encoder, and those that are predicted."""
 
     kind: Literal["tube", "random", "frame", "block"] = "tube"
-    """tube: one spatial mask repeated in time; random: every token for itself; frame; block (video_convmae/masking.py)."""
+    """tube: one spatial mask repeated in time; random: every token for itself; frame: whole frames; block: cuboids."""
     ratio: float = 0.9
     """Fraction of the tokens that is hidden."""
     decoder_ratio: float | None = None
@@ -67,7 +67,7 @@ class DataConfig:
     max_bad_fraction: float = 0.01
     """Fraction of the list that may be bad before the run stops."""
     sampling: SamplingKind = "dense"
-    """dense: frames `stride` apart from one place (Kinetics); uniform: one of each of T segments (Something-Something)."""
+    """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
     stride: int = 4
     """Frames between two of a dense clip."""
     repeats: int = 1
@@ -138,7 +138,7 @@ class PretrainConfig(RunConfig):
 
     data: DataConfig
     """The list, and how clips are made of its records."""
-    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    model: AutoencoderConfig  # no default: an instance is resolved, and edits of single fields come before
     """The autoencoder."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     """The tokens hidden from the encoder."""
@@ -158,7 +158,7 @@ class FinetuneConfig(RunConfig):
 
     data: LabelledDataConfig
     """The lists, and how clips are made of their records."""
-    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    model: ClassifierConfig  # no default, as above
     """The classifier or probe."""
     mixing: MixingConfig = field(default_factory=MixingConfig)
     """Mixup, cutmix and label smoothing."""

@@ -150,7 +150,7 @@ def load(
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: the file is of no known family (weights/formats/), or the number of names is not that of its classes.
+        ValueError: the file is of no known family (weights/formats/), or there are more or fewer names than classes.
         ImportError: the reader does not work here.
     """
     source = path_or_run if isinstance(path_or_run, Checkpoint) else find_weights(path_or_run)

@@ -1,66 +1,158 @@
-"""Measure this machine's speed with VideoConvMAE: each part beside what it is compared with.
+"""Measure the speed of this machine with VideoConvMAE, each part beside a reference.
 
-    python tools/benchmark.py step --vs dense --json step.json
-    python tools/benchmark.py step --vs videomae --device cuda --precision bf16 --batch 64
-    python tools/benchmark.py scale --device cuda --precision bf16 --plot scale.png
-    python tools/benchmark.py loader --vs videomae --json loader.json
-    python tools/benchmark.py packing --json packing.json
+    video-convmae benchmark step --vs dense --json step.json
+    video-convmae benchmark step --vs hf-videomae --device cuda --precision bf16 --batch 64
+    video-convmae benchmark scale --device cuda --precision bf16 --plot scale.png
+    video-convmae benchmark loader --vs videomae --json loader.json
+    video-convmae benchmark packing --json packing.json
 
-`step --help` and so on say what a command does and how it measures. docs/PERFORMANCE.md has the results.
+`benchmark step --help` (scale, loader, packing) explains each measurement. Results: docs/PERFORMANCE.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import subprocess
+import ast
+import importlib
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import gettempdir
 
-import torch
-
-from video_convmae.benchmark import loader as benchmark_loader
-from video_convmae.benchmark import packing as benchmark_packing
-from video_convmae.benchmark import scale as benchmark_scale
-from video_convmae.benchmark import step as benchmark_step
-
-COMMANDS = (benchmark_step, benchmark_scale, benchmark_loader, benchmark_packing)  # each adds its own subcommand
-
-
-def about(device: str = "cpu") -> dict[str, str]:
-    """What every result says of the machine and the code."""
-    return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor(),
-        "commit": commit(),
-    }
+# The choices of the measuring modules stand here again, for importing those imports torch; a test compares them.
+STEP_SIDES = ("dense", "packed", "videomae", "hf-videomae", "hf-videomae-compiled")
+READ_SIDES = ("floor", "videomae")
+MASK_KINDS = ("tube", "random", "frame", "block")
+PRECISIONS = ("fp32", "bf16")
+ACTIVATION_CHECKPOINTING = ("none", "conv", "all")
+READERS = ("auto", "torchcodec", "pyav", "decord", "torchcodec_cuda")
 
 
-def processor() -> str:
-    """The processor's name."""
-    path = Path("/proc/cpuinfo")
-    names = (
-        [line.split(": ")[1] for line in path.read_text().splitlines() if "model name" in line] if path.exists() else []
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a training step, shared by `step` and `scale`."""
+    add = parser.add_argument
+    add("--size", default="base", help="size of our model (default %(default)s)")
+    add("--implementation", default="packed", choices=["packed", "dense"])
+    add("--task", default="pretrain", choices=["pretrain", "finetune"], help="finetune: nothing is hidden")
+    add("--frames", type=int, default=16, help="frames of a clip; 1: images")
+    add("--image-size", type=int, default=224, help="side of a clip in pixels")
+    add("--mask", choices=MASK_KINDS, help="default: tube; random for images")
+    add("--ratio", type=float, help="share of the tokens that is hidden; default: 0.9; 0.75 for images")
+    add("--decoder-ratio", type=float, help="share of the hidden tokens that is predicted; default: all")
+    add("--no-msd", action="store_true", help="leave out the multi-scale decoder")
+    add("--batch", type=int, default=2, help="clips a step")
+    add("--device", default="cpu", help="cpu or cuda")
+    add("--precision", default="fp32", choices=PRECISIONS)
+    add("--threads", type=int, help="CPU threads of PyTorch; default: PyTorch's own")
+    add("--compile", action="store_true", help="torch.compile each block of ours, as train.compile does")
+    add(
+        "--activation-checkpointing",
+        default="none",
+        choices=ACTIVATION_CHECKPOINTING,
+        help="as train.activation_checkpointing; ours alone",
     )
-    return names[0] if names else platform.processor()
+    add(
+        "--clock",
+        default="wall",
+        choices=["wall", "cpu"],
+        help="cpu: processor time, less disturbed by other jobs; on a CPU with one thread",
+    )
+    add("--warmup", type=int, default=1, help="steps of each side that are not counted")
 
 
-def commit() -> str:
-    """The commit that is measured, marked where files have changed since."""
-    folder = Path(__file__).parent
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=True
+def _add_step_options(parser: argparse.ArgumentParser) -> None:
+    _add_model_options(parser)
+    parser.add_argument("--vs", default="dense", choices=STEP_SIDES, help="the other side")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of steps")
+    parser.add_argument("--profile", action="store_true", help="first print where the time of our steps is spent")
+
+
+def _add_scale_options(parser: argparse.ArgumentParser) -> None:
+    _add_model_options(parser)
+    # None: the middle of the device, see scale.MIDDLE.
+    parser.set_defaults(size=None, frames=None, image_size=None, ratio=None, batch=None)
+    parser.add_argument("--vs", nargs="*", default=["dense", "videomae"], choices=STEP_SIDES, help="the other sides")
+    parser.add_argument("--repeats", type=int, default=3, help="counted steps of each point")
+    parser.add_argument("--plot", type=Path, default=Path("scale.png"), help="PNG to write (default %(default)s)")
+
+
+def _add_file_options(parser: argparse.ArgumentParser, files: int, turns: int) -> None:
+    """Add the options of a reading measurement, shared by `loader` and `packing`."""
+    add = parser.add_argument
+    add("--list", type=Path, help="videos to read; default: files like those of both data sets are made")
+    add("--root", type=Path, default=Path(), help="folder of the list's relative paths")
+    add("--sampling", choices=["dense", "uniform"], default="dense", help="sampling of the list's clips")
+    add("--stride", type=int, default=4, help="file frames between two frames of a dense clip")
+    add("--files", type=int, default=files, help="made files of each kind (default %(default)s)")
+    add("--turns", type=int, default=turns, help="counted samples of each side (default %(default)s)")
+    add("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, for machines in use")
+    add("--folder", type=Path, default=Path(gettempdir()) / "videoconvmae_files", help="folder for made files")
+
+
+def _add_loader_options(parser: argparse.ArgumentParser) -> None:
+    _add_file_options(parser, files=12, turns=48)
+    add = parser.add_argument
+    add("--reader", nargs="+", choices=READERS, default=["pyav"], help="each is measured")
+    add("--vs", default="floor", choices=READ_SIDES, help="the other side")
+    add("--frames", type=int, default=16, help="frames of a clip")
+    add("--size", type=int, default=224, help="side of a clip in pixels")
+    add("--crop", choices=["multi_scale", "random_resized", "whole"], default="multi_scale")
+    add("--flip", action="store_true", help="mirror half of the clips")
+    add("--on-device", action="store_true", help="leave resizing and flipping to the device")
+    add("--repeats", type=int, default=1, help="clips a decode")
+    add("--views", help="multi-view evaluation in place of training: segments x crops, as in 5x3")
+    add("--workers", type=int, default=0, help="also measure the whole loader with this many worker processes")
+    add("--batch", type=int, default=8, help="records of a batch, with --workers")
+
+
+def _add_packing_options(parser: argparse.ArgumentParser) -> None:
+    _add_file_options(parser, files=8, turns=40)
+    parser.add_argument("--reader", choices=READERS, default="pyav")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="variants to measure; default: the presets")
+    parser.add_argument("--workers", type=int, default=1, help="videos packed at once")
+
+
+COMMANDS = {
+    "step": (_add_step_options, "a training step against another"),
+    "scale": (_add_scale_options, "cost against frames, resolution, mask ratio and batch"),
+    "loader": (_add_loader_options, "clips a second from files to batches"),
+    "packing": (_add_packing_options, "speed, size and quality of re-encoded videos"),
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; `command` holds the subcommand. Imports no torch, so `--help` answers at once."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "video-convmae benchmark", description=__doc__, formatter_class=style, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (add_options, text) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=text, description=_docstring(name), formatter_class=style, allow_abbrev=False
         )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return answer.stdout.strip()
+        add_options(command)
+        command.add_argument("--json", type=Path, help="file for the result")
+    return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line, measure, print, and write what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    for command in COMMANDS:
-        command.add_command(commands, about)
-    given = parser.parse_args(arguments)
-    given.run(given)
+def _docstring(name: str) -> str | None:
+    """Return a module's docstring without importing it."""
+    return ast.get_docstring(ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a measurement, print it and write its JSON; returns the exit status."""
+    args = parse_arguments(arguments)
+    module = importlib.import_module(f".{args.command}", __package__)  # imported only now: it imports torch
+    from video_convmae.data.decoding import DecodeError
+
+    try:
+        result = getattr(module, f"run_{args.command}")(args)
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except (ImportError, OSError, ValueError, DecodeError) as error:
+        print(f"video-convmae benchmark {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    return 0

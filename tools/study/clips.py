@@ -1,12 +1,12 @@
-"""Make the demo's data: h264 clips of a camera that moves over photographs, in eight classes of motion.
+"""Make the demo's data: H.264 clips of a camera that moves over photographs, in eight classes of motion.
 
-    python tools/study/clips.py --output runs/demo/data
+    python -m tools.study.clips --output runs/demo/data
 
-The photographs are those that ship inside the wheels of scikit-image and scikit-learn; nothing is downloaded.
-Training and validation clips show different photographs, so a model has to know the motion, not the picture.
+The photographs ship inside the wheels of scikit-image and scikit-learn; nothing is downloaded. Training and validation
+clips show different photographs, so a model has to learn the motion, not the picture.
 
-A class says what the CAMERA does: in "pan left" the camera moves left, so the picture moves to the right; in "rotate
-clockwise" the camera turns clockwise, so the picture turns counter-clockwise; in "zoom in" the picture grows.
+A class is named by the motion of the CAMERA: in "pan left" the camera moves left, so the picture moves to the right; in
+"rotate clockwise" the camera turns clockwise, so the picture turns counter-clockwise; in "zoom in" the picture grows.
 Left and right are labels here, so training on these clips must not flip them.
 
 Output: `train/*.mp4`, `validation/*.mp4`, the lists `train.txt` and `validation.txt` (`path label`, relative to the
@@ -17,13 +17,12 @@ Same settings, same bytes (with the same versions of the libraries on the same k
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import re
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -31,6 +30,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 from tqdm import tqdm
+from video_convmae.benchmark.files import PHOTOGRAPHS, photograph
 
 CLASSES = (
     "pan left",
@@ -43,40 +43,15 @@ CLASSES = (
     "rotate counter-clockwise",
 )
 
-# Left out: drawings and diagrams, pictures under 300 pixels, and those with next to no texture (moon, cell, clock).
-# The two motorcycles are one scene through two lenses, so they stand on the same side.
-PHOTOGRAPHS = {
-    "train": (
-        "skimage/data/astronaut.png",
-        "skimage/data/brick.png",
-        "skimage/data/coins.png",
-        "skimage/data/grass.png",
-        "skimage/data/gravel.png",
-        "skimage/data/hubble_deep_field.jpg",
-        "skimage/data/ihc.png",
-        "skimage/data/motorcycle_left.png",
-        "skimage/data/motorcycle_right.png",
-        "skimage/data/retina.jpg",
-        "skimage/data/rocket.jpg",
-        "sklearn/datasets/images/flower.jpg",
-    ),
-    "validation": (
-        "skimage/data/camera.png",
-        "skimage/data/chelsea.png",
-        "skimage/data/coffee.png",
-        "sklearn/datasets/images/china.jpg",
-    ),
-}
-
-RECIPE = 2  # raise it when the same settings give other clips, so that folders made before are made again
+RECIPE = 2  # raise it when the same settings give other clips, so that earlier folders are made again
 SETTINGS_FILE = "settings.json"
-ENOUGH_TEXTURE = 4.0  # grey levels; measured on 64-pixel views: sky and retina 1 to 2, a face 6, grass 15
-OWN_FILE = re.compile(r"\d{5}_(pan|zoom|rotate)_.+\.mp4")
+MIN_TEXTURE = 4.0  # grey levels; measured on 64-pixel views: sky and retina 1 to 2, a face 6, grass 15
+CLIP_NAME = re.compile(r"\d{5}_(pan|zoom|rotate)_.+\.mp4")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that decides what is in the folder."""
+class ClipSettings:
+    """Everything that determines the contents of the folder."""
 
     train: int
     validation: int
@@ -103,7 +78,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class CameraPath:
-    """Where the camera looks in each frame: arrays of T values.
+    """The view of the camera in each frame: arrays of T values.
 
     `x`, `y`: the centre of the view; `width`: the side of the square view; `angle`: its turn in radians, positive
     clockwise as seen on the picture (y grows downwards). Lengths are in pixels of the photograph.
@@ -115,17 +90,17 @@ class CameraPath:
     angle: np.ndarray
 
     def matrices(self) -> np.ndarray:
-        """(T, 2, 3): a point (u, v, 1) of the view, -1 to 1 from edge to edge, to its place on the photograph."""
+        """Return the maps (T, 2, 3) from a view's point (u, v, 1), -1 to 1 from edge to edge, to the photograph."""
         cos, sin = self.width / 2 * np.cos(self.angle), self.width / 2 * np.sin(self.angle)
         return np.stack([cos, -sin, self.x, sin, cos, self.y], -1).reshape(-1, 2, 3)
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """The box around everything seen in the clip: (left, top), (right, bottom)."""
+        """Return the box around everything seen in the clip: (left, top), (right, bottom)."""
         corners = self.matrices() @ np.array([[-1, 1, -1, 1], [-1, -1, 1, 1], [1, 1, 1, 1]])
         return corners.min((0, 2)), corners.max((0, 2))
 
     def at(self, frames: slice) -> CameraPath:
-        """The same path, in some of its frames."""
+        """Return the path at some of its frames."""
         return CameraPath(self.x[frames], self.y[frames], self.width[frames], self.angle[frames])
 
 
@@ -138,10 +113,10 @@ def make_motion_clips(
     fps: int = 16,
     seed: int = 0,
 ) -> None:
-    """Make the clips, or do nothing where the folder already holds these clips, complete.
+    """Make the clips; do nothing if the folder already holds these clips, complete.
 
     Args:
-        output: folder to make them in. Clips of other settings that an earlier call left there are removed.
+        output: destination folder. Clips that an earlier call with other settings left there are removed.
         train: training clips; classes and photographs come equally often.
         validation: validation clips.
         size: side of a clip in pixels.
@@ -149,7 +124,7 @@ def make_motion_clips(
         fps: frames a second.
         seed: clips of another seed show other places at other speeds.
     """
-    settings = Settings(train, validation, size, float(seconds), fps, seed)
+    settings = ClipSettings(train, validation, size, float(seconds), fps, seed)
     output = Path(output)
     if _is_complete(output, settings):
         print(f"{output} already holds these clips")
@@ -168,7 +143,7 @@ def make_motion_clips(
 
 
 def draw_path(motion: str, num_frames: int, photo_size: tuple[int, int], rng: np.random.Generator) -> CameraPath:
-    """A camera path of this class whose view lies inside a photograph of (width, height) in every frame.
+    """Draw a camera path of a class whose view lies inside a photograph of (width, height) in every frame.
 
     The camera passes 0.5 to 1 of its view in a pan (1 to 2 pixels a frame for 32 frames of 64 pixels), zooms by 1.5 to
     2.2, or turns by 45 to 100 degrees, with a speed that swells or sinks by up to 30% on the way.
@@ -189,34 +164,35 @@ def draw_path(motion: str, num_frames: int, photo_size: tuple[int, int], rng: np
         width = zoom ** (-time if way == "in" else time - 1)
     else:
         angle = roll + turn * (time if way == "clockwise" else -time)
-    return _place(CameraPath(x, y, width, angle), photo_size, rng)
+    return _place_path(CameraPath(x, y, width, angle), photo_size, rng)
 
 
 def render(photo: Image.Image, path: CameraPath, size: int) -> np.ndarray:
-    """What the camera sees: uint8 (T, size, size, 3).
+    """Render the view of the camera: uint8 (T, size, size, 3).
 
-    Against aliasing the photograph is first shrunk until the closest view has one of its pixels for one of ours, then
-    each of our pixels is the mean of 2 x 2 bilinear samples, which serves views up to twice as wide.
+    Against aliasing the photograph is first shrunk until the closest view has one of its pixels for each output pixel;
+    then each output pixel is the mean of 2 x 2 bilinear samples, enough for views up to twice as wide.
     """
     shrink = max(1.0, path.width.min() / size)
-    small = photo.resize([max(1, round(side / shrink)) for side in photo.size], Image.Resampling.LANCZOS)
+    width, height = (max(1, round(side / shrink)) for side in photo.size)
+    small = photo.resize((width, height), Image.Resampling.LANCZOS)
     picture = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float()
     matrices = path.matrices() * (2 / np.array(photo.size))[:, None] - [0, 0, 1]  # grid_sample's -1 to 1
-    grid = affine_grid(torch.from_numpy(matrices).float(), (len(matrices), 3, 2 * size, 2 * size), align_corners=False)
+    grid = affine_grid(torch.from_numpy(matrices).float(), [len(matrices), 3, 2 * size, 2 * size], align_corners=False)
     seen = grid_sample(picture, grid.view(1, -1, 2 * size, 2), padding_mode="border", align_corners=False)
     seen = avg_pool2d(seen, 2)[0].view(3, -1, size, size)
     return seen.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).numpy()
 
 
 def write_h264(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Frames, uint8 (T, H, W, 3), as an h264 mp4 with B-frames and a keyframe a second.
+    """Write frames, uint8 (T, H, W, 3), as an H.264 mp4 with B-frames and a keyframe a second.
 
-    What the options are for: `b_strategy` 0 puts three B-frames between any two others (left to choose, x264 gives a
-    few of these short clips none). One thread: with more, the bytes depend on how many the machine has. `mbtree` off:
-    with it, one clip of 64 pixels encoded five times gave up to four different files, without it always one.
+    `b_strategy` 0 puts three B-frames between any two others (left to choose, x264 gives a few of these short clips
+    none). One thread: with more, the bytes depend on the machine. `mbtree` off: with it, one clip of 64 pixels encoded
+    five times gave up to four different files, without it always one.
     """
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps)
+        stream: Any = container.add_stream("libx264", rate=fps)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
@@ -227,46 +203,45 @@ def write_h264(path: Path, frames: np.ndarray, fps: int) -> None:
         container.mux(stream.encode())
 
 
-def _make_clip(output: Path, split: str, index: int, settings: Settings) -> str:
-    """Make one clip; returns its line of the list. Classes take turns, then photographs."""
+def _make_clip(output: Path, split: str, index: int, settings: ClipSettings) -> str:
+    """Make one clip; returns its line of the list. Classes alternate first, then photographs."""
     label = index % len(CLASSES)
     names = PHOTOGRAPHS[split]
     photo_name = names[index // len(CLASSES) % len(names)]
     rng = np.random.default_rng([settings.seed, list(PHOTOGRAPHS).index(split), index])
-    frames = _film(photograph(photo_name), CLASSES[label], settings, rng)
+    frames = _draw_frames(photograph(photo_name), CLASSES[label], settings, rng)
     name = f"{split}/{index:05d}_{CLASSES[label].replace(' ', '_')}_{Path(photo_name).stem}.mp4"
     write_h264(output / name, frames, settings.fps)
     return f"{name} {label}\n"
 
 
-def _film(photo: Image.Image, motion: str, settings: Settings, rng: np.random.Generator) -> np.ndarray:
-    """One clip over a photograph, mirrored half of the time, where there is something to see.
+def _draw_frames(photo: Image.Image, motion: str, settings: ClipSettings, rng: np.random.Generator) -> np.ndarray:
+    """Draw one clip over a photograph, mirrored half of the time, where its motion can be seen.
 
-    Over an empty sky no motion can be seen, so of a few paths the first that begins and ends on enough texture is
-    taken, else the one with the most.
+    An empty sky shows no motion, so of four paths the first that begins and ends on enough texture is taken, else the
+    one with the most.
     """
     if rng.random() < 0.5:
         photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    best, most = None, -1.0
+    candidates = []
     for _ in range(4):
         path = draw_path(motion, settings.num_frames, photo.size, rng)
         ends = render(photo, path.at(slice(None, None, settings.num_frames - 1)), settings.size)
-        texture = min(_texture(frame) for frame in ends)
-        if texture > most:
-            best, most = path, texture
-        if most >= ENOUGH_TEXTURE:
+        candidates.append((min(_texture(frame) for frame in ends), path))
+        if candidates[-1][0] >= MIN_TEXTURE:
             break
+    _, best = max(candidates, key=lambda candidate: candidate[0])
     return render(photo, best, settings.size)
 
 
 def _texture(frame: np.ndarray) -> float:
-    """Mean absolute difference of neighbouring pixels, in grey levels of 255."""
+    """Return the mean absolute difference of neighbouring pixels, in grey levels of 255."""
     grey = frame.astype(np.float32).mean(-1)
     return float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean()) / 2
 
 
-def _place(path: CameraPath, photo_size: tuple[int, int], rng: np.random.Generator) -> CameraPath:
-    """Give a path in units of its own view a scale and a place, both random, at which all it sees is photograph."""
+def _place_path(path: CameraPath, photo_size: tuple[int, int], rng: np.random.Generator) -> CameraPath:
+    """Give a path in units of its own view a random scale and place at which every view lies on the photograph."""
     (left, top), (right, bottom) = path.bounds()
     extent = np.array([right - left, bottom - top])
     scale = (np.array(photo_size) / extent).min() * rng.uniform(0.3, 0.7)
@@ -274,21 +249,7 @@ def _place(path: CameraPath, photo_size: tuple[int, int], rng: np.random.Generat
     return CameraPath(x + scale * path.x, y + scale * path.y, scale * path.width, path.angle)
 
 
-@cache
-def photograph(name: str) -> Image.Image:
-    """A photograph that ships inside an installed package ('skimage/data/coffee.png'), as RGB, its short side cut to
-    512 pixels: without that, shrinking the 1411 pixels of the retina for each clip is what takes the time."""
-    package, _, inside = name.partition("/")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not (path := Path(spec.submodule_search_locations[0]) / inside).is_file():
-        raise FileNotFoundError(f"the photograph {name} is not installed; run: pip install scikit-image scikit-learn")
-    with Image.open(path) as file:
-        photo = file.convert("RGB")
-    ratio = min(1.0, 512 / min(photo.size))
-    return photo.resize([round(side * ratio) for side in photo.size], Image.Resampling.LANCZOS)
-
-
-def _is_complete(output: Path, settings: Settings) -> bool:
+def _is_complete(output: Path, settings: ClipSettings) -> bool:
     try:
         held = json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
         lines = [line for split in PHOTOGRAPHS for line in (output / f"{split}.txt").read_text().splitlines()]
@@ -298,17 +259,19 @@ def _is_complete(output: Path, settings: Settings) -> bool:
 
 
 def _remove_own_files(output: Path) -> None:
-    """Remove clips of earlier calls, and nothing else: the folder may be somebody's."""
+    """Remove clips of earlier calls, and nothing else: the folder may hold a user's files."""
     (output / SETTINGS_FILE).unlink(missing_ok=True)
     for split in PHOTOGRAPHS:
         for path in output.glob(f"{split}/*.mp4"):
-            if OWN_FILE.fullmatch(path.name):
+            if CLIP_NAME.fullmatch(path.name):
                 path.unlink()
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Make the clips that the command line asks for."""
+    parser = argparse.ArgumentParser(
+        "python -m tools.study.clips", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to make the clips in")
     parser.add_argument("--train", type=int, default=640, help="training clips (default %(default)s)")
     parser.add_argument("--validation", type=int, default=128, help="validation clips (default %(default)s)")

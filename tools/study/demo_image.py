@@ -1,4 +1,4 @@
-"""The demo on images: pretrain a tiny model on digits without labels; see what that is worth with ten labels a class.
+"""The demo on images: pretrain a tiny model on digits without labels, then finetune it with ten labels a class.
 
     make demo-image
 
@@ -8,10 +8,10 @@ training; all others are for pretraining, which reads no labels; ten a class of 
 
 For each of three seeds: pretraining; then, on the labelled digits, finetuning (`finetuned`), a linear probe of the
 frozen encoder (`probed`), and the finetuning again without pretrained weights (`scratch`): same configuration, same
-steps. Settings are in configs/debug/*_digits.yaml. What is tested is the last checkpoint of each run.
+steps. Settings are in configs/debug/*_digits.yaml. The last checkpoint of each run is tested.
 
-It leaves in runs/demo-image: metrics.json, the images in data/, the runs in seed0/ to seed2/. An interrupted demo goes
-on where it was; a finished one is done again. It exits with an error if the finetuned model has not learned.
+It writes to runs/demo-image: metrics.json, the images in data/, the runs in seed0/ to seed2/. An interrupted demo
+resumes; a finished one is repeated. It exits with an error if the finetuned model has not learned.
 """
 
 from __future__ import annotations
@@ -24,56 +24,62 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from video_convmae.cli.evaluate import run as evaluate
+from tools.study.finished import is_finished, require_finished
+from video_convmae.atomic import write_text
+from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig
-from video_convmae.engine.log import write_text
 
 CONFIGS = {
     kind: Path(__file__).parents[2] / "configs" / "debug" / f"{kind}_digits.yaml"
     for kind in ("pretrain", "finetune", "probe")
 }
-MODELS = {"finetuned": "finetune", "probed": "probe", "scratch": "finetune"}  # and how each is trained
+MODELS = {"finetuned": "finetune", "probed": "probe", "scratch": "finetune"}  # name: configuration
 SEEDS = (0, 1, 2)
 VALIDATION, LABELLED = 50, 10  # digits a class
 SIDE = 32  # pixels
-LEAST = 0.5  # top-1 of the finetuned models below which they have not learned; chance is 0.1
+MIN_TOP1 = 0.5  # mean of the finetuned models; chance is 0.1
 
 
 def main() -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/demo-image"), help="folder for all that is made")
+    parser = argparse.ArgumentParser(
+        "python -m tools.study.demo_image", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo-image"), help="folder for all results (default %(default)s)"
+    )
     parser.add_argument("--data_only", action="store_true", help="write the images and train nothing")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     started = time.perf_counter()
-    data = arguments.output / "data"
+    data = args.output / "data"
     make_digits(data)
-    if arguments.data_only:
+    if args.data_only:
         return
-    begin(arguments.output)
+    remove_outdated_runs(args.output)
     torch.set_num_threads(1)  # a second thread gains little at this size, and waits long where the cores are shared
-    top1 = [train_and_test(arguments.output / f"seed{seed}", data, seed) for seed in SEEDS]
-    metrics = summarise(top1)
-    write_text(arguments.output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    print(table(metrics, arguments.output))
+    top1 = [train_and_test(args.output / f"seed{seed}", data, seed) for seed in SEEDS]
+    metrics = summarize_seeds(top1)
+    write_text(args.output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    print(report_demo_image(metrics, args.output))
     print(f"{time.perf_counter() - started:.0f} s in all.")
-    if metrics["finetuned"]["top1"] < LEAST:
-        sys.exit(f"the model has not learned: top-1 {metrics['finetuned']['top1']:.2f} is less than {LEAST}")
+    if (mean := metrics["finetuned"]["top1"]) < MIN_TOP1:
+        sys.exit(f"the model has not learned: top-1 is {mean:.2f}; expected at least {MIN_TOP1}")
 
 
 def make_digits(folder: Path) -> None:
     """Write the digits as `SPLIT/CLASS/NUMBER.png`; the split is always the same.
 
-    `train` is for pretraining, `labelled` is the part of it whose labels are read, `validation` is apart.
+    `train` is for pretraining, `labelled` is the part of it for finetuning, `validation` is disjoint from both.
     """
     digits = load_digits()
     for label in range(10):
@@ -90,8 +96,8 @@ def make_digits(folder: Path) -> None:
                 grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(place / f"{number:04d}.png")
 
 
-def begin(output: Path) -> None:
-    """Remove the runs of a demo that ended or had other settings; those of an interrupted one stay, to go on."""
+def remove_outdated_runs(output: Path) -> None:
+    """Remove the runs of a finished demo or of other settings; those of an interrupted one stay and are resumed."""
     settings = {kind: path.read_text(encoding="utf-8") for kind, path in CONFIGS.items()}
     known, metrics = output / "settings.json", output / "metrics.json"
     if metrics.exists() or not known.exists() or json.loads(known.read_text(encoding="utf-8")) != settings:
@@ -102,39 +108,28 @@ def begin(output: Path) -> None:
 
 
 def train_and_test(folder: Path, data: Path, seed: int) -> dict[str, float]:
-    """All runs of one seed: the top-1 of each model on the validation digits."""
+    """Carry out all runs of one seed; returns the top-1 of each model on the validation digits."""
     common = [f"--seed={seed}", f"--data.train={data / 'train'}"]
     print(f"\nSeed {seed}, pretraining:", flush=True)
-    if not is_done(folder / "pretrain"):
+    if not is_finished(folder / "pretrain"):
         pretrain(parse(PretrainConfig, [f"--config={CONFIGS['pretrain']}", f"--output={folder / 'pretrain'}", *common]))
-        check_done(folder / "pretrain")
+        require_finished(folder / "pretrain")
     common = [f"--seed={seed}", f"--data.train={data / 'labelled'}", f"--data.validation={data / 'validation'}"]
     top1 = {}
     for name, kind in MODELS.items():
         print(f"\nSeed {seed}, {name}:", flush=True)
         run = folder / name
         start = [] if name == "scratch" else [f"--init.weights={folder / 'pretrain'}"]
-        if not is_done(run):
+        if not is_finished(run):
             finetune(parse(FinetuneConfig, [f"--config={CONFIGS[kind]}", f"--output={run}", *common, *start]))
-            check_done(run)
+            require_finished(run)
         test = parse(EvaluateConfig, [f"--weights={run}", f"--output={run / 'test'}", "--device=cpu"])
         top1[name] = evaluate(test)["top1"]
     return top1
 
 
-def is_done(run: Path) -> bool:
-    """Whether a run went to its end."""
-    return (run / "metrics.json").exists()
-
-
-def check_done(run: Path) -> None:
-    """Leave if a signal ended the run."""
-    if not is_done(run):
-        sys.exit(f"{run} was interrupted; the same command goes on from there")
-
-
-def summarise(top1: Sequence[dict[str, float]]) -> dict[str, dict[str, float | list[float]]]:
-    """What metrics.json holds, from the top-1 of each model at each seed; the deviation is that of a sample."""
+def summarize_seeds(top1: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Return the contents of metrics.json from the top-1 of each model at each seed; `top1_std` is the sample's."""
     metrics = {}
     for name in MODELS:
         seeds = [of_seed[name] for of_seed in top1]
@@ -142,15 +137,15 @@ def summarise(top1: Sequence[dict[str, float]]) -> dict[str, dict[str, float | l
     return metrics
 
 
-def table(metrics: dict, output: Path) -> str:
-    """The metrics for reading."""
+def report_demo_image(metrics: dict[str, dict[str, Any]], output: Path) -> str:
+    """Return the metrics as a table."""
 
     def seconds(name: str) -> float:
         runs = [output / f"seed{seed}" / name / "metrics.json" for seed in SEEDS]
         return statistics.mean(json.loads(run.read_text(encoding="utf-8"))["seconds"] for run in runs)
 
     lines = [
-        f"\nTop-1 on {10 * VALIDATION} digits that took no part in training (chance: 10%), with {LABELLED} labelled a "
+        f"\nTop-1 on {10 * VALIDATION} digits that took no part in training (chance: 10%), with {LABELLED} labels a "
         f"class;\n{len(SEEDS)} seeds, each with its own pretraining ({seconds('pretrain'):.0f} s):",
         "              mean    std    seeds               training",
     ]

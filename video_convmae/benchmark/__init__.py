@@ -1,4 +1,4 @@
-"""Speed measurements. In a clone their files lie in tools/benchmark/; the wheel has them here."""
+"""Speed measurements: the modules of tools/benchmark/ in a clone; in a wheel they lie in this folder."""
 
 from pathlib import Path
 

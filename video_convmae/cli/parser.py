@@ -34,8 +34,6 @@ import yaml
 from video_convmae.errors import UserError
 from video_convmae.shipped import find_config
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
 # Listed by --help, in this order, where a configuration has more than MANY fields.
 FIRST = (
     *("output", "data.train", "data.validation", "data.root", "data.format", "data.labels", "data.workers"),
@@ -162,7 +160,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def fields_of(kind: type, prefix: str = "") -> dict[str, Field]:
-    """Return every field of a dataclass and of those in it, by its dotted name."""
+    """Return every field of a dataclass and of those in it, by its dotted name, with the default of its own class."""
     texts: dict[str, str] = {}
     for parent in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
         parameters = docstring_parser.parse_from_object(parent).params
@@ -203,7 +201,7 @@ def fail(program: str, message: str, code: int = 2) -> NoReturn:
 
 
 class _FieldParser(jsonargparse.ArgumentParser):
-    """jsonargparse's parser of a dataclass, with errors of one line and a help that is short at first."""
+    """jsonargparse's parser of a dataclass, with errors of one line and a help of its own."""
 
     def __init__(self, kind: type, is_complete: bool = False) -> None:
         """Add the fields of `kind`; `is_complete`: help lists all of them."""
@@ -214,8 +212,8 @@ class _FieldParser(jsonargparse.ArgumentParser):
             description=kind.__doc__,
             allow_abbrev=False,
         )
-        self.add_argument("--help-all", action="help", help="List every field.")
-        self.add_argument("--config", action="config", help="Shipped configuration, or a YAML file.")
+        self.add_argument("--help-all", action="help")
+        self.add_argument("--config", action="config")
         self.add_class_arguments(kind)
         self._is_complete = is_complete
         self._fields = fields_of(kind)
@@ -256,10 +254,9 @@ class _FieldParser(jsonargparse.ArgumentParser):
         fail(self.prog, message)
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        """Return the complete help, or the fields that most runs set."""
-        if self._is_complete:
-            return super().format_help(formatter)
-        names = list(self._fields) if len(self._fields) <= MANY else [name for name in FIRST if name in self._fields]
+        """Return the help: all fields, or those that most runs set."""
+        is_short = not self._is_complete and len(self._fields) > MANY
+        names = [name for name in FIRST if name in self._fields] if is_short else list(self._fields)
         options = [
             ("--config NAME", "Shipped configuration (video/pretrain_k400_base_msd), or a YAML file."),
             *((f"--{name}", self._explain(name)) for name in names),
@@ -268,8 +265,12 @@ class _FieldParser(jsonargparse.ArgumentParser):
             ("--debug", "Show the traceback of an error."),
         ]
         column = 4 + max(len(option) for option, _ in options)
-        layout: dict[str, Any] = {"width": WIDTH, "subsequent_indent": " " * column, "break_on_hyphens": False}
-        lines = [textwrap.fill(f"  {option:{column - 2}}{text}", **layout) for option, text in options]
+        lines = [
+            textwrap.fill(
+                f"  {option:{column - 2}}{text}", WIDTH, subsequent_indent=" " * column, break_on_hyphens=False
+            )
+            for option, text in options
+        ]
         return "\n".join([self.format_usage(), self.description or "", "", *lines, ""])
 
     def _explain(self, name: str) -> str:

@@ -3,8 +3,8 @@
     video-convmae predict runs/k400 clip.mp4 other.webm
     video-convmae predict vit_b_k710.pth frames/ --labels kinetics400 --json
 
-A file may be a video, an image or a folder of frames. The views of the run's own test protocol are averaged. A file that
-cannot be read is reported on stderr; the others are still predicted, and the exit status is 1.
+A file may be a video, an image or a folder of frames. The views of the run's own test protocol are averaged. A file
+that cannot be read is reported on stderr; the others are still predicted, and the exit status is 1.
 """
 
 from __future__ import annotations

@@ -1,3 +1,52 @@
-from video_convmae.visualize.features import main
+"""Draw the features of each stage of a model for a video or an image, and a classifier's evidence for a class.
 
-__all__ = ["main"]
+    video-convmae show-features runs/k400 clip.mp4 --output clip.png
+    video-convmae show-features runs/k400 clip.mp4 --output clip.png --label "playing guitar"
+
+The middle of the file is shown. Rows: the frames; the features of each stage as colours (three principal components);
+for a pretrained encoder the tokens after fusion and norm; for a classifier the contribution of each token to the logit
+of a class, less the mean over the tokens (red: more, blue: less).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the picture; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "video-convmae show-features",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("weights", help="run folder, checkpoint or model.safetensors of a run, or a published file")
+    parser.add_argument("file", help="a video, an image or a folder of frames")
+    parser.add_argument("--output", type=Path, required=True, help="the picture, a PNG file")
+    parser.add_argument("--label", help="number or name of a class; default: the most probable one")
+    parser.add_argument("--labels", type=Path, help="file of class names; default: the run's own")
+    parser.add_argument("--frames", type=int, default=8, help="columns at most (default %(default)s)")
+    args = parser.parse_args(arguments)
+    if args.frames < 1:
+        parser.error(f"--frames is {args.frames}; expected 1 or more")
+
+    from video_convmae import predictor
+    from video_convmae.data.decoding import DecodeError
+    from video_convmae.visualize.features import draw_feature_rows, find_label, write_feature_picture
+
+    try:
+        loaded = predictor.load(args.weights, labels=args.labels)
+        label = None if args.label is None else find_label(loaded, args.label)
+        pictures = loaded.pictures(args.file, loaded.middle)
+        rows, lines = draw_feature_rows(loaded, pictures, loaded.normalise(pictures), label)
+        lines = [f"{args.weights}, {args.file}", *lines]
+        write_feature_picture(rows, lines, args.output, loaded.model.encoder.config.tubelet, args.frames)
+    except (ImportError, OSError, ValueError, DecodeError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    print(*lines, f"{args.output}: {len(rows)} rows", sep="\n")
+    return 0

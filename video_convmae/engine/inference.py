@@ -236,7 +236,8 @@ class ChunkStore:
             if self._files is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 path = self._folder / f"{time.time_ns()}-{self._rank}"
-                self._files = open(f"{path}.rows", "ab"), open(f"{path}.bad_records.jsonl", "a")
+                rows_path, bad_records_path = Path(f"{path}.rows"), Path(f"{path}.bad_records.jsonl")
+                self._files = rows_path.open("ab"), bad_records_path.open("a")
             rows_file, bad_records_file = self._files
             bad_records_file.writelines(json.dumps(record._asdict()) + "\n" for record in chunk.bad_records)
             bad_records_file.flush()

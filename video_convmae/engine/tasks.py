@@ -42,7 +42,7 @@ class Normalizer(nn.Module):
         self.std = 255 * torch.tensor(std, device=device).view(1, -1, 1, 1, 1)
 
     def normalise(self, clips: Tensor | RaggedCrops) -> Tensor:
-        """`(B, C, T, H, W)` uint8 on any device, or ragged crops of B clips -> `(B, C, T, H, W)` float32 on this one."""
+        """Bytes `(B, C, T, H, W)` on any device, or ragged crops of B clips -> float32 of that shape on this one."""
         if isinstance(clips, RaggedCrops):
             clips = clips.clips(self.mean.device)
         return (clips.to(self.mean.device, non_blocking=True).float() - self.mean) / self.std

@@ -1,6 +1,6 @@
-"""Pictures of an evaluation: which classes are taken for which, and which are known well.
+"""Pictures of an evaluation: its confusion matrix and the accuracy of each class.
 
-tools/evaluate.py --plot writes them. matplotlib is needed (pip install matplotlib).
+`evaluate --plot` writes them. They need matplotlib (pip install matplotlib).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FEW = 40  # classes whose names can all be read
-ENDS = 20  # of more classes, so many of the worst and of the best are shown
+MAX_NAMED = 40  # classes, in a picture with all names
+ENDS = 20  # with more classes, the number of best and of worst that are shown
 
 
-def confusion(evaluation: Evaluation) -> np.ndarray:
-    """`(classes, classes)` float64: the share of each label's records (row) that each class is predicted for (column).
+def confusion_matrix(evaluation: Evaluation) -> np.ndarray:
+    """Return `(classes, classes)` float64: the share of each label's records (row) with each predicted class (column).
 
-    Counted are the records that were read and have a label; a class without any has a row of NaN.
+    Only labelled records that were read are counted; a class without any has a row of NaN.
     """
     labels, predicted = _counted(evaluation)
     count = evaluation.scores.shape[1]
@@ -35,33 +35,33 @@ def confusion(evaluation: Evaluation) -> np.ndarray:
 
 
 def draw_confusion(evaluation: Evaluation, names: Sequence[str], path: Path) -> None:
-    """Write the confusion matrix, normalised over each row; where there are many classes, their numbers alone.
+    """Draw the confusion matrix, normalised over each row; many classes are shown by number alone.
 
     Raises:
         ValueError: no labelled record was scored.
         ImportError: matplotlib is missing.
     """
-    table = confusion(evaluation)
-    side = 4 + 0.2 * len(names) if len(names) <= FEW else 10
+    table = confusion_matrix(evaluation)
+    side = 4 + 0.2 * len(names) if len(names) <= MAX_NAMED else 10
     figure = _figure(side + 1, side)
     axes = figure.add_subplot()
     axes.set_facecolor("0.8")  # rows of classes without records
-    # The root shows what is rare, too; without interpolation every class keeps its own pixels.
+    # The root makes rare confusions visible; without interpolation every class keeps its own pixels.
     image = axes.imshow(np.sqrt(table), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02, label="share of the label's records")
-    shares = [0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1]
-    bar.set_ticks(np.sqrt(shares), labels=[f"{share:.0%}" for share in shares])
-    if len(names) <= FEW:
+    shares = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
+    bar.set_ticks([share**0.5 for share in shares], labels=[f"{share:.0%}" for share in shares])
+    if len(names) <= MAX_NAMED:
         axes.set_xticks(range(len(names)), labels=_short(names), rotation=90, fontsize=8)
         axes.set_yticks(range(len(names)), labels=_short(names), fontsize=8)
-    axes.set_xlabel("predicted" if len(names) <= FEW else "predicted (class number)")
-    axes.set_ylabel("label" if len(names) <= FEW else "label (class number)")
+    axes.set_xlabel("predicted" if len(names) <= MAX_NAMED else "predicted (class number)")
+    axes.set_ylabel("label" if len(names) <= MAX_NAMED else "label (class number)")
     axes.set_title(_title(evaluation))
-    figure.savefig(path, dpi=200 if len(names) > FEW else 150, bbox_inches="tight")
+    figure.savefig(path, dpi=200 if len(names) > MAX_NAMED else 150, bbox_inches="tight")
 
 
 def draw_classes(evaluation: Evaluation, names: Sequence[str], path: Path) -> None:
-    """Write the accuracy of each class that has records, best first; where there are many, the best and the worst.
+    """Draw the accuracy of each class that has records, best first; of many, the best and the worst.
 
     Raises:
         ValueError: no labelled record was scored.
@@ -72,7 +72,7 @@ def draw_classes(evaluation: Evaluation, names: Sequence[str], path: Path) -> No
     accuracy = np.array([(predicted[labels == label] == label).mean() for label in classes])
     order = np.lexsort((classes, -accuracy))
     parts = {"": order}
-    if len(order) > FEW:
+    if len(order) > MAX_NAMED:
         parts = {f"the {ENDS} best of {len(order)}": order[:ENDS], f"the {ENDS} worst": order[-ENDS:]}
     rows = max(map(len, parts.values()))
     figure = _figure(7.5 * len(parts), 1.5 + 0.22 * rows)
@@ -91,13 +91,13 @@ def _draw_bars(axes: Axes, accuracy: np.ndarray, names: Sequence[str]) -> None:
     places = range(len(names))
     axes.bar_label(axes.barh(places, 100 * accuracy), fmt="%.0f", padding=2, fontsize=8)
     axes.set_yticks(places, labels=names, fontsize=8)
-    axes.set_ylim(len(names) - 0.4, -0.6)  # the first is on top
-    axes.set_xlim(0, 108)  # and room for the number
+    axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
+    axes.set_xlim(0, 108)  # with room for the number
     axes.set_xlabel("accuracy in %; in brackets: records")
 
 
 def _counted(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and predicted classes of the labelled records that were read."""
+    """Return the labels and predicted classes of the labelled records that were read."""
     counted = ~evaluation.failed & (evaluation.labels >= 0)
     if not counted.any():
         raise ValueError("no labelled record was scored: there is no accuracy to draw; give a list with labels")
@@ -111,12 +111,12 @@ def _title(evaluation: Evaluation) -> str:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Names that fit beside a picture; a dollar sign is one, and does not begin a formula."""
+    """Shorten names to fit beside a picture; a dollar sign is escaped, for it would begin a formula."""
     return [shorten(name, 48, placeholder=" ...").replace("$", r"\$") for name in names]
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches; no window is opened, and nothing global is changed."""
+    """Return an empty figure, in inches; pyplot and its global state are not touched."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

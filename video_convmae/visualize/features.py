@@ -1,53 +1,49 @@
-"""Show what each stage of an encoder sees in a video or an image, and where a classifier finds its class.
+"""Pictures of an encoder's features in a video or an image, and of a classifier's evidence for a class.
 
-    python tools/show_features.py runs/k400 clip.mp4 --output clip.png
-    python tools/show_features.py runs/k400 clip.mp4 --output clip.png --label "playing guitar"
-
-The middle of the file is shown. Rows: the frames; each stage's features as colours (their first three principal
-components as red, green and blue, one basis for all frames of a row, so that a colour means the same at all times); for
-a pretrained encoder the tokens after fusion and norm; for a classifier the evidence: what each token adds to the logit
-of a class, as it differs from the mean over the tokens (red: more, blue: less). All tokens share most of what they say,
-since each has looked at the others; the mean stands above the picture, and would paint it in one colour. For the same
-reason a token's evidence is not that of its pixels alone.
+Rows: the frames; the features of each stage as colours (their first three principal components as red, green and blue,
+one basis for all frames of a row, so a colour means the same at all times); for a pretrained encoder the tokens after
+fusion and norm; for a classifier the evidence: the contribution of each token to the logit of a class, less the mean
+over the tokens (red: more, blue: less). After attention the tokens share most of their content; their mean contribution
+stands above the picture, for it would paint the row in one colour. For the same reason a token's evidence is not that
+of its pixels alone.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from video_convmae.data.decoding import DecodeError
+from video_convmae.config import FinetuneConfig
 from video_convmae.models.autoencoder import Autoencoder, FusedEncoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import LinearHead, Probe
-from video_convmae.predictor import Predictor, load
+from video_convmae.predictor import Predictor
 
-FOR, AGAINST = np.array([214, 39, 40]), np.array([31, 119, 180])
+FOR, AGAINST = np.array([214, 39, 40]), np.array([31, 119, 180])  # red and blue
 
 
 class Evidence(NamedTuple):
-    """A logit taken apart: it is the sum of all tokens' contributions, `(N,)`, and of what no token changes."""
+    """A logit as a sum: the contributions of the tokens, `(N,)`, and a constant that depends on no token."""
 
     tokens: Tensor
     constant: Tensor
 
 
-class Row(NamedTuple):
+class FeatureRow(NamedTuple):
     """A row of the picture: its title, and images `(t, h, w, 3)` uint8, one for each token frame."""
 
     title: str
     images: np.ndarray
 
 
-def evidence(model: Classifier | Probe, tokens: Tensor, label: int) -> Evidence:
-    """What each of a view's tokens `(N, D)` adds to the logit of a class; exact.
+def token_evidence(model: Classifier | Probe, tokens: Tensor, label: int) -> Evidence:
+    """Return the exact contribution of each of a view's tokens `(N, D)` to the logit of a class.
 
     A classifier's head is Linear(LayerNorm(m)) of the mean m of the tokens. With the mean and deviation s of m itself,
 
@@ -56,28 +52,30 @@ def evidence(model: Classifier | Probe, tokens: Tensor, label: int) -> Evidence:
     and the mean over channels of m is the mean of the mean(x). A linear probe standardises with fixed numbers instead.
 
     Raises:
-        TypeError: another head, such as an attentive probe's, that is no sum over tokens.
+        TypeError: the head is not linear in the tokens, as an attentive probe's.
     """
     if isinstance(model, Classifier):
         norm, linear = model.norm, model.head
-        spread = (tokens.mean(dim=0).var(correction=0) + norm.eps).sqrt()
+        spread = (torch.var(tokens.mean(dim=0), correction=0) + norm.eps).sqrt()
         centred = tokens - tokens.mean(dim=1, keepdim=True)
-        weight, constant = linear.weight[label] * norm.weight / spread, linear.weight[label] @ norm.bias
+        weight = linear.weight[label] * norm.weight / spread
+        constant = linear.weight[label] @ norm.bias + linear.bias[label]
     elif isinstance(model.head, LinearHead):
-        norm, linear = model.head.norm, model.head.linear
-        centred = tokens - norm.running_mean
-        weight, constant = linear.weight[label] / (norm.running_var + norm.eps).sqrt(), 0
+        linear, statistics = model.head.linear, model.head.norm
+        mean, variance = cast(Tensor, statistics.running_mean), cast(Tensor, statistics.running_var)
+        centred = tokens - mean
+        weight, constant = linear.weight[label] / (variance + statistics.eps).sqrt(), linear.bias[label].detach()
     else:
         head = type(getattr(model, "head", model)).__name__
         raise TypeError(f"the logits of this model ({head}) are no sum over tokens: there is no evidence to show")
-    return Evidence(centred @ weight / len(tokens), constant + linear.bias[label])
+    return Evidence(centred @ weight / len(tokens), constant)
 
 
 def principal_colours(grid: Tensor) -> np.ndarray:
-    """Features `(C, t, h, w)` -> colours `(t, h, w, 3)` uint8: their first three principal components over all places.
+    """Turn features `(C, t, h, w)` into colours `(t, h, w, 3)` uint8: their first three principal components.
 
-    Each component runs from its 1st to its 99th percentile; its sign is that with which its largest weight is positive.
-    A component that is not there, for want of channels or of differences, is a middle grey.
+    Each component runs from its 1st to its 99th percentile over all positions; its sign makes its largest weight
+    positive. A component without variance, or beyond the number of channels, is a middle grey.
     """
     x = grid.flatten(1).T.double()
     x = x - x.mean(dim=0)
@@ -93,12 +91,12 @@ def principal_colours(grid: Tensor) -> np.ndarray:
     return (255 * shares).round().to(torch.uint8).view(*grid.shape[1:], 3).numpy()
 
 
-def heat(frames: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Values over grey frames: red where they are above 0, blue where they are below it, more for more.
+def overlay_heat(frames: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Paint values over grey frames: red above 0, blue below it, stronger for larger values.
 
     Args:
         frames: `(t, H, W, 3)` uint8.
-        values: `(t, h, w)`; the scale is symmetric, and its end is the largest of all.
+        values: `(t, h, w)`; the scale is symmetric and ends at the largest magnitude.
     """
     grey = frames.mean(axis=3, keepdims=True)
     shares = _enlarge(values / max(np.abs(values).max(), 1e-30), *frames.shape[1:3])[..., None]
@@ -107,39 +105,42 @@ def heat(frames: np.ndarray, values: np.ndarray) -> np.ndarray:
     return ((1 - strength) * grey + strength * colour).round().astype(np.uint8)
 
 
-def rows_of(predictor: Predictor, pictures: Tensor, clips: Tensor, label: int | None) -> tuple[list[Row], list[str]]:
-    """The rows of the picture, and the lines above them.
+def draw_feature_rows(
+    predictor: Predictor, pictures: Tensor, clips: Tensor, label: int | None
+) -> tuple[list[FeatureRow], list[str]]:
+    """Return the rows of the picture, and the lines above them.
 
     Args:
         predictor: the model.
         pictures: one view, `(1, C, T, H, W)` uint8.
-        clips: the same as the model takes it.
-        label: the class whose evidence is shown; None: the most probable one.
+        clips: the same, normalised.
+        label: class of the evidence; None: the most probable one.
     """
     model, config = predictor.model, predictor.model.encoder.config
     frames = pictures[0].permute(1, 2, 3, 0).numpy()[:: config.tubelet]  # the first of each token's frames
     with torch.inference_mode():
         tokens, grids = model.encoder.forward_intermediates(clips)
-        rows = [Row("frames", frames)]
+        rows = [FeatureRow("frames", frames)]
         for stage, grid in enumerate(grids, start=1):
-            rows.append(Row(f"stage {stage}: {grid.shape[1]} x {_shape(grid)}", principal_colours(grid[0].cpu())))
+            title = f"stage {stage}: {grid.shape[1]} x {_shape(grid)}"
+            rows.append(FeatureRow(title, principal_colours(grid[0].cpu())))
         if isinstance(model, FusedEncoder):
             tokens = model.encode(clips)
             grid = tokens[0].T.unflatten(1, config.grid)
-            what = "fusion, norm" if model.fusion is not None and model.fusion.joints else "norm"
-            rows.append(Row(f"after {what}", principal_colours(grid.cpu())))
+            layers = "fusion, norm" if model.fusion is not None and model.fusion.joints else "norm"
+            rows.append(FeatureRow(f"after {layers}", principal_colours(grid.cpu())))
         if isinstance(model, Autoencoder):
             return rows, []
         logits = model(clips)[0].float()
         label = int(logits.argmax()) if label is None else label
         lines = [f"{predictor.name(label)}: {logits.softmax(dim=0)[label]:.1%} (this clip alone)"]
         try:
-            parts = evidence(model, tokens[0], label)
+            parts = token_evidence(model, tokens[0], label)
         except TypeError as error:
             return rows, [*lines, str(error)]
     values = parts.tokens.view(config.grid).cpu().numpy()
     mean = values.mean()
-    rows.append(Row("evidence", heat(frames, values - mean)))
+    rows.append(FeatureRow("evidence", overlay_heat(frames, values - mean)))
     lines += [
         f"evidence: a token adds {mean:+.3g} to the logit on average; red: more, blue: less, full colour "
         f"{np.abs(values - mean).max():.3g} more or less",
@@ -148,8 +149,10 @@ def rows_of(predictor: Predictor, pictures: Tensor, clips: Tensor, label: int | 
     return rows, lines
 
 
-def write_picture(rows: Sequence[Row], lines: Sequence[str], path: Path, tubelet: int = 1, columns: int = 8) -> None:
-    """A PNG: the lines, then the rows, each with its title and up to `columns` images, evenly spread over time."""
+def write_feature_picture(
+    rows: Sequence[FeatureRow], lines: Sequence[str], path: Path, tubelet: int = 1, columns: int = 8
+) -> None:
+    """Write a PNG: the lines, then the rows, each with a title and up to `columns` images evenly spread over time."""
     count, height, width = rows[0].images.shape[:3]
     times = np.linspace(0, count - 1, min(columns, count)).round().astype(int)
     scale = max(1, 128 // width)
@@ -174,39 +177,17 @@ def write_picture(rows: Sequence[Row], lines: Sequence[str], path: Path, tubelet
     picture.save(path, format="PNG")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line and write the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", help="run folder, a checkpoint of one, or a published file")
-    parser.add_argument("file", help="a video, an image or a folder of frames")
-    parser.add_argument("--output", type=Path, required=True, help="the picture, a PNG file")
-    parser.add_argument("--label", help="number or name of the class to look for; default: the most probable one")
-    parser.add_argument("--labels", type=Path, help="file of class names; default: the run's own")
-    parser.add_argument("--frames", type=int, default=8, help="columns at most (default 8)")
-    given = parser.parse_args(arguments)
-    if given.frames < 1:
-        parser.error(f"--frames is {given.frames}; expected 1 or more")
-    try:
-        predictor = load(given.weights, labels=given.labels)
-        label = None if given.label is None else label_of(predictor, given.label)
-        pictures = predictor.pictures(given.file, predictor.middle)
-    except (OSError, ValueError, ImportError, DecodeError) as error:
-        parser.error(str(error))
-    rows, lines = rows_of(predictor, pictures, predictor.normalise(pictures), label)
-    lines = [f"{given.weights}, {given.file}", *lines]
-    write_picture(rows, lines, given.output, predictor.model.encoder.config.tubelet, given.frames)
-    print("\n".join([*lines, f"{given.output}: {len(rows)} rows"]))
-
-
-def label_of(predictor: Predictor, text: str) -> int:
-    """The class that a number or a name means.
+def find_label(predictor: Predictor, text: str) -> int:
+    """Return the class of a number or a name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such class.
     """
     if isinstance(predictor.model, Autoencoder):
-        raise ValueError("--label was given; a model that was pretrained only has no classes")
-    names, count = predictor.class_names or (), predictor.config.data.num_classes
+        raise ValueError("--label was given; the model was pretrained only and has no classes")
+    config = cast(FinetuneConfig, predictor.config)  # that of every model with classes
+    names = predictor.class_names or ()
+    count = config.data.num_classes or len(names)
     if text in names:
         return names.index(text)
     if text.isdecimal() and int(text) < count:
@@ -220,7 +201,7 @@ def _shape(grid: Tensor) -> str:
 
 
 def _enlarge(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """`(t, h, w, ...)` -> `(t, height, width, ...)`, positions repeated."""
+    """Enlarge `(t, h, w, ...)` to `(t, height, width, ...)`, positions repeated."""
     rows = np.arange(height) * images.shape[1] // height
     columns = np.arange(width) * images.shape[2] // width
     return images[:, rows][:, :, columns]

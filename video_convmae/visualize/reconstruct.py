@@ -1,19 +1,16 @@
-"""Show what a pretrained autoencoder makes of videos: original, masked and reconstructed clip side by side.
+"""Reconstructions of a pretrained autoencoder: original, masked and reconstructed clips as PNG and mp4; their error.
 
-    python tools/reconstruct.py runs/k400 clip.mp4 other.webm --output pictures
-
-writes pictures/reconstruction.png and .mp4. The middle of each video is shown, with a mask of the run's own kind and
-ratio. Where the model predicts normalised patches it knows no patch's brightness or contrast: they are taken from the
-original, and the caption says so.
+A model that predicts normalised patches knows no patch's brightness or contrast: they are taken from the original, and
+the caption says so.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -31,9 +28,8 @@ from video_convmae.engine.tasks import Normalizer
 from video_convmae.masking import MASKS
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.packing import Packing, take_patches, take_tokens
-from video_convmae.runs import load_autoencoder
 
-GREY = 110  # what hidden patches are painted with
+GREY = 110  # of hidden patches
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,8 @@ class Reconstructions:
     visible: Tensor
 
 
-def middle_clips(records: Iterable[Record], config: PretrainConfig, size: tuple[int, int]) -> Tensor:
-    """The middle clip of each record, centre crop, as `(B, C, T, H, W)` uint8.
+def read_middle_clips(records: Iterable[Record], config: PretrainConfig, size: tuple[int, int]) -> Tensor:
+    """Read the middle clip of each record, centre crop, as `(B, C, T, H, W)` uint8.
 
     Raises:
         DecodeError: a file cannot be read.
@@ -57,32 +53,37 @@ def middle_clips(records: Iterable[Record], config: PretrainConfig, size: tuple[
     for record in records:
         with open_frames(record, name) as reader:
             frames = reader.read(sampling.views(len(reader), 1)[0])
-        (crop,) = view_crops(*frames.shape[1:3], size, 1)
+        height, width = frames.shape[1:3]
+        (crop,) = view_crops(height, width, size, 1)
         clips.append(Augmentation(config.data.augmentation).apply(frames, crop, size))
     return torch.stack(clips)
 
 
 def draw_masks(model: Autoencoder, config: PretrainConfig, count: int, seed: int = 0) -> Tensor:
-    """`count` masks of the run's kind and ratio, `(count, t, h, w)`."""
+    """Draw `count` masks of the run's kind and ratio, `(count, t, h, w)`."""
     generator = torch.Generator().manual_seed(seed)
     mask = MASKS[config.mask.kind]
     return torch.stack([mask(model.grid, config.mask.ratio, generator) for _ in range(count)])
 
 
-def reconstruct(model: Autoencoder, config: PretrainConfig, clips: Tensor, visible: Tensor) -> Reconstructions:
+def reconstruct_clips(model: Autoencoder, config: PretrainConfig, clips: Tensor, visible: Tensor) -> Reconstructions:
     """Run the model on uint8 clips `(B, C, T, H, W)` with masks `(B, t, h, w)`."""
-    pixels = Normalizer(config.data.mean, config.data.std, next(model.parameters()).device)
+    normalizer = Normalizer(config.data.mean, config.data.std, next(model.parameters()).device)
     with torch.inference_mode():
-        reconstructed = pixels.restore(model.reconstruct(pixels.normalise(clips), visible)).cpu()
+        reconstructed = normalizer.restore(model.reconstruct(normalizer.normalise(clips), visible)).cpu()
     shown = F.interpolate(visible[:, None].float(), size=clips.shape[2:]).bool()
     return Reconstructions(clips, torch.where(shown, clips, GREY), reconstructed, visible)
 
 
-def hidden_error(model: Autoencoder, result: Reconstructions) -> dict[str, float]:
-    """Mean squared error on the hidden pixels, scaled to 0 .. 1, of the model and of two baselines that see as much.
+def measure_hidden_error(model: Autoencoder, result: Reconstructions) -> dict[str, float]:
+    """Measure the mean squared error on hidden pixels, scaled to 0..1, of the model and of two baselines.
 
-    mean_colour_mse: every hidden pixel has the mean colour of the clip's visible ones.
-    nearest_patch_mse: every hidden patch is a copy of the nearest visible one (in tokens, Euclidean).
+    The baselines see the visible patches, as the model does.
+
+    Returns:
+        mse, psnr: of the model; psnr in dB.
+        mean_colour_mse: every hidden pixel has the mean colour of the clip's visible ones.
+        nearest_patch_mse: every hidden patch is a copy of the nearest visible one (in tokens, Euclidean).
     """
     config = model.encoder.config
     packing = Packing(result.visible, torch.device("cpu"), "dense")
@@ -103,8 +104,8 @@ def hidden_error(model: Autoencoder, result: Reconstructions) -> dict[str, float
     return errors | {"psnr": -10 * float(np.log10(errors["mse"]))}
 
 
-def caption(config: PretrainConfig, model: Autoencoder) -> str:
-    """What the picture shows, and what it takes from the original."""
+def write_caption(config: PretrainConfig, model: Autoencoder) -> str:
+    """Return the caption: the rows of the picture, and the values taken from the original."""
     text = f"original / {config.mask.ratio:.0%} hidden ({config.mask.kind}) / reconstructed"
     if model.target == "none":
         return text + "; hidden patches are the model's pixels alone"
@@ -112,8 +113,8 @@ def caption(config: PretrainConfig, model: Autoencoder) -> str:
     return text + f"; the model predicts normalised patches: each patch's {values} are the original's"
 
 
-def write_picture(result: Reconstructions, path: Path, text: str, frames: int = 8) -> None:
-    """A PNG: three rows a clip (original, masked, reconstructed), up to `frames` columns over time."""
+def write_reconstruction_picture(result: Reconstructions, path: Path, text: str, frames: int = 8) -> None:
+    """Write a PNG: three rows a clip (original, masked, reconstructed), up to `frames` columns over time."""
     columns = np.linspace(0, result.original.shape[2] - 1, min(frames, result.original.shape[2])).round().astype(int)
     scale = max(1, 128 // result.original.shape[-1])
     clips = []
@@ -128,17 +129,18 @@ def write_picture(result: Reconstructions, path: Path, text: str, frames: int = 
     picture.save(path)
 
 
-def write_video(result: Reconstructions, path: Path, fps: float = 8, repeat: int = 4) -> None:
-    """An h264 mp4: original, masked and reconstructed clip side by side, one row a clip, played `repeat` times."""
+def write_reconstruction_video(result: Reconstructions, path: Path, fps: float = 8, repeat: int = 4) -> None:
+    """Write an H.264 mp4: original, masked and reconstructed clip side by side, a row a clip, played `repeat` times."""
     scale = max(1, 224 // result.original.shape[-1])
     rows = [
         np.concatenate([_frames(clip, scale) for clip in of_clip], axis=2)
         for of_clip in zip(result.original, result.masked, result.reconstructed)
     ]
     frames = np.concatenate(rows, axis=1)
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)))  # 4:2:0 wants even
+    odd_rows, odd_columns = frames.shape[1] % 2, frames.shape[2] % 2
+    frames = np.pad(frames, ((0, 0), (0, odd_rows), (0, odd_columns), (0, 0)))  # 4:2:0 needs even sides
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream: Any = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.options = {"crf": "18"}
         for image in np.concatenate([frames] * repeat):
@@ -146,28 +148,6 @@ def write_video(result: Reconstructions, path: Path, fps: float = 8, repeat: int
         file.mux(stream.encode())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line and write the two files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="run folder (its newest checkpoint) or checkpoint file")
-    parser.add_argument("videos", nargs="+", help="video files")
-    parser.add_argument("--output", type=Path, required=True, help="folder for reconstruction.png and .mp4")
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights, if the run kept one")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks")
-    given = parser.parse_args(arguments)
-
-    model, config = load_autoencoder(given.checkpoint, given.ema)
-    records = [Record(path, format=config.data.format) for path in given.videos]
-    clips = middle_clips(records, config, model.encoder.config.image_size)
-    result = reconstruct(model, config, clips, draw_masks(model, config, len(clips), given.seed))
-    given.output.mkdir(parents=True, exist_ok=True)
-    text = caption(config, model)
-    write_picture(result, given.output / "reconstruction.png", text)
-    write_video(result, given.output / "reconstruction.mp4")
-    print(text)
-    print(f"{given.output}/reconstruction.png and .mp4: {len(clips)} clips")
-
-
 def _frames(clip: Tensor, scale: int) -> np.ndarray:
-    """`(C, T, H, W)` uint8 -> `(T, scale * H, scale * W, 3)`, pixels repeated."""
+    """Turn `(C, T, H, W)` uint8 into `(T, scale * H, scale * W, 3)`, pixels repeated."""
     return clip.permute(1, 2, 3, 0).numpy().repeat(scale, axis=1).repeat(scale, axis=2)

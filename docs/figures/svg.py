@@ -1,0 +1,65 @@
+"""A small SVG writer for the figures: text in, text out, the same bytes every time.
+
+Backgrounds are transparent, and the colour of text has a contrast of 4 or more both on white and on GitHub's dark page
+(#0d1117), so one file serves both themes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+INK = "#75808c"  # text, outlines, arrows
+BLUE = "#3d7fd6"  # visible, computed
+ORANGE = "#c06a22"  # predicted
+FONT = "-apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
+
+
+class Drawing:
+    """The elements of a figure, in the order they are painted."""
+
+    def __init__(self, width: int, height: int, title: str) -> None:
+        self._head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+            f'font-family="{FONT}" role="img">'
+        )
+        self._lines = [f"<title>{escape(title)}</title>"]
+
+    def add(self, element: str) -> None:
+        """Append an element as it is."""
+        self._lines.append(element)
+
+    def rect(self, x: float, y: float, width: float, height: float, **style: object) -> None:
+        """Draw a rectangle; style names are SVG's with underscores for hyphens."""
+        self.add(f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"{_attributes(style)}/>')
+
+    def text(self, x: float, y: float, text: str, size: int = 15, anchor: str = "middle", **style: object) -> None:
+        """Write a line of text with its baseline at y."""
+        style = {"fill": INK, **style}
+        place = f'x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}"'
+        self.add(f"<text {place}{_attributes(style)}>{escape(text)}</text>")
+
+    def line(self, points: Sequence[tuple[float, float]], arrow: bool = False, **style: object) -> None:
+        """Draw connected lines, with an arrow head at the end on request."""
+        path = " ".join(f"{x:g},{y:g}" for x, y in points)
+        style = {"fill": "none", "stroke": INK, "stroke_width": 1.5, **style}
+        self.add(f'<polyline points="{path}"{_attributes(style)}/>')
+        if arrow:
+            (x0, y0), (x, y) = points[-2:]
+            dx, dy = (x > x0) - (x < x0), (y > y0) - (y < y0)  # arrows are horizontal or vertical
+            corners = [
+                (x, y),
+                (x - 9 * dx - 4.5 * dy, y - 9 * dy - 4.5 * dx),
+                (x - 9 * dx + 4.5 * dy, y - 9 * dy + 4.5 * dx),
+            ]
+            head = " ".join(f"{a:g},{b:g}" for a, b in corners)
+            self.add(f'<polygon points="{head}" fill="{style["stroke"]}"/>')
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        path.write_text("\n".join([self._head, *self._lines, "</svg>"]) + "\n", encoding="utf-8")
+
+
+def _attributes(style: dict[str, object]) -> str:
+    return "".join(f' {name.replace("_", "-")}="{value}"' for name, value in style.items())
