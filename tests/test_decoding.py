@@ -259,7 +259,7 @@ def test_real_clips(name: str, process: ReaderProcess) -> None:
 
 @cache
 def _some_frames(path: Path) -> tuple[int, dict[int, np.ndarray]]:
-    """How many frames one pass decodes, and up to 6 of them: pairs of neighbours at both ends and in the middle."""
+    """Return the number of frames that one pass decodes, and up to 6 of them, in pairs of neighbours."""
     with open_frames(Record(str(path)), "pyav") as reader:
         count = len(reader)
     starts = np.linspace(0, max(count - 2, 0), 3).astype(int)

@@ -58,6 +58,10 @@ class Records(Sequence[Record]):
         records: in the order of the list, all of one format.
         format: their format.
         lines: the line of each in its list file, counted from 0; None: no line was skipped.
+
+    Attributes:
+        labels: class of every record, int64; -1 where the list has none.
+        lines: line of every record in its list file, int64, counted from 0.
     """
 
     def __init__(
@@ -68,9 +72,9 @@ class Records(Sequence[Record]):
         self.format = format
         self._paths = np.frombuffer(b"".join(paths), dtype=np.uint8)
         self._ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
-        self._labels = _int_array([record.label for record in records])
+        self.labels = _int_array([record.label for record in records])
         self._num_frames = _int_array([record.num_frames for record in records])
-        self._lines = np.arange(len(records)) if lines is None else np.array(lines, dtype=np.int64)
+        self.lines = np.arange(len(records)) if lines is None else np.array(lines, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -82,25 +86,15 @@ class Records(Sequence[Record]):
         index %= count
         start = self._ends[index - 1] if index else 0
         path = os.fsdecode(self._paths[start : self._ends[index]].tobytes())
-        label, frames = int(self._labels[index]), int(self._num_frames[index])
+        label, frames = int(self.labels[index]), int(self._num_frames[index])
         return Record(path, label if label >= 0 else None, frames if frames >= 0 else None, self.format)
 
     def digest(self) -> str:
         """Return the SHA-256 of the records in their order: the same for the same list under another file name."""
         digest = hashlib.sha256()
-        for array in (self._paths, self._ends, self._labels, self._num_frames):
+        for array in (self._paths, self._ends, self.labels, self._num_frames):
             digest.update(array.tobytes())
         return digest.hexdigest()
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Class of every record, int64; -1 where the list has none."""
-        return self._labels
-
-    @property
-    def lines(self) -> np.ndarray:
-        """Line of every record in its list file, int64, counted from 0; its index where no line is skipped."""
-        return self._lines
 
 
 def read_list(path: str | Path, format: ListFormat = "video", root: str | Path = "") -> Records:

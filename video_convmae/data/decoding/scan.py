@@ -161,7 +161,7 @@ def _begins_afresh(packet: Any, setup: bytes | None) -> bool:
 
 
 def _is_hidden_vp8(packet: Any) -> bool:
-    """Return whether a VP8 frame is never shown. (VP9 and AV1 put such a frame into one packet with a shown one.)"""
+    """Return whether a VP8 frame is never shown. (VP9 and AV1 put a hidden frame into one packet with a shown one.)"""
     return not memoryview(packet)[0] & 0b10000
 
 
