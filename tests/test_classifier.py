@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from video_convmae import create_autoencoder, create_classifier, load_weights, masking
 from video_convmae.models.autoencoder import Autoencoder
-from video_convmae.models.classifier import Probe, create_probe
+from video_convmae.models.probe import Probe, create_probe
 
 VIDEO = {"num_frames": 4, "image_size": 32, "depths": (1, 1, 2)}
 GEOMETRIES = {
@@ -201,7 +201,7 @@ def test_heads_start_with_the_deviation_that_was_asked_for() -> None:
     [
         ({"num_classes": 0}, "num_classes is 0; expected 1"),
         ({"kind": "quadratic"}, "kind is 'quadratic'; expected one of linear, attentive, knn"),
-        ({"head_init": 0.0}, "head_init_std is 0.0; expected a deviation above 0"),
+        ({"head_init_std": 0.0}, "head_init_std is 0.0; expected a deviation above 0"),
     ],
 )
 def test_impossible_heads_are_errors(wrong: dict, message: str) -> None:

@@ -21,7 +21,7 @@ from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import AutoencoderConfig, FinetuneConfig, PretrainConfig, from_plain, parse, plain, write_yaml
 from video_convmae.data.records import ListError, Record, Records
 from video_convmae.engine import checkpoint
-from video_convmae.models.classifier import Probe
+from video_convmae.models.probe import Probe
 from video_convmae.runs import load_autoencoder, load_classifier
 from video_convmae.weights.released import release
 

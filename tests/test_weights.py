@@ -19,8 +19,9 @@ from video_convmae import create_autoencoder, create_classifier, masking
 from video_convmae.cli import convert as convert_weights
 from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder
-from video_convmae.models.classifier import Classifier, Probe, create_probe
+from video_convmae.models.classifier import Classifier
 from video_convmae.models.encoder import Encoder
+from video_convmae.models.probe import Probe, create_probe
 from video_convmae.weights.files import read, save
 from video_convmae.weights.load import Inflation, inflate, load_weights, model_from
 from video_convmae.weights.released import release, sizes_of, weights_of

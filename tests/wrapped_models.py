@@ -19,7 +19,7 @@ from video_convmae.data.mixing import Mixing, MixingConfig
 from video_convmae.engine import distributed
 from video_convmae.engine.optim import EMA, OptimConfig, build_optimization, clip_gradients
 from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, Task
-from video_convmae.models.classifier import create_probe
+from video_convmae.models.probe import create_probe
 from video_convmae.runs import BLOCKS, CHECKPOINTED
 
 RECORDS, STEPS, CLASSES = 8, 2, 5

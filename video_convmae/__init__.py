@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "create_autoencoder": "video_convmae.models.autoencoder",
     "create_classifier": "video_convmae.models.classifier",
-    "create_probe": "video_convmae.models.classifier",
+    "create_probe": "video_convmae.models.probe",
     "load": "video_convmae.predictor",
     "load_weights": "video_convmae.weights.load",
 }

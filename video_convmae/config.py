@@ -37,89 +37,32 @@ from video_convmae.engine.log import LogConfig
 from video_convmae.engine.optim import OptimConfig
 from video_convmae.engine.trainer import TrainConfig
 from video_convmae.masking import MASKS
-from video_convmae.models.autoencoder import Autoencoder, Target, create_autoencoder
-from video_convmae.models.classifier import Classifier, Probe, ProbeKind, create_classifier, create_probe
-from video_convmae.models.encoder import EncoderConfig
+from video_convmae.models import sizes
+from video_convmae.models.autoencoder import Autoencoder
+from video_convmae.models.classifier import Classifier
+from video_convmae.models.probe import Probe
+from video_convmae.models.sizes import EncoderConfig
 from video_convmae.weights.load import Inflation, LoadReport, load_weights
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
-class EncoderFields:
-    """What an autoencoder and a classifier of the same encoder have in common; what is none follows from size and
-    frames."""
-
-    size: str = "base"
-    """tiny, small, base, large, huge; vit_tiny to vit_huge are plain ViTs."""
-    num_frames: int = 16
-    """Frames of a clip; 1 makes an image model."""
-    image_size: int | tuple[int, int] = 224
-    """Pixels: one number, or height and width."""
-    widths: tuple[int, ...] | None = None
-    """Values of a position in each stage; the last stage is attention, those before it are convolutional."""
-    depths: tuple[int, ...] | None = None
-    """Blocks of each stage."""
-    heads: int | None = None
-    """Of the attention."""
-    strides: tuple[int, ...] | None = None
-    """Spatial stride of each stage; 4, 2, 2 by default, 16 pixels a token."""
-    tubelet: int | None = None
-    """Frames of a token."""
-    temporal_kernel: int | None = None
-    """Frames that a depthwise convolution sees."""
-    drop_path: float = 0.0
-    """Stochastic depth of the last block; it rises linearly from 0."""
-    position_table: Literal["sincos", "flat"] = "sincos"
-    """sincos over (t, h, w), or VideoMAE's flat table over the numbered tokens."""
-
-    def given(self, *but: str) -> dict[str, Any]:
-        """The fields that are not none, without those named."""
-        return {name: value for name, value in asdict(self).items() if value is not None and name not in but}
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig(EncoderFields):
-    """Arguments of `create_autoencoder`; what is none follows from size and frames."""
-
-    msd: bool = True
-    """Multi-scale fusion: the convolutional stages join the tokens before the final norm."""
-    implementation: Literal["packed", "dense"] = "packed"
-    """Compute the visible cells alone, or all of them; the result is the same."""
-    decoder: tuple[int, int, int] | None = None
-    """Width, depth and heads of the decoder."""
-    decoder_ratio: float | None = None
-    """Share of the hidden tokens that are predicted, in running cells (VideoMAE V2; faster); none: all of them."""
-    target: Target | None = None
-    """Normalise a patch's pixels: patch, patch_channel, none."""
+class AutoencoderConfig(sizes.AutoencoderConfig):
+    """Arguments of `Autoencoder`."""
 
     def autoencoder(self) -> Autoencoder:
         """Build the model."""
-        return create_autoencoder(**self.given())
+        return Autoencoder(self)
 
 
 @dataclass(frozen=True)
-class ClassifierConfig(EncoderFields):
-    """Arguments of `create_classifier` or, with `probe`, of `create_probe`."""
-
-    probe: ProbeKind | None = None
-    """Freeze the encoder and train this head on its features: linear, attentive, or knn, which remembers the training
-    list and trains nothing; none: finetune everything."""
-    msd: bool = True
-    """Probes read the tokens after fusion and norm, as pretrained. A finetuned classifier has no fusion."""
-    head_init_std: float | None = None
-    """Deviation of the head's first weights; none: 2e-5 to finetune (ConvMAE; VideoMAE scales 0.02 by 0.001), 0.01 to
-    probe."""
-    head_dropout: float = 0.0
-    """Share of the pooled values that are dropped before the head while it is finetuned."""
+class ClassifierConfig(sizes.ClassifierConfig):
+    """Arguments of `Classifier` or, with `probe`, of `Probe`."""
 
     def build(self, num_classes: int) -> Classifier | Probe:
         """Build the model."""
-        if self.probe is not None:
-            given = self.given("probe", "drop_path", "head_dropout")
-            return create_probe(num_classes=num_classes, kind=self.probe, **given)
-        given = {"head_init_std": 2e-5, **self.given("probe", "msd")}
-        return create_classifier(num_classes=num_classes, **given)
+        return Classifier(self, num_classes) if self.probe is None else Probe(self, num_classes)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from video_convmae.engine import checkpoint
 from video_convmae.engine.evaluation import ProtocolConfig
 from video_convmae.engine.tasks import Normalizer
 from video_convmae.models.autoencoder import Autoencoder
-from video_convmae.models.classifier import Classifier, Probe
+from video_convmae.models.classifier import Classifier
+from video_convmae.models.probe import Probe
 from video_convmae.runs import load_autoencoder, load_classifier, run_kind
 from video_convmae.weights.load import model_from
 from video_convmae.weights.released import summarize_names, weights_of

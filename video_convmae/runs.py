@@ -34,7 +34,8 @@ from video_convmae.engine.tasks import Normalizer, Task
 from video_convmae.engine.trainer import Validation, train
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.blocks import AttentionBlock, ConvBlock
-from video_convmae.models.classifier import Classifier, Probe
+from video_convmae.models.classifier import Classifier
+from video_convmae.models.probe import Probe
 from video_convmae.weights.files import read, run_config
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
@@ -202,7 +203,7 @@ def remember(
     started = time.perf_counter()
     rows = score_list(
         model,
-        lambda clips: model.head.describe(model.encode(clips)),
+        lambda clips: model.head.embed(model.encode(clips)),
         (model.encoder.width,),
         data.views(records, model.encoder.config, config.validate),
         Normalizer(data.mean, data.std, group.device),
@@ -217,7 +218,7 @@ def remember(
     distributed.barrier()
     BadRecords(folder / "bad_records.jsonl", len(records), data.max_bad_fraction).add(rows.faults, group.is_main)
     features = F.normalize(torch.from_numpy(rows.values[~rows.failed]), dim=1)  # a mean over views has lost its length
-    model.head.remember(features.to(group.device), torch.from_numpy(records.labels[~rows.failed]).to(group.device))
+    model.head.fit(features.to(group.device), torch.from_numpy(records.labels[~rows.failed]).to(group.device))
     values = {} if validation is None else validation.measure(model)
     state = {"model": model.state_dict(), "ema": None, "config": plain(config)}
     checkpoint.save(folder / "checkpoints", 0, state, writes=group.is_main)

@@ -81,9 +81,9 @@ def _build_ours(given: argparse.Namespace, name: str) -> Side:
     size, arguments = given.size, _arguments(given)
     if name != "ours":
         size, arguments = RIVALS[name](size, arguments)
-    device = torch.device(given.device)
+    device, decoder_ratio = torch.device(given.device), arguments.pop("decoder_ratio")
     if given.task == "finetune":
-        arguments = {key: value for key, value in arguments.items() if key not in ("msd", "decoder_ratio")}
+        arguments = {key: value for key, value in arguments.items() if key != "msd"}
         model = create_classifier(size, num_classes=CLASSES, **arguments)
         clips, labels, encoder = _clips(given, model.encoder.config.clip_shape), _labels(given), model.encoder
         visible = prod(encoder.config.grid)
@@ -92,7 +92,11 @@ def _build_ours(given: argparse.Namespace, name: str) -> Side:
         model = create_autoencoder(size, **arguments)
         clips, masks, encoder = _clips(given, model.encoder.config.clip_shape), _masks(given, model.grid), model.encoder
         visible = int(masks[0].sum())
-        multiply_adds, loss = model.multiply_adds(visible), lambda: model(clips, masks).loss
+        predicted = None
+        if decoder_ratio is not None:
+            predicted = torch.stack([masking.running_cell(of_clip, decoder_ratio) for of_clip in masks])
+        multiply_adds = model.multiply_adds(visible, None if predicted is None else int(predicted[0].sum()))
+        loss = lambda: model(clips, masks, predicted).loss  # noqa: E731
     alone, checkpointed = DistInfo(0, 1, device), CHECKPOINTED[given.checkpoint if name == "ours" else "none"]
     parallelize(model.to(device), alone, BLOCKS, checkpointed=checkpointed, compile_blocks=given.compile)
     return Side(model, loss, multiply_adds, conv_stage_bytes(encoder, visible, DTYPES[given.precision]))
@@ -171,7 +175,7 @@ def conv_stage_bytes(encoder: Encoder, visible: int, dtype: torch.dtype) -> int:
     packed = config.implementation == "packed"
     computed = visible if packed else prod(config.grid)
     for stage, blocks in enumerate(encoder.conv_stages):
-        cells = computed * prod(config.later_strides(stage)) ** 2
+        cells = computed * prod(config.later_strides[stage]) ** 2
         for block in blocks:
             width, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
             kt = config.temporal_kernel

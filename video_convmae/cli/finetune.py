@@ -25,7 +25,7 @@ from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.evaluation import evaluate, write_faults
 from video_convmae.engine.tasks import Classification, Normalizer
 from video_convmae.engine.trainer import Validation
-from video_convmae.models.encoder import EncoderConfig
+from video_convmae.models.sizes import EncoderConfig
 from video_convmae.runs import carry_out, remember, resolved
 
 

@@ -29,7 +29,8 @@ from torch import Tensor
 from video_convmae.data.datasets import BadRecord, TestViewDataset
 from video_convmae.data.records import Records
 from video_convmae.models.autoencoder import Autoencoder, FusedEncoder
-from video_convmae.models.classifier import Classifier, Probe
+from video_convmae.models.classifier import Classifier
+from video_convmae.models.probe import Probe
 
 from . import distributed
 from .distributed import DistInfo

@@ -1,8 +1,21 @@
-"""Named sizes: numbers only."""
+"""Sizes and options of the models, without torch: named sizes and the dataclasses that `Autoencoder`, `Classifier` and
+`Probe` are built from. They are the fields `--model.*` of the command line.
+
+Letters: C channels, T H W frames and pixels of a clip; t h w the token grid.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from math import prod
+from typing import Any, Literal, TypeVar, get_args
+
+Implementation = Literal["packed", "dense"]
+PositionTable = Literal["sincos", "flat"]
+ProbeKind = Literal["linear", "attentive", "knn"]
+Target = Literal["patch", "patch_channel", "none"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,188 @@ SIZES = {
 
 
 def size_named(name: str) -> Size:
-    """The numbers of a size. Raises ValueError with the choices."""
+    """Return the numbers of a named size. Raises ValueError with the choices."""
     if name not in SIZES:
         raise ValueError(f"size is {name!r}; expected one of {', '.join(SIZES)}")
     return SIZES[name]
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Encoder options. A field left at its default of (), 0 or None is set from `size` and `num_frames`.
+
+    That happens once, on construction, so an instance always holds the numbers and `type(c)(**asdict(c)) == c`.
+    `dataclasses.replace(config, size=...)` therefore keeps the old size's widths: construct a new one instead.
+
+    A plain ViT is one stage with one stride. An image encoder has one frame, tubelet 1 and temporal kernel 1.
+
+    Raises:
+        ValueError: an unknown size or numbers that do not fit together.
+    """
+
+    size: str = "base"
+    """tiny, small, base, large, huge; vit_tiny to vit_huge are plain ViTs."""
+    num_frames: int = 16
+    """Frames per clip; 1 makes an image model."""
+    image_size: int | tuple[int, int] = 224
+    """Input pixels: one number, or height and width."""
+    widths: tuple[int, ...] = ()
+    """Channels of each stage; the last stage is attention, those before it are convolutional."""
+    depths: tuple[int, ...] = ()
+    """Blocks of each stage."""
+    heads: int = 0
+    """Number of attention heads."""
+    strides: tuple[int, ...] = ()
+    """Spatial stride of each stage; 4, 2, 2 by default, 16 pixels a token."""
+    tubelet: int = 0
+    """Frames per token."""
+    temporal_kernel: int = 0
+    """Depthwise kernel size over frames, odd."""
+    spatial_kernel: int = 5
+    """Depthwise kernel size over rows and columns, odd."""
+    mlp_ratio: float = 4
+    """Hidden channels of an MLP over its input channels."""
+    channels: int = 3
+    """Input channels."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the last block; it rises linearly from 0."""
+    position_table: PositionTable = "sincos"
+    """sincos over (t, h, w), or VideoMAE's flat table over the numbered tokens."""
+    learnable_positions: bool | None = None
+    """Train the encoder's positions, starting from the table; by default only in finetuning."""
+    implementation: Implementation = "packed"
+    """Compute the visible cells alone (packed), or all of them (dense); the result is the same."""
+
+    def __post_init__(self) -> None:
+        named, image = size_named(self.size), self.num_frames == 1
+        self._resolve(
+            widths=named.widths,
+            depths=named.depths,
+            heads=named.heads,
+            strides=named.strides,
+            tubelet=1 if image else 2,
+            temporal_kernel=1 if image else 3,
+            learnable_positions=False,
+        )
+        if isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", (self.image_size, self.image_size))
+        if not len(self.widths) == len(self.depths) == len(self.strides) >= 1:
+            raise ValueError(
+                f"widths {self.widths}, depths {self.depths} and strides {self.strides} differ in length; "
+                "expected one of each for every stage"
+            )
+        if self.num_frames % self.tubelet:
+            raise ValueError(f"num_frames is {self.num_frames}; expected a multiple of the tubelet, {self.tubelet}")
+        if any(pixels % self.patch for pixels in self.clip_shape[2:]):
+            raise ValueError(
+                f"image_size is {self.image_size}; expected multiples of the spatial stride {self.patch} "
+                f"(strides {self.strides})"
+            )
+        if self.implementation not in get_args(Implementation):
+            raise ValueError(f"implementation is {self.implementation!r}; expected 'packed' or 'dense'")
+        if self.position_table not in get_args(PositionTable):
+            raise ValueError(f"position_table is {self.position_table!r}; expected sincos or flat")
+
+    def _resolve(self, **defaults: Any) -> None:
+        """Set the named fields that were left at their class defaults, and turn lists (from JSON, YAML) into tuples."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in defaults and value == field.default:
+                value = defaults[field.name]
+            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
+
+    @cached_property
+    def patch(self) -> int:
+        """Pixels along a token's side."""
+        return prod(self.strides)
+
+    @cached_property
+    def grid(self) -> tuple[int, int, int]:
+        """Token grid (t, h, w)."""
+        _, frames, height, width = self.clip_shape
+        return frames // self.tubelet, height // self.patch, width // self.patch
+
+    @cached_property
+    def kernel(self) -> tuple[int, int, int]:
+        """Depthwise kernel size (kt, kh, kw)."""
+        return self.temporal_kernel, self.spatial_kernel, self.spatial_kernel
+
+    @cached_property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """Shape (C, T, H, W) of one clip."""
+        assert isinstance(self.image_size, tuple)  # since __post_init__
+        return (self.channels, self.num_frames, *self.image_size)
+
+    @cached_property
+    def later_strides(self) -> tuple[tuple[int, ...], ...]:
+        """For each stage, the strides of the stages after it: the nesting of its cells in a token."""
+        return tuple(self.strides[stage + 1 :] for stage in range(len(self.strides)))
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(EncoderConfig):
+    """Autoencoder options. The decoder and the target, too, are set from `size` and `num_frames` by default."""
+
+    msd: bool = True
+    """Multi-scale decoder (MSD): fuse the convolutional stages into the tokens before the final norm."""
+    decoder: tuple[int, ...] = ()
+    """Width, depth and heads of the decoder."""
+    decoder_mlp_ratio: float = 4
+    """Hidden channels of a decoder MLP over its input channels."""
+    target: Target | Literal["auto"] = "auto"
+    """Normalisation of a target patch: patch, patch_channel or none; auto: patch for images, else patch_channel."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        named, image = size_named(self.size), self.num_frames == 1
+        self._resolve(
+            decoder=named.image_decoder if image else named.video_decoder,
+            target="patch" if image else "patch_channel",
+        )
+        if len(self.decoder) != 3:
+            raise ValueError(f"decoder is {self.decoder}; expected (width, depth, heads)")
+        if self.target not in get_args(Target):
+            raise ValueError(f"target is {self.target!r}; expected one of {', '.join(get_args(Target))}")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(EncoderConfig):
+    """Classifier options and, with `probe`, those of a probe. Positions are learnable in a classifier alone."""
+
+    probe: ProbeKind | None = None
+    """Freeze the encoder and train this head on its features: linear, attentive, or knn, which stores the training
+    features and trains nothing; none: finetune everything."""
+    msd: bool = True
+    """Probes read the tokens after fusion and norm, as pretrained. A finetuned classifier has no fusion."""
+    head_init_std: float | None = None
+    """Standard deviation of the head's initial weights; none: 2e-5 to finetune (ConvMAE; VideoMAE scales 0.02 by
+    0.001), 0.01 to probe."""
+    head_dropout: float = 0.0
+    """Dropout rate before the head of a finetuned classifier."""
+
+    def __post_init__(self) -> None:
+        finetuned = self.probe is None
+        self._resolve(learnable_positions=finetuned, head_init_std=2e-5 if finetuned else 0.01)
+        super().__post_init__()
+        if self.probe not in (None, *get_args(ProbeKind)):
+            raise ValueError(f"the probe's kind is {self.probe!r}; expected one of {', '.join(get_args(ProbeKind))}")
+        if self.head_init_std is None or not self.head_init_std > 0:
+            raise ValueError(f"head_init_std is {self.head_init_std}; expected a deviation above 0")
+        if not 0 <= self.head_dropout < 1:
+            raise ValueError(f"head_dropout is {self.head_dropout}; expected a share, 0 or more and less than 1")
+
+
+Config = TypeVar("Config", bound=EncoderConfig)
+
+
+def apply_overrides(kind: type[Config], overrides: Mapping[str, Any], **given: Any) -> Config:
+    """Return `kind(**given, **overrides)` of a `create_*` function.
+
+    Raises:
+        ValueError: a value that does not fit.
+        TypeError: an override that is no field, or one that the function fixes; the message lists the known ones.
+    """
+    known = [field.name for field in fields(kind) if field.name not in given]
+    if unknown := sorted(set(overrides) - set(known)):
+        raise TypeError(f"unknown overrides: {', '.join(unknown)}; known: {', '.join(known)}")
+    return kind(**given, **overrides)

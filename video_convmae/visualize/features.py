@@ -25,7 +25,8 @@ from torch import Tensor
 
 from video_convmae.data.decoding import DecodeError
 from video_convmae.models.autoencoder import Autoencoder, FusedEncoder
-from video_convmae.models.classifier import Classifier, LinearHead, Probe
+from video_convmae.models.classifier import Classifier
+from video_convmae.models.probe import LinearHead, Probe
 from video_convmae.predictor import Predictor, load
 
 FOR, AGAINST = np.array([214, 39, 40]), np.array([31, 119, 180])

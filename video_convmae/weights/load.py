@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder, FusedEncoder, create_autoencoder
-from video_convmae.models.classifier import Classifier, Probe, create_classifier
-from video_convmae.models.encoder import Encoder, EncoderConfig
+from video_convmae.models.classifier import Classifier, create_classifier
+from video_convmae.models.encoder import Encoder
+from video_convmae.models.probe import Probe
+from video_convmae.models.sizes import EncoderConfig
 
 from .layouts import NO_CLS, Geometry, Tensors, matches
 from .released import PARTS, POSITIONS, Weights, embeddings, fixed_grids, sizes_of, summarize_names, weights_of, what

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
-from video_convmae.models.encoder import EncoderConfig, encoder_config
-from video_convmae.models.sizes import SIZES, Size
+from video_convmae.models.sizes import SIZES, EncoderConfig, Size
 
 from .files import read
 from .layouts import (
@@ -252,7 +251,7 @@ def _said_by_run(source: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(model, Mapping) or not {"size", "num_frames", "image_size"} <= model.keys():
         return None
     given = {name: model[name] for name in EncoderConfig.__dataclass_fields__ if model.get(name) is not None}
-    return _said_by_encoder(encoder_config(model["size"], **given))
+    return _said_by_encoder(EncoderConfig(**given))
 
 
 def _said_by_about(source: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -1,0 +1,211 @@
+"""The probe: a head on a frozen pretrained encoder. Heads: linear, attentive, k nearest neighbours.
+
+Letters: B clips, C T H W their channels, frames and pixels; N tokens, n visible ones, D width of a token; R stored
+features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from .autoencoder import FusedEncoder
+from .classifier import check_num_classes, init_head
+from .encoder import init_as_convolution, init_as_transformer
+from .sizes import ClassifierConfig, ProbeKind, apply_overrides
+
+
+class Probe(FusedEncoder):
+    """A head on pretrained features: encoder, fusion and norm stay frozen, only the head is trained.
+
+    The features are an autoencoder's, after fusion and the norm over tokens; `load_weights` fills those parts by their
+    names. The frozen part has no gradients, keeps no activations, and stays in evaluation mode.
+
+    Two traps of the released ConvMAE probe are not here. Its documented command lacks --global_pool and so reads the
+    top-left token alone; with it, the trained norm is dropped and an untrained, frozen `fc_norm` is read.
+
+    Args:
+        config: encoder, `probe` (the head's kind), `msd` as in pretraining, and `head_init_std` of the head's last
+            Linear. Positions that were learnt need `learnable_positions`; they are frozen too.
+        num_classes: number of classes.
+
+    Raises:
+        ValueError: fewer than one class, or the options of a classifier.
+    """
+
+    def __init__(self, config: ClassifierConfig, num_classes: int) -> None:
+        check_num_classes(num_classes)
+        super().__init__(config, config.msd)
+        self.requires_grad_(False)
+        width = self.encoder.width
+        self.head: LinearHead | AttentiveHead | KNNHead
+        if config.probe == "linear":
+            self.head = LinearHead(width, num_classes, config.head_init_std)
+        elif config.probe == "attentive":
+            self.head = AttentiveHead(width, config.heads, num_classes, config.head_init_std)
+        elif config.probe == "knn":
+            self.head = KNNHead(width, num_classes)
+        else:
+            raise ValueError("probe is none; expected linear, attentive or knn in a Probe, or build a Classifier")
+        self.init_weights()
+        self.train()
+
+    def init_weights(self) -> None:
+        """Initialise the frozen part as an autoencoder's, to be loaded over, and the head."""
+        self.encoder.init_weights()
+        self.norm.reset_parameters()
+        if self.fusion is not None:
+            init_as_convolution(self.fusion)
+        self.head.init_weights()
+
+    def train(self, mode: bool = True) -> Probe:
+        """Switch the head alone: in the frozen part drop path stays off."""
+        super().train(False)
+        self.training = mode
+        self.head.train(mode)
+        return self
+
+    @torch.no_grad()
+    def encode(self, clips: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Return the autoencoder's features `(B, n, D)`, without gradients; `None` = all visible."""
+        return super().encode(clips, visible)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Map clips `(B, C, T, H, W)` to logits `(B, num_classes)`."""
+        return self.head(self.encode(clips))
+
+
+class LinearHead(nn.Module):
+    """The mean over tokens, standardised over the batch, then Linear (the probe of MAE and ConvMAE).
+
+    BatchNorm without affine parameters puts features of any scale under one learning rate. Training needs two clips a
+    batch. Several processes share its statistics (engine/parallel.py).
+    """
+
+    def __init__(self, width: int, num_classes: int, head_init_std: float | None) -> None:
+        super().__init__()
+        self.head_init_std = head_init_std
+        self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False)
+        self.linear = nn.Linear(width, num_classes)
+
+    def init_weights(self) -> None:
+        """Initialise the Linear, normal with deviation `head_init_std`, and reset the running statistics."""
+        self.norm.reset_running_stats()
+        init_head(self.linear, self.head_init_std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`(B, N, D)` -> `(B, num_classes)`."""
+        return self.linear(self.norm(tokens.mean(dim=1)))
+
+
+class AttentiveHead(nn.Module):
+    """One learnt query reads the tokens by cross-attention, then an MLP, LayerNorm and Linear.
+
+        x = query + attention(query, norm1(tokens))
+        x = x + mlp(norm2(x))
+
+    As V-JEPA's attentive probes: one pre-norm block, no projection behind the attention. The LayerNorm before the
+    Linear is ours: pre-norm blocks are read through a norm everywhere else here.
+    """
+
+    def __init__(self, width: int, heads: int, num_classes: int, head_init_std: float | None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_init_std = head_init_std
+        self.query = nn.Parameter(torch.zeros(width))  # a vector: it is not decayed
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.linear = nn.Linear(width, num_classes)
+
+    def init_weights(self) -> None:
+        """Xavier as an attention block; the query normal with deviation 0.02, the last Linear with `head_init_std`."""
+        init_as_transformer(self)
+        nn.init.normal_(self.query, std=0.02)
+        init_head(self.linear, self.head_init_std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`(B, N, D)` -> `(B, num_classes)`."""
+        batch, count, width = tokens.shape
+        q = self.q(self.query).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
+        k, v = self.kv(self.norm1(tokens)).view(batch, count, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = self.query + F.scaled_dot_product_attention(q, k, v).reshape(batch, width)
+        x = x + self.mlp(self.norm2(x))
+        return self.linear(self.norm(x))
+
+
+class KNNHead(nn.Module):
+    """k nearest neighbours: each of the nearest stored features votes for its class, by exp(cosine / temperature).
+
+    A feature is the mean over tokens, scaled to length 1. Nothing is trained: `fit` stores the features of a labelled
+    list. 20 neighbours and a temperature of 0.07 are those of the probes of DINO (Caron et al., 2021).
+    """
+
+    def __init__(self, width: int, num_classes: int, neighbours: int = 20, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.neighbours = neighbours
+        self.temperature = temperature
+        self.register_buffer("features", torch.zeros(0, width))
+        self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
+
+    def init_weights(self) -> None:
+        """Remove the stored features."""
+        self.fit(self.features[:0], self.labels[:0])
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the features `(B, D)`, of length 1, of tokens `(B, N, D)`."""
+        return F.normalize(tokens.float().mean(dim=1), dim=1)
+
+    def fit(self, features: Tensor, labels: Tensor) -> None:
+        """Store labelled features, `(R, D)` of length 1 and `(R,)`, in place of those before."""
+        self.features, self.labels = features, labels
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`(B, N, D)` -> `(B, num_classes)`; their softmax is each class's share of the votes.
+
+        Raises:
+            RuntimeError: no features are stored.
+        """
+        if not len(self.features):
+            raise RuntimeError("no features are stored yet: call fit(), or finetune with model.probe knn")
+        with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 cannot tell near neighbours apart
+            cosines = self.embed(tokens) @ self.features.T
+            nearest = cosines.topk(min(self.neighbours, len(self.features)), dim=1)
+            votes = torch.zeros(len(tokens), self.num_classes, device=tokens.device)
+            votes.scatter_add_(1, self.labels[nearest.indices], (nearest.values / self.temperature).exp())
+            return votes.log()  # minus infinity where no neighbour is of the class
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Resize the buffers to the checkpoint's, then load."""
+        for name in ("features", "labels"):
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def create_probe(
+    size: str,
+    *,
+    num_classes: int,
+    num_frames: int = 16,
+    image_size: int | tuple[int, int] = 224,
+    msd: bool = True,
+    kind: ProbeKind = "linear",
+    head_init_std: float = 0.01,
+    **overrides: Any,
+) -> Probe:
+    """Build a probe of a named size; arguments as in `create_autoencoder`, overrides any field of `EncoderConfig`.
+
+    Positions are fixed, as in an autoencoder. `kind` is the head's (linear, attentive, knn); see `Probe`.
+    """
+    given = {"size": size, "num_frames": num_frames, "image_size": image_size, "msd": msd}
+    head = {"probe": kind, "head_init_std": head_init_std, "head_dropout": 0.0}
+    return Probe(apply_overrides(ClassifierConfig, overrides, **given, **head), num_classes)
