@@ -19,6 +19,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from video_convmae.data.decoding import DecodeError, open_frames
+from video_convmae.data.decoding.pyav_reader import PyAVReader
 from video_convmae.data.records import Record
 
 PSNR_FRAMES = 32  # of each video, spread over it
@@ -105,6 +106,7 @@ def pack(record: Record, settings: Settings, progress: Callable[[], None] = lamb
         DecodeError: the source does not decode, from first to last frame, or the packed one does not hold its frames.
     """
     with open_frames(record, "pyav") as reader:
+        assert isinstance(reader, PyAVReader)  # of a video
         times, rate = frame_times(reader.scan, len(reader))
         kept, ticks, tick, rate = resample(times, reader.scan.tick, rate, settings.fps)
         compared = set(np.unique(np.linspace(0, len(kept) - 1, PSNR_FRAMES).astype(int)).tolist())
