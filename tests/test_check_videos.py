@@ -219,8 +219,8 @@ def test_full_reads_every_frame_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     class Reader:
         def __init__(self, record: Record) -> None:
-            self._opened = decoder.open(record)
-            self.decoder = "pyav"
+            self._opened = process.open(record)
+            self.name = "pyav"
 
         def __enter__(self) -> Reader:
             return self
@@ -239,7 +239,7 @@ def test_full_reads_every_frame_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open = staticmethod(Reader)
 
     monkeypatch.setattr(tool, "CHUNK_BYTES", 7 * 48 * 32 * 3)
-    with ReaderProcess("pyav") as decoder:
+    with ReaderProcess("pyav") as process:
         record = Record(str(tmp_path / "clip.mp4"))
         result = tool.check_record(record, tool.Check("pyav", 60.0, full=True), Opener())
     assert result.error is None

@@ -26,7 +26,7 @@ import clips
 import pytest
 import torch
 from clips import encode
-from test_isolation import is_gone
+from test_reader_process import is_gone
 from test_loader import clips_of
 from test_pretrain import ENVIRONMENT, command, log, model_of
 
@@ -87,7 +87,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "audio only.mp4": (_audio, "holds no video stream"),
     "stream of zero length.mp4": (partial(_cut_at, mark=b"moof", after=-4, **_FRAGMENTS), "holds no keyframe"),
     "mpeg-ts.mp4": (partial(encode, count=20, format="mpegts"), "is an MPEG transport stream"),
-    "never returns.mp4": (os.mkfifo, "the decoder did not return within 2 s and was killed"),
+    "never returns.mp4": (os.mkfifo, "the reader did not return within 2 s and was killed"),
     "moov at the end, cut at 10%.mp4": (partial(_cut, fraction=0.1), "Invalid data"),
     "moov at the end, cut at 60%.mp4": (partial(_cut, fraction=0.6), "Invalid data"),
     "moov at the end, cut at 98%.mp4": (partial(_cut, fraction=0.98), "Invalid data"),
@@ -376,7 +376,7 @@ def test_a_killed_decoding_process_costs_one_record(good: Path, tmp_path: Path) 
             os.kill(pid, signal.SIGKILL)
         assert process.wait(PROMPT) == 0, said(output)
     assert reported_in(output / "bad_records.jsonl") == ["fifo.mp4"]
-    assert "the decoding process was ended by SIGKILL (out of memory?)" in (output / "bad_records.jsonl").read_text()
+    assert "the reader process was ended by SIGKILL (out of memory?)" in (output / "bad_records.jsonl").read_text()
 
 
 @pytest.mark.faults
@@ -435,7 +435,7 @@ def test_a_run_ends_at_once(
 @pytest.mark.faults
 @pytest.mark.parametrize(("start_method", "ending"), [("forkserver", ""), ("fork", "raise KeyError")])
 def test_a_program_that_closes_nothing_ends(start_method: str, ending: str, good: Path, tmp_path: Path) -> None:
-    """A loader that is not closed, or that a traceback holds, does not keep the program; nor does a hanging decoder."""
+    """A loader that is not closed, or that a traceback holds, does not keep the program; nor does a hanging reader."""
     os.mkfifo(tmp_path / "fifo.mp4")
     (tmp_path / "list.txt").write_text(f"{good / '1.mp4'}\n" * 15 + "fifo.mp4")
     program = tmp_path / "program.py"
@@ -461,7 +461,7 @@ def test_a_program_that_closes_nothing_ends(start_method: str, ending: str, good
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_memory_and_files_stay_flat(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """20,000 clips from two workers, with bad files and a decoder that hangs in every epoch; the clips of `make demo`
+    """20,000 clips from two workers, with bad files and a reader that hangs in every epoch; the clips of `make demo`
     where there are some. Growth after the first 4,000 is less than 15 MB a process."""
     demo = Path(__file__).parent.parent / "runs" / "demo" / "data"
     if (demo / "train.txt").exists():

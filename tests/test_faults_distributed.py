@@ -21,7 +21,7 @@ import pytest
 import torch
 from states import load_state
 from test_faults import descendants
-from test_isolation import is_gone
+from test_reader_process import is_gone
 from test_pretrain import ENVIRONMENT, command, log, model_of
 
 from video_convmae.engine import checkpoint

@@ -20,7 +20,7 @@ import clips
 import numpy as np
 import pytest
 
-from video_convmae.data.decoding import DecodeError, decode, open_frames
+from video_convmae.data.decoding import DecodeError, open_frames, read_record
 from video_convmae.data.records import Record, read_list
 from video_convmae.prepare import pack as tool
 
@@ -97,7 +97,7 @@ def test_packed_frames_are_the_source_s(folder: Path) -> None:
     record = Record(str(folder / "a.mp4"))
     packed, source_frames = tool.pack(record, tool.Settings(crf=10))
     assert (packed.frames, source_frames, packed.width, packed.height) == (50, 50, 128, 96)
-    before = decode(record, range(50), "pyav").astype(float)
+    before = read_record(record, range(50), "pyav").astype(float)
     with av.open(io.BytesIO(packed.data)) as container:
         frames = list(container.decode(video=0))
     after = np.stack([frame.to_ndarray(format="rgb24") for frame in frames])

@@ -94,7 +94,7 @@ def _cpu_seconds(reader: ReaderProcess) -> float:
     """Return the processor seconds of a reading process: on Linux a process number names its clock
     (clock_getcpuclockid)."""
     child = reader._child
-    return 0.0 if child is None else time.clock_gettime((~child.process.pid << 3) | 2)
+    return 0.0 if child is None else time.clock_gettime((~child.pid << 3) | 2)
 
 
 class LoaderSide:

@@ -129,14 +129,14 @@ def check_all(rows: Sequence[Row], check: Check, results_file: Path, workers: in
     return results
 
 
-def check_record(record: Record, check: Check, decoder: ReaderProcess) -> Result:
+def check_record(record: Record, check: Check, process: ReaderProcess) -> Result:
     """Decode what is to be decoded of one record."""
     known = {"path": record.path, "how": check.how, "stamp": stamp(record.path)}
     try:
-        with decoder.open(record) as reader:
+        with process.open(record) as reader:
             count = len(reader)
             height, width = _read_every_frame(reader) if check.full else _read_some_frames(reader)
-            read_by = reader.decoder
+            read_by = reader.name
     except DecodeError as error:
         return Result(**known, error=str(error))
     fps, codec = stream_facts(record)
@@ -268,21 +268,21 @@ def check_videos(
 def _check_in_parallel(records: Sequence[Record], check: Check, workers: int) -> Iterator[Result]:
     """Results as they come. A thread for each worker suffices: each waits for a decoding process of its own."""
     own = threading.local()
-    decoders: list[ReaderProcess] = []
+    processes: list[ReaderProcess] = []
 
-    def start_decoder() -> None:
-        own.decoder = ReaderProcess(decoder=check.decoder, timeout=check.timeout)
-        decoders.append(own.decoder)
+    def start_process() -> None:
+        own.process = ReaderProcess(check.decoder, check.timeout)
+        processes.append(own.process)
 
-    pool = ThreadPoolExecutor(workers, initializer=start_decoder)
+    pool = ThreadPoolExecutor(workers, initializer=start_process)
     try:
-        futures = [pool.submit(lambda record: check_record(record, check, own.decoder), record) for record in records]
+        futures = [pool.submit(lambda record: check_record(record, check, own.process), record) for record in records]
         for future in as_completed(futures):
             yield future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for decoder in decoders:  # after an interrupt a thread may still wait for one: it need not wait for the timeout
-            decoder.close()
+        for process in processes:  # after an interrupt, so that no thread waits for its timeout
+            process.close()
         pool.shutdown()
 
 
@@ -340,7 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--full", action="store_true", help="decode every frame")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="files read at once (default: one a core)")
     parser.add_argument("--format", choices=get_args(ListFormat), default="video", help="data.format (default video)")
-    parser.add_argument("--decoder", choices=get_args(ReaderName), default="auto", help="data.decoder (default auto)")
+    parser.add_argument("--decoder", choices=get_args(ReaderName), default="auto", help="data.reader (default auto)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one reading (default %(default)g)")
     return parser
 

@@ -63,7 +63,7 @@ def resolve_reader(decoder: str) -> str:
         ImportError: it is not installed or does not load (torchcodec without FFmpeg); the message says what to install.
     """
     if decoder not in get_args(ReaderName):
-        raise ValueError(f"data.decoder is {decoder!r}; expected one of {', '.join(get_args(ReaderName))}")
+        raise ValueError(f"data.reader is {decoder!r}; expected one of {', '.join(get_args(ReaderName))}")
     failures = []
     for name in _IN_ORDER_OF_CHOICE if decoder == "auto" else (decoder,):
         try:
@@ -78,7 +78,7 @@ def resolve_reader(decoder: str) -> str:
                 stacklevel=2,
             )
         return name
-    raise ImportError(f"data.decoder {decoder!r} does not work here: {'; '.join(failures)}")
+    raise ImportError(f"data.reader {decoder!r} does not work here: {'; '.join(failures)}")
 
 
 def _load(decoder: str) -> None:
@@ -98,6 +98,10 @@ def _check_cuda() -> None:
         raise ImportError("torch finds no CUDA device")
 
 
+class DecodeTimeout(DecodeError):
+    """A record whose reader did not return in time. Its process was killed."""
+
+
 class FrameReader(ABC):
     """The frames of one open record; a context manager.
 
@@ -107,7 +111,7 @@ class FrameReader(ABC):
     """
 
     path: str
-    decoder: str
+    name: str
 
     @abstractmethod
     def __len__(self) -> int:
@@ -166,7 +170,7 @@ def open_frames(record: Record, decoder: str = "auto") -> FrameReader:
         return _open_video(record.path, decoder)
 
 
-def decode(record: Record, indices: Sequence[int] | np.ndarray, decoder: str = "auto") -> np.ndarray:
+def read_record(record: Record, indices: Sequence[int] | np.ndarray, decoder: str = "auto") -> np.ndarray:
     """Open, read, close: the frames of `record` at `indices`, uint8 (T, H, W, 3). Raises DecodeError."""
     with open_frames(record, decoder) as reader:
         return reader.read(indices)
@@ -254,7 +258,7 @@ class _PyAVReader(FrameReader):
     One thread, of type NONE: a parent that decoded with others and left a file open deadlocks its forked workers.
     """
 
-    decoder = "pyav"
+    name = "pyav"
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -521,7 +525,7 @@ class _OtherReader(FrameReader):
                 if not _has_pyav():
                     raise
                 self._instead = _PyAVReader(self.path)
-                self.decoder = self._instead.decoder
+                self.name = self._instead.name
         return self._instead._read_ascending(indices)
 
     def close(self) -> None:
@@ -533,7 +537,7 @@ class _OtherReader(FrameReader):
 class _DecordReader(_OtherReader):
     """One thread: with more, decord fails on every Something-Something webm (decord issue 246)."""
 
-    decoder = "decord"
+    name = "decord"
 
     def __init__(self, path: str, scan: Scan | None) -> None:
         import decord
@@ -548,7 +552,7 @@ class _DecordReader(_OtherReader):
 class _TorchcodecReader(_OtherReader):
     """Seek mode "exact": "approximate" returns wrong frames where the frame rate varies, and is no faster."""
 
-    decoder = "torchcodec"
+    name = "torchcodec"
 
     def __init__(self, path: str, scan: Scan | None, **options: str) -> None:
         from torchcodec.decoders import VideoDecoder
@@ -568,7 +572,7 @@ class _CudaReader(_TorchcodecReader):
     holds a CUDA context (some 500 MB of the GPU's memory). Not tried on a GPU yet.
     """
 
-    decoder = "torchcodec_cuda"
+    name = "torchcodec_cuda"
 
     def __init__(self, path: str, scan: Scan | None) -> None:
         super().__init__(path, scan, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
@@ -597,7 +601,7 @@ def _check_first_bytes(path: str) -> None:
 class _FolderReader(FrameReader):
     """A folder with a picture for every frame, in the natural order of their names (frame9 before frame10)."""
 
-    decoder = "pillow"
+    name = "pillow"
 
     def __init__(self, path: str, num_frames: int | None) -> None:
         self.path = path
@@ -623,7 +627,7 @@ class _FolderReader(FrameReader):
 class _ImageReader(FrameReader):
     """A picture: a video of one frame."""
 
-    decoder = "pillow"
+    name = "pillow"
 
     def __init__(self, path: str) -> None:
         self.path = path
