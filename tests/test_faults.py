@@ -26,9 +26,9 @@ import clips
 import pytest
 import torch
 from clips import encode
-from test_reader_process import is_gone
 from test_loader import clips_of
 from test_pretrain import ENVIRONMENT, command, log, model_of
+from test_reader_process import is_gone
 
 from video_convmae import masking
 from video_convmae.data.datasets import ClipDataset, SampleKey

@@ -243,7 +243,7 @@ def test_lists_whose_classes_differ_are_not_compared(videos: Path, tmp_path: Pat
     [
         ("--train.batch_size=3", "make it even"),
         ("--model.probe=linear", "layers are frozen"),
-        ("--model.head_dropout=2", "head_dropout is 2.0; expected a share"),
+        ("--model.head_dropout=2", "head_dropout is 2.0; expected a fraction"),
         ("--data.augmentation.rand_augment=rand-mx", "rand_augment"),
     ],
 )
@@ -283,7 +283,7 @@ def test_a_run_that_was_killed_while_it_validated_does_so_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tools.finetune.evaluate", killed)
+        patch.setattr("video_convmae.build.evaluate_list", killed)
         with pytest.raises(KeyboardInterrupt):
             run(videos, tmp_path / "killed", "--train.epochs=2")
     assert load_state(tmp_path / "killed")["step"] == 4
