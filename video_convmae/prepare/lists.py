@@ -23,6 +23,7 @@ import numpy as np
 from video_convmae.atomic import replacing
 from video_convmae.data.options import IMAGE_SUFFIXES, ListFormat
 from video_convmae.data.records import ListError, read_list
+from video_convmae.prepare.options import LIST_TEXT
 from video_convmae.shipped import shipped_labels
 
 FileKind = Literal["video", "image"]
@@ -335,7 +336,7 @@ def write_listing(out: Path, listing: Listing, kind: FileKind = "video") -> None
     """
     write_list(out, listing.rows, listing.labels, kind)
     if listing.missing:
-        with replacing(missing_file(out), **_ANY_NAME) as file:
+        with replacing(missing_file(out), **LIST_TEXT) as file:
             file.writelines(f"{name}\n" for name in listing.missing)
     else:
         missing_file(out).unlink(missing_ok=True)
@@ -350,11 +351,11 @@ def write_list(
         ListError: the list cannot hold one of the paths.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out, **_ANY_NAME) as file:
+    with replacing(out, **LIST_TEXT) as file:
         file.writelines(f"{path}\n" if label is None else f"{path} {label}\n" for path, label in rows)
         file.flush()
         _check_read_back(Path(file.name), rows, format)
-        with replacing(labels_file(out), **_ANY_NAME) as names:
+        with replacing(labels_file(out), **LIST_TEXT) as names:
             names.writelines(f"{label}\n" for label in labels)
 
 
@@ -373,8 +374,6 @@ def quote_names(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names[:EXAMPLES]) + (", ..." if len(names) > EXAMPLES else "") or "none"
 
 
-# Options of `open` for lists: names that are not UTF-8 are written as the bytes they are.
-_ANY_NAME = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
 
 
 def _beside(out: Path, kind: str) -> Path:
