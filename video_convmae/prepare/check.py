@@ -149,7 +149,7 @@ def read_header(record: Record) -> tuple[float | None, str]:
     """Return frame rate and codec of a video from its header; None and the file type of images."""
     if record.format != "video":
         return None, Path(record.path).suffix.lstrip(".").lower() or record.format
-    with av.open(shards.source(record.path), metadata_errors="ignore") as container:
+    with av.open(shards.path_or_bytes(record.path), metadata_errors="ignore") as container:
         stream: Any = container.streams.best("video")
         rate = stream.average_rate or stream.guessed_rate
         return (round(float(rate), 3) if rate else None), stream.codec_context.codec.canonical_name

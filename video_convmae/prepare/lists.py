@@ -374,8 +374,6 @@ def quote_names(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names[:EXAMPLES]) + (", ..." if len(names) > EXAMPLES else "") or "none"
 
 
-
-
 def _beside(out: Path, kind: str) -> Path:
     name = out.stem if out.suffix in (".txt", ".csv", ".list") else out.name  # k400.train and k400.val are two lists
     return out.with_name(f"{name}.{kind}.txt")
