@@ -91,7 +91,7 @@ def _write_silence(file: Any) -> None:
     file.mux(stream.encode())
 
 
-# ---- what encoders do not offer: written into the finished file -----------------------------------------------------
+# ---- changes that encoders do not offer, made to the finished file ---------------------------------------------------
 
 
 def rotate(path: Path, degrees: int) -> None:
@@ -140,7 +140,7 @@ def blank(path: Path, first: float, last: float) -> None:
     path.write_bytes(data)
 
 
-# ---- the kinds: name -> arguments of `encode`, and what is then done to the file -------------------------------------
+# ---- the kinds: name -> arguments of `encode`, and a change to the finished file -------------------------------------
 
 # b_strategy 0: as many B-frames as are allowed, whatever is shown.
 _B = {"bf": "3", "b_strategy": "0", "g": "20"}

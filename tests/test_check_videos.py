@@ -168,9 +168,8 @@ def test_an_interrupted_check_resumes(
     with monkeypatch.context() as patch:
         patch.setattr(tool.CheckJob, "work_on", interrupted)
         assert run_cli("check-videos", [str(option) for option in [folder / "list.txt", *options]]) == 130
-    assert (
-        capsys.readouterr().err.splitlines()[-1] == "video-convmae check-videos: interrupted; the same command resumes"
-    )
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line == "video-convmae check-videos: interrupted; the same command resumes"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checked.jsonl"]
     assert set(GOOD) <= set(reads)
     reads.clear()

@@ -200,7 +200,7 @@ def test_heads_start_with_the_deviation_that_was_asked_for() -> None:
     ("wrong", "message"),
     [
         ({"num_classes": 0}, "num_classes is 0; expected 1"),
-        ({"kind": "quadratic"}, "probe is 'quadratic'; expected one of linear, attentive, knn"),
+        ({"kind": "quadratic"}, "kind is 'quadratic'; expected one of linear, attentive, knn"),
         ({"head_init_std": 0.0}, "head_init_std is 0.0; expected a deviation above 0"),
     ],
 )
@@ -223,5 +223,5 @@ def test_dropout_before_the_head_is_there_in_training_alone() -> None:
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model.eval()(clips), plain.eval()(clips))
     assert torch.equal(plain.train()(clips), plain(clips))
-    with pytest.raises(ValueError, match=r"head_dropout is 1\.0; expected a fraction"):
+    with pytest.raises(ValueError, match=r"head_dropout is 1\.0; expected a share"):
         create_classifier("tiny", num_classes=3, head_dropout=1.0, **VIDEO)

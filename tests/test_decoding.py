@@ -23,7 +23,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from video_convmae.data import decoding
 from video_convmae.data.decoding import (
     DecodeError,
     DecodeTimeout,
@@ -33,6 +32,7 @@ from video_convmae.data.decoding import (
     resolve_reader,
 )
 from video_convmae.data.decoding.process import ReaderProcess
+from video_convmae.data.decoding.rules import misread
 from video_convmae.data.records import Record
 
 READERS = ["pyav", "torchcodec", "decord"]
@@ -259,7 +259,7 @@ def test_real_clips(name: str, process: ReaderProcess) -> None:
 
 @cache
 def _some_frames(path: Path) -> tuple[int, dict[int, np.ndarray]]:
-    """How many frames one pass decodes, and up to 6 of them: pairs of neighbours at both ends and in the middle."""
+    """Return the number of frames that one pass decodes, and up to 6 of them, in pairs of neighbours."""
     with open_frames(Record(str(path)), "pyav") as reader:
         count = len(reader)
     starts = np.linspace(0, max(count - 2, 0), 3).astype(int)
@@ -637,5 +637,5 @@ def test_one_thread_decodes(made: Callable[[str], Path]) -> None:
 
 def test_reasons_for_a_hand_over_are_given(made: Callable[[str], Path]) -> None:
     with open_frames(Record(str(made("open GOP.mp4"))), "decord") as reader:
-        assert "GOP" in decoding.misread("decord", reader.scan)
-        assert decoding.misread("pyav", reader.scan) is None
+        assert "GOP" in misread("decord", reader.scan)
+        assert misread("pyav", reader.scan) is None

@@ -38,7 +38,7 @@ from video_convmae.data.records import read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.workers import LoaderError
 from video_convmae.engine import checkpoint
-from video_convmae.engine.log import BadRecords
+from video_convmae.engine.log import BadRecordLog
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc and makes FIFOs")
 
@@ -210,7 +210,7 @@ def test_an_epoch_over_a_list_with_bad_files(start_method: str, workers: int, fo
     mixed, commented = data(folder, "mixed"), data(folder, "commented")
     share, count = BatchPlan(10), len(mixed)
     batches = ResumableBatchSampler(count, share, seed=1, first_step=0, last_step=count // 10)
-    bad_records = BadRecords(tmp_path / "bad_records.jsonl", count, max_fraction=0.2)
+    bad_records = BadRecordLog(tmp_path / "bad_records.jsonl", count, max_fraction=0.2)
     compared, files = 0, len(os.listdir("/proc/self/fd"))
     places = {int(label): index for index, label in enumerate(commented.records.labels)}
     with contextlib.closing(iter_batches(mixed, batches, workers, start_method=start_method)) as loaded:
@@ -470,7 +470,7 @@ def test_memory_and_files_stay_flat(folder: Path, tmp_path: Path, capsys: pytest
         rows = [f"{folder}/good {i % 10}.{'mp4' if i % 10 < 7 else 'webm'} {i}" for i in range(320)]
     faults = [name for name in REPORTED if name != "no permission.mp4"] + ["cut at 60%.webm"]
     (tmp_path / "list.txt").write_text("\n".join([*rows, *(f"{folder / name} 0" for name in faults)]))
-    draw_mask = partial(masking.tube, (8, 4, 4), 0.75)
+    draw_mask = partial(masking.draw, "tube", (8, 4, 4), 0.75, None)
     mixed = data(tmp_path, "list", sampling=Sampling("dense", 16, 2), size=(64, 64), draw_mask=draw_mask)
     batches = ResumableBatchSampler(len(mixed), BatchPlan(10), seed=0, first_step=0, last_step=2000)
     table = []

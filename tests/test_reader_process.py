@@ -56,7 +56,7 @@ def exists(pid: int) -> bool:
 
 
 def is_gone(pid: int, seconds: float = 10.0) -> bool:
-    """Whether a process ends within this time; a zombie of another parent counts as ended."""
+    """Return whether a process ends within this time; a zombie of another parent counts as ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         status = Path(f"/proc/{pid}/stat")

@@ -1,4 +1,4 @@
-"""Records in tar archives: read like files wherever records are read, and bad ones told apart from bad archives."""
+"""Records in tar archives: read like files everywhere; errors distinguish bad members from bad archives."""
 
 from __future__ import annotations
 

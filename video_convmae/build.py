@@ -176,7 +176,7 @@ def build_clips(
         records,
         build_sampling(data, encoder),
         Augmentation(data.augmentation),
-        encoder.image_size,
+        encoder.clip_shape[2:],
         draw_mask,
         ReaderProcess(data.reader, data.decode_timeout),
         data.repeats,
@@ -191,7 +191,7 @@ def build_views(data: DataConfig, records: Records, encoder: EncoderConfig, view
         build_sampling(data, encoder),
         views,
         Augmentation(data.augmentation),
-        encoder.image_size,
+        encoder.clip_shape[2:],
         ReaderProcess(data.reader, data.decode_timeout),
     )
 

@@ -117,7 +117,7 @@ class Predictor:
         """
         data, encoder = self.config.data, self.model.encoder.config
         record = Record(str(path), format=_format(Path(path)))
-        records, size = Records([record], record.format), encoder.image_size
+        records, size = Records([record], record.format), encoder.clip_shape[2:]
         sampling, augmentation = build_sampling(data, encoder), Augmentation(data.augmentation)
         sample = TestViewDataset(records, sampling, views, augmentation, size, self._reader)[0]
         if sample.bad_records:

@@ -19,9 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from video_convmae import masking
-from video_convmae.data import decoding
 from video_convmae.data.datasets import CLIP, ClipDataset, SampleKey, TestViewDataset, sample_generator
-from video_convmae.data.decoding import DecodeError, FrameReader, open_frames
+from video_convmae.data.decoding import DecodeError, FrameReader, open_frames, pyav_reader
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.loader import collate
 from video_convmae.data.options import ViewConfig
@@ -252,7 +251,7 @@ class StageTimer:
     @contextmanager
     def _timed_conversion(self) -> Iterator[None]:
         """Time the conversion to RGB within PyAV's reader."""
-        make_converter = decoding._rgb_converter
+        make_converter = pyav_reader.rgb_converter
 
         def timed_converter() -> Callable[[Any], np.ndarray]:
             convert = make_converter()
@@ -263,11 +262,11 @@ class StageTimer:
 
             return timed_convert
 
-        decoding._rgb_converter = timed_converter
+        pyav_reader.rgb_converter = timed_converter
         try:
             yield
         finally:
-            decoding._rgb_converter = make_converter
+            pyav_reader.rgb_converter = make_converter
 
 
 RIVALS: dict[str, Callable[[ReadCase], ReadSide]] = {"floor": CodecFloor, "videomae": VideoMAELoader}

@@ -221,7 +221,7 @@ def conv_stage_bytes(encoder: Encoder, visible: int, dtype: torch.dtype) -> int:
     packed = config.implementation == "packed"
     computed = visible if packed else prod(config.grid)
     for stage, blocks in enumerate(stages):
-        cells = computed * prod(config.cell_factors[stage]) ** 2
+        cells = computed * prod(config.later_strides[stage]) ** 2
         for block in blocks:
             width, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
             kt = config.temporal_kernel

@@ -123,7 +123,9 @@ def measure_accuracy(run: Path) -> dict[str, float]:
 def draw_reconstructions(run: Path, data: Path, output: Path) -> dict[str, float]:
     """Draw some validation clips, masked and reconstructed; returns the errors on all of them."""
     model, config = load_autoencoder(run)
-    clips = read_middle_clips(read_list(data / "validation.txt", root=data), config, model.encoder.config.image_size)
+    clips = read_middle_clips(
+        read_list(data / "validation.txt", root=data), config, model.encoder.config.clip_shape[2:]
+    )
     result = reconstruct_clips(model, config, clips, draw_masks(model, config, len(clips)))
     some = slice(0, 36, 9)  # classes alternate, then photographs: four of each
     shown = reconstruct_clips(model, config, clips[some], result.visible[some])

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         model, config = load_autoencoder(args.weights, args.ema)
         records = [Record(path, format=config.data.format) for path in args.videos]
-        clips = reconstruct.read_middle_clips(records, config, model.encoder.config.image_size)
+        clips = reconstruct.read_middle_clips(records, config, model.encoder.config.clip_shape[2:])
         masks = reconstruct.draw_masks(model, config, len(clips), args.seed)
         result = reconstruct.reconstruct_clips(model, config, clips, masks)
         caption = reconstruct.write_caption(config, model)

@@ -9,6 +9,7 @@ those that it does not show; and the expensive parts of the codec, arithmetic co
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +20,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from video_convmae.data.decoding import DecodeError, open_frames
+from video_convmae.data.decoding.pyav_reader import PyAVReader
 from video_convmae.data.records import Record
 from video_convmae.prepare.options import ENCODERS, PackSettings
 
@@ -60,6 +62,7 @@ def pack_video(record: Record, settings: PackSettings, progress: Callable[[], No
         DecodeError: the source does not decode from first to last frame, or the packed video lacks frames.
     """
     with open_frames(record, "pyav") as reader:
+        assert isinstance(reader, PyAVReader)
         times, rate = frame_times(reader.scan, len(reader))
         kept, ticks, tick, rate = resample(times, reader.scan.tick, rate, settings.fps)
         compared = set(np.unique(np.linspace(0, len(kept) - 1, PSNR_FRAMES).astype(int)).tolist())
@@ -150,8 +153,8 @@ class _Converter:
     """Conversion of decoded frames: upright, scaled, in another pixel format.
 
     Whatever matrix and range a source is tagged with, its YUV is converted to BT.601 in limited range ("MPEG": luma 16
-    to 235). The packed file carries no colour tags, and readers take untagged YUV for exactly that, so the RGB that they
-    show is the RGB of the source. To RGB (for the PSNR) swscale applies the source's own tags.
+    to 235). The packed file carries no colour tags, and readers take untagged YUV for exactly that, so they show the RGB
+    of the source. To RGB (for the PSNR) swscale applies the source's own tags.
     """
 
     def __init__(self, frame: Any, settings: PackSettings) -> None:
@@ -164,7 +167,7 @@ class _Converter:
     def __call__(self, frame: Any, format: str) -> Any:
         """Return a new frame in the pixel format "yuv420p" or "rgb24"."""
         if self.turns:  # in RGB, one array; the planes of YUV 4:2:0 have two sizes
-            upright = np.rot90(self._turner.reformat(frame, format="rgb24", threads=1).to_ndarray(), self.turns)
+            upright: Any = np.rot90(self._turner.reformat(frame, format="rgb24", threads=1).to_ndarray(), self.turns)
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(upright), format="rgb24")
         target = {} if format == "rgb24" else {"dst_colorspace": Colorspace.ITU601, "dst_color_range": ColorRange.MPEG}
         return self._scaler.reformat(
@@ -190,7 +193,8 @@ def _measure_psnr(
     Raises:
         DecodeError: it does not hold `count` frames.
     """
-    errors, decoded = [], 0
+    errors: list[float] = []
+    decoded = 0
     with av.open(io.BytesIO(data)) as container:
         container.streams.video[0].thread_type = "NONE"
         for place, frame in enumerate(container.decode(video=0)):
@@ -202,4 +206,4 @@ def _measure_psnr(
             decoded += 1
     if decoded != count:
         raise DecodeError(f"{path}: the packed video holds {decoded} frames; expected {count}")
-    return float(10 * np.log10(255**2 / max(MIN_MSE, np.mean(errors))))
+    return 10 * math.log10(255**2 / max(MIN_MSE, sum(errors) / len(errors)))

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
@@ -161,7 +161,7 @@ class ResumableJob(ABC, Generic[WorkerT, OutcomeT, ResultT]):
                 progress.update()
         return results
 
-    def _outcomes(self, rows: Sequence[Row], workers: int) -> Iterator[tuple[Row, list[int] | None, Any]]:
+    def _outcomes(self, rows: Sequence[Row], workers: int) -> Generator[tuple[Row, list[int] | None, Any], None, None]:
         """Yield each row with its file's stamp before the work, and its outcome or DecodeError."""
         own = threading.local()
         started: list[WorkerT] = []

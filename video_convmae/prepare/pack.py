@@ -29,9 +29,10 @@ from typing import Any, BinaryIO
 
 from video_convmae.atomic import replacing, write_text
 from video_convmae.data.decoding import DecodeError
+from video_convmae.data.decoding.errors import decode_errors
 from video_convmae.data.decoding.process import ChildDied, ChildProcess, ChildTimeout, Handler
 from video_convmae.data.records import ListError, Record
-from video_convmae.data.shards import file_of, read_member, split
+from video_convmae.data.shards import file_of, read_member, split_path
 from video_convmae.prepare.encode import PackedVideo, pack_video
 from video_convmae.prepare.job import RecordResult, ResumableJob, Row, first_rows, read_rows, write_report
 from video_convmae.prepare.options import LIST_TEXT, PackSettings
@@ -98,12 +99,8 @@ def serve_packing(progress: Callable[[], None], settings: PackSettings) -> Handl
     """Return the handler of a packing process: from a record to its packed video."""
 
     def handle(record: Record) -> PackedVideo:
-        try:
+        with decode_errors(record.path):
             return pack_video(record, settings, progress)
-        except DecodeError:
-            raise
-        except Exception as error:
-            raise DecodeError(f"{record.path}: {type(error).__name__}: {error}") from error
 
     return handle
 
@@ -358,5 +355,5 @@ def _with_path(row: Row, target: str) -> str:
 
 def _size_of(path: str) -> int:
     """Return the bytes of a video, a file or a member of an archive."""
-    parts = split(path)
+    parts = split_path(path)
     return os.path.getsize(path) if parts is None else len(read_member(*parts))
