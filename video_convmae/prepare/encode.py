@@ -152,9 +152,9 @@ def resample(
 class _Converter:
     """Conversion of decoded frames: upright, scaled, in another pixel format.
 
-    Whatever matrix and range a source is tagged with, its YUV is converted to BT.601 in limited range ("MPEG": luma 16
-    to 235). The packed file carries no colour tags, and readers take untagged YUV for exactly that, so they show the RGB
-    of the source. To RGB (for the PSNR) swscale applies the source's own tags.
+    YUV of any matrix and range is converted to BT.601 in limited range ("MPEG": luma 16 to 235). The packed file has no
+    colour tags, and readers interpret untagged YUV as exactly that, so they show the RGB of the source. In the conversion
+    to RGB (for the PSNR) swscale applies the tags of the source.
     """
 
     def __init__(self, frame: Any, settings: PackSettings) -> None:

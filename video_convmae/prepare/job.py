@@ -103,7 +103,8 @@ class ResumableJob(ABC, Generic[WorkerT, OutcomeT, ResultT]):
         self.earlier: dict[str, ResultT] = {}
         if results_file.exists():
             lines = whole_lines(results_file)
-            write_text(results_file, "".join(lines))  # without a last line that was cut off
+            if sum(map(len, lines)) < results_file.stat().st_size:  # JSON is ASCII
+                write_text(results_file, "".join(lines))  # a last line that was cut off would swallow the next
             for line in lines:
                 with suppress(ValueError, TypeError):  # of another version
                     result = self.result_type(**json.loads(line))
