@@ -138,7 +138,7 @@ def _pretraining(
     args: argparse.Namespace, size: str, arguments: dict[str, Any], decoder_ratio: float | None
 ) -> StepSide:
     model = create_autoencoder(size, **arguments)
-    clips, (masks, predicted) = _clips(args, model.config.clip_shape), _masks(args, model.grid, decoder_ratio)
+    clips, (masks, predicted) = _clips(args, model.encoder.config.clip_shape), _masks(args, model.grid, decoder_ratio)
     visible = int(masks[0].sum())
     counted = model.multiply_adds(visible, None if predicted is None else int(predicted[0].sum()))
     moved = conv_stage_bytes(model.encoder, visible, DTYPES[args.precision])

@@ -144,7 +144,7 @@ def draw_predictions(run: Path, data: Path, picture: Path, shown: int = 8) -> No
         (best, second) = predictor(record.path, top=2)
         frames = predictor.pictures(record.path, predictor.middle)[0].permute(1, 2, 3, 0).numpy()
         strip = [Image.fromarray(frames[i]).resize((96, 96)) for i in (0, len(frames) // 2, len(frames) - 1)]
-        rows.append((strip, f"is: {predictor.name(record.label)}", best, second))
+        rows.append((strip, f"is: {predictor.name(record.label or 0)}", best, second))
     sheet = Image.new("RGB", (3 * 100 + 330, 100 * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for place, (strip, truth, best, second) in enumerate(rows):
