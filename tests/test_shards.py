@@ -19,7 +19,7 @@ from video_convmae.data import shards
 from video_convmae.data.datasets import SampleKey
 from video_convmae.data.decoding import DecodeError, open_frames, read_record
 from video_convmae.data.records import Record, read_list
-from video_convmae.prepare import check as check_videos
+from video_convmae.prepare.check import check_videos
 
 NAMES = ("0.mp4", "two words 7.mp4", "folder/a.webm")
 BAD = {"text.mp4": b"not a video\n" * 100, "empty.mp4": b""}
@@ -120,7 +120,7 @@ def test_an_archive_is_indexed_once_until_it_changes(folder: Path, tmp_path: Pat
 def test_check_videos_reads_archives(folder: Path, tmp_path: Path) -> None:
     rows = [f"shard-000.tar#{name} 0" for name in (*NAMES, *BAD, "missing.mp4")] + ["gone.tar#a.mp4 0"]
     (tmp_path / "list.txt").write_text("\n".join(rows) + "\n")
-    summary = check_videos.check_videos(tmp_path / "list.txt", folder, tmp_path / "out", decoder="pyav")
+    summary = check_videos(tmp_path / "list.txt", folder, tmp_path / "out", reader="pyav")
     assert (summary["good"], summary["bad"]) == (3, 4)
     assert summary["codecs"] == {"h264": 2, "vp9": 1}
     assert (tmp_path / "out" / "clean.txt").read_text().splitlines() == rows[:3]
