@@ -181,7 +181,7 @@ def load(
     return Predictor(model, replace(config, data=data), names)  # type: ignore[arg-type]  # data of the same kind
 
 
-def _working_reader(reader: str) -> str:
+def _working_reader(reader: ReaderName) -> ReaderName:
     """Return a run's reader, or one that works if the run's does not: the frames are the same (data/decoding/)."""
     try:
         return resolve_reader(reader)

@@ -95,7 +95,7 @@ def check_videos(
     full: bool = False,
     workers: int = 1,
     format: ListFormat = "video",
-    reader: str = "auto",
+    reader: ReaderName = "auto",
     timeout: float = 60.0,
 ) -> dict[str, Any]:
     """Check a list and write the files named at the head of this module, each whole, once all records are read.
