@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 HEAVY = {"torch", "timm", "torchvision", "av", "decord", "matplotlib", "transformers"}
 # Commands that import torch or others for their help; each leaves this set with the rewrite of its module.
-NOT_YET = {"convert", "inflate", "make-list", "check-videos", "pack-videos"}
+NOT_YET = {"make-list", "check-videos", "pack-videos"}
 
 
 @dataclass(frozen=True)
