@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,16 @@ from PIL import Image
 from video_convmae import create_autoencoder, create_classifier
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.pretrain import pretrain
-from video_convmae.config import AutoencoderConfig, FinetuneConfig, PretrainConfig, from_plain, parse, plain, write_yaml
+from video_convmae.config import (
+    AutoencoderConfig,
+    ClassifierConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    from_plain,
+    parse,
+    plain,
+    write_yaml,
+)
 from video_convmae.data.records import ListError, Record, Records
 from video_convmae.engine import checkpoint
 from video_convmae.models.probe import Probe
@@ -37,6 +46,15 @@ def name(path: Path) -> str:
 
 def load(path: Path, *arguments: str) -> PretrainConfig:
     return parse(PretrainConfig, [f"--config={path}", *arguments])
+
+
+def shrunken(model: AutoencoderConfig | ClassifierConfig, frames: int) -> AutoencoderConfig | ClassifierConfig:
+    """Options of a tiny model: those of `model` that neither its size nor its frames resolve."""
+    resolved = ("widths", "depths", "heads", "strides", "tubelet", "temporal_kernel", "decoder")
+    kept = asdict(model)
+    size = "vit_tiny" if model.size.startswith("vit") else "tiny"
+    kept |= {"size": size, "num_frames": frames, "image_size": 32}
+    return type(model)(**{name: value for name, value in kept.items() if name not in resolved})
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +92,12 @@ def test_the_whole_model_builds(path: Path) -> None:
 @pytest.mark.parametrize("path", PRETRAINING, ids=name)
 def test_a_shrunken_copy_takes_two_steps(path: Path, videos: Path, tmp_path: Path) -> None:
     config = load(path)
-    size = "vit_tiny" if config.model.size.startswith("vit") else "tiny"
     frames, images = (1, "images") if config.data.format == "image" else (4, "list.txt")
     small = replace(
         config,
         output=str(tmp_path),
         device="cpu",
-        model=replace(config.model, size=size, num_frames=frames, image_size=32, strides=None, decoder=None),
+        model=shrunken(config.model, frames),
         data=replace(config.data, train=str(videos / images), root=str(videos), decoder="pyav", workers=0),
         train=replace(config.train, batch_size=2, accumulate=1, effective_batch=2, epochs=1, log_every=1),
     )
@@ -107,14 +124,13 @@ def test_the_whole_classifier_builds(path: Path) -> None:
 @pytest.mark.parametrize("path", FINETUNING, ids=name)
 def test_a_shrunken_classifier_takes_two_steps(path: Path, videos: Path, tmp_path: Path) -> None:
     config = parse(FinetuneConfig, [f"--config={path}"])
-    size = "vit_tiny" if config.model.size.startswith("vit") else "tiny"
     frames, images = (1, "images") if config.data.format == "image" else (4, "list.txt")
     source = str(videos / images)
     small = replace(
         config,
         output=str(tmp_path),
         device="cpu",
-        model=replace(config.model, size=size, num_frames=frames, image_size=32, strides=None),
+        model=shrunken(config.model, frames),
         data=replace(
             config.data,
             train=source,
@@ -185,7 +201,7 @@ def test_the_numbers_of_image_pretraining_are_the_recipes(path: Path) -> None:
     assert (augmentation.crop, augmentation.area, augmentation.aspect) == ("random_resized", (0.2, 1.0), (0.75, 1.3333))
     assert (augmentation.flip, augmentation.interpolation) == (True, "bicubic")
     model = config.model
-    assert (model.size, model.num_frames, model.image_size, model.msd) == ("base", 1, 224, True)
+    assert (model.size, model.num_frames, model.image_size, model.msd) == ("base", 1, (224, 224), True)
     with torch.device("meta"):
         assert model.autoencoder().target == "patch"  # --norm_pix_loss
 

@@ -13,7 +13,14 @@ import pytest
 import torch
 from test_pretrain import ENVIRONMENT, ROOT, command, log, model_of, run
 
-from video_convmae.config import DataConfig, FinetuneConfig, LabelledDataConfig, PretrainConfig
+from video_convmae.config import (
+    AutoencoderConfig,
+    ClassifierConfig,
+    DataConfig,
+    FinetuneConfig,
+    LabelledDataConfig,
+    PretrainConfig,
+)
 from video_convmae.engine import checkpoint
 from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.trainer import TrainConfig
@@ -102,8 +109,8 @@ def stop_after(last: int, videos: Path, output: Path, *edits: str, init_distribu
 
 def config_of(mixes: bool = False, **train: object) -> PretrainConfig | FinetuneConfig:
     if mixes:
-        return FinetuneConfig("run", LabelledDataConfig("list"), train=TrainConfig(**train))
-    return PretrainConfig("run", DataConfig("list"), train=TrainConfig(**train))
+        return FinetuneConfig("run", LabelledDataConfig("list"), ClassifierConfig(), train=TrainConfig(**train))
+    return PretrainConfig("run", DataConfig("list"), AutoencoderConfig(), train=TrainConfig(**train))
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ class PretrainConfig:
     """Run folder; the same command on a folder that holds a run goes on with it."""
     data: DataConfig
     """The list, and how clips are made of its records."""
-    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    model: AutoencoderConfig  # no default: jsonargparse would take its resolved numbers for those of every size
     """The autoencoder."""
     init: InitConfig = field(default_factory=InitConfig)
     """What the run starts from."""
@@ -291,7 +291,7 @@ class FinetuneConfig:
     """Run folder; the same command on a folder that holds a run goes on with it."""
     data: LabelledDataConfig
     """The lists, and how clips are made of their records."""
-    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    model: ClassifierConfig  # no default, as above
     """The classifier."""
     init: InitConfig = field(default_factory=InitConfig)
     """What the run starts from."""

@@ -59,7 +59,8 @@ class EncoderConfig:
     """Encoder options. A field left at its default of (), 0 or None is set from `size` and `num_frames`.
 
     That happens once, on construction, so an instance always holds the numbers and `type(c)(**asdict(c)) == c`.
-    `dataclasses.replace(config, size=...)` therefore keeps the old size's widths: construct a new one instead.
+    `dataclasses.replace(config, size=...)` therefore keeps the old size's widths: construct a new one instead. Nor can
+    a run's dataclass have an instance as its default: jsonargparse would take its numbers for those of every size.
 
     A plain ViT is one stage with one stride. An image encoder has one frame, tubelet 1 and temporal kernel 1.
 
