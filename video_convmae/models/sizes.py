@@ -7,7 +7,7 @@ Letters: C channels, T H W frames and pixels of a clip; t h w the token grid.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import prod
 from typing import Any, Literal, TypeVar, get_args
@@ -68,7 +68,7 @@ class EncoderConfig:
         ValueError: an unknown size or numbers that do not fit together.
     """
 
-    size: str = "base"
+    size: str = field(default="base", compare=False)  # equal numbers are equal models, under any name
     """tiny, small, base, large, huge; vit_tiny to vit_huge are plain ViTs."""
     num_frames: int = 16
     """Frames per clip; 1 makes an image model."""
@@ -133,11 +133,11 @@ class EncoderConfig:
 
     def _resolve(self, **defaults: Any) -> None:
         """Set the named fields that were left at their class defaults, and turn lists (from JSON, YAML) into tuples."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in defaults and value == field.default:
-                value = defaults[field.name]
-            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in defaults and value == option.default:
+                value = defaults[option.name]
+            object.__setattr__(self, option.name, tuple(value) if isinstance(value, list) else value)
 
     @cached_property
     def patch(self) -> int:
@@ -230,7 +230,7 @@ def apply_overrides(kind: type[Config], overrides: Mapping[str, Any], **given: A
         ValueError: a value that does not fit.
         TypeError: an override that is no field, or one that the function fixes; the message lists the known ones.
     """
-    known = [field.name for field in fields(kind) if field.name not in given]
+    known = [option.name for option in fields(kind) if option.name not in given]
     if unknown := sorted(set(overrides) - set(known)):
         raise TypeError(f"unknown overrides: {', '.join(unknown)}; known: {', '.join(known)}")
     return kind(**given, **overrides)
