@@ -221,3 +221,13 @@ def make(name: str, folder: Path) -> Path:
     if change is not None:
         change(path, *arguments)
     return path
+
+
+def encode_list(folder: Path, count: int, bad: str) -> Path:
+    """Encode `count` short videos and a file that is none, and write list.txt: each is a class; `bad` is its line."""
+    for i in range(count):
+        encode(folder / f"{i}.mp4", 20 + i)
+    (folder / bad.split()[0]).write_text("no video")
+    lines = [f"{i}.mp4 {i}" for i in range(count)]
+    (folder / "list.txt").write_text("\n".join(lines if bad in lines else [*lines, bad]))
+    return folder

@@ -107,13 +107,19 @@ def test_good_rows_are_kept_and_bad_ones_are_named(
         assert words in printed
 
 
-def test_the_clean_list_has_the_class_names_of_the_list(folder: Path, tmp_path: Path) -> None:
-    out, names = tmp_path / "out", folder / "list.labels.txt"
+def check_with_names(folder: Path, out: Path) -> Path:
+    """Check the list while it has class names; returns `out`."""
+    names = folder / "list.labels.txt"
     names.write_text("one\ntwo\n", encoding="utf-8")
     try:
         check(folder, out)
     finally:
         names.unlink()
+    return out
+
+
+def test_the_clean_list_has_the_class_names_of_the_list(folder: Path, tmp_path: Path) -> None:
+    out = check_with_names(folder, tmp_path / "out")
     assert class_names(out / "clean.txt") == ["one", "two"]
     check(folder, out)  # those of the earlier check belong to another list
     assert class_names(out / "clean.txt") is None
@@ -288,12 +294,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_clean_list_can_be_checked_in_its_own_folder(folder: Path, tmp_path: Path, reads: list[str]) -> None:
-    out, names = tmp_path / "out", folder / "list.labels.txt"
-    names.write_text("one\ntwo\n", encoding="utf-8")
-    try:
-        check(folder, out)
-    finally:
-        names.unlink()
+    out = check_with_names(folder, tmp_path / "out")
     clean = (out / "clean.txt").read_text(encoding="utf-8")
     reads.clear()
     options = ["--root", str(folder), "--out", str(out), "--reader", "pyav"]

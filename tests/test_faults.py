@@ -25,7 +25,7 @@ import av
 import clips
 import pytest
 import torch
-from clips import encode
+from clips import encode, encode_list
 from test_loader import clips_of
 from test_pretrain import ENVIRONMENT, command, log, model_of
 from test_reader_process import is_gone
@@ -297,12 +297,7 @@ def undisturbed(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A list of good files and of one bad one."""
-    folder = tmp_path_factory.mktemp("good")
-    for i in range(16):
-        encode(folder / f"{i}.mp4", 20 + i)
-    (folder / "3.mp4").write_text("no video")
-    (folder / "list.txt").write_text("\n".join(f"{i}.mp4 {i}" for i in range(16)))
-    return folder
+    return encode_list(tmp_path_factory.mktemp("good"), 16, bad="3.mp4 3")
 
 
 @pytest.mark.faults
