@@ -6,7 +6,7 @@
     video-convmae benchmark loader --vs videomae --json loader.json
     video-convmae benchmark packing --json packing.json
 
-`benchmark step --help` (scale, loader, packing) explains each measurement. Results: docs/PERFORMANCE.md.
+`benchmark step --help` (scale, loader, packing) explains each measurement. Results: docs/performance.md.
 """
 
 from __future__ import annotations
