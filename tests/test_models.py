@@ -1,6 +1,6 @@
 """The model's promises: no leakage, packed equals dense, the counts of the paper's sizes, every parameter alive.
 
-`PlainConvMAE` below is a second implementation from DESIGN.md section 3 with ordinary dense Conv3d layers, so that
+`PlainConvMAE` below is a second implementation of the same equations with ordinary dense Conv3d layers, so that
 packed and dense are both held against something that shares no layout code with them.
 """
 
@@ -27,7 +27,7 @@ from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig, Enco
 HYBRIDS = ["tiny", "small", "base", "large", "huge"]
 SIZES = [*HYBRIDS, "vit_tiny", "vit_base"]
 MASKS = masking.MASKS | {"complementary": lambda grid, ratio, g: masking.complementary(grid, ratio, 2, g)[1]}
-PARAMETERS = {  # INTERFACES.md: encoder for images, for video, fusion
+PARAMETERS = {  # without positions: encoder for images, for video, fusion
     "tiny": (2_032_896, 2_042_400, 221_568),
     "small": (21_867_264, 21_911_808, 1_180_416),
     "base": (84_455_296, 84_531_584, 4_326_912),
@@ -352,7 +352,7 @@ def test_classifier_has_the_published_86_million() -> None:
 
 
 def test_multiply_adds_of_the_base_model() -> None:
-    """DESIGN.md section 3: 97.8 G dense, 39.1 G packed; 17.2 and 11.2 G for an image at 0.75."""
+    """97.8 G dense, 39.1 G packed; 17.2 and 11.2 G for an image at 0.75 (docs/performance.md, PRETRAIN.md)."""
     with torch.device("meta"):
         models = {
             (frames, name): create_autoencoder("base", num_frames=frames, implementation=name)
