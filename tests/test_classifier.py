@@ -1,4 +1,4 @@
-"""Heads on the encoder: the probe reads what was pretrained and changes none of it; how heads start."""
+"""Heads on the encoder: the probe reads the pretrained part and changes none of it; initial values."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_attentive_head_is_torchs_attention_of_one_query() -> None:
         assert torch.allclose(head(tokens), head(tokens.flip(1)), atol=1e-6)  # tokens have no order here
 
 
-# What stays as it is
+# The frozen part
 
 
 @pytest.mark.parametrize("settings", [{}, {"learnable_positions": True}], ids=["fixed", "learnt"])
@@ -165,7 +165,7 @@ def test_every_parameter_of_a_head_receives_a_gradient() -> None:
         assert all(p.grad.isfinite().all() and p.grad.any() for p in model.head.parameters())
 
 
-# How models start
+# Initialisation
 
 
 @pytest.mark.parametrize("kind", KINDS)

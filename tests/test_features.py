@@ -43,7 +43,7 @@ from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.visualize import accuracy as plots
 from video_convmae.visualize import features as features_picture
 from video_convmae.weights.files import save_file
-from video_convmae.weights.released import to_format
+from video_convmae.weights.formats import to_format
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}

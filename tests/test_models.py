@@ -100,7 +100,7 @@ def test_no_leakage_in_any_geometry(geometry: str) -> None:
 
 
 def test_visible_neighbours_do_reach_each_other_through_the_convolutions() -> None:
-    """What the masked convolution is for: without attention, a visible token still depends on a visible neighbour."""
+    """The masked convolution's purpose: without attention, a visible token still depends on a visible neighbour."""
     model = shrunk("tiny", depths=(1, 1, 0))
     visible = torch.zeros(1, *model.grid, dtype=torch.bool)
     visible[:, :, 1, 1:3] = True

@@ -29,8 +29,8 @@ from video_convmae.data.records import ListError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.weights.files import save_file
+from video_convmae.weights.formats import to_format
 from video_convmae.weights.load import load_weights
-from video_convmae.weights.released import to_format
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("juggling", "sawing wood", "tap dancing", "welding")

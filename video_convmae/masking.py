@@ -1,6 +1,6 @@
 """Masks: the tokens of one sample that the encoder sees, and those that the decoder predicts.
 
-Letters: t h w the token grid.
+Letters: t h w the token grid, N = t*h*w; n visible tokens of a mask.
 
 Every mask function maps a token grid `(t, h, w)` and a ratio to `visible`, a boolean tensor of that shape, True = the
 encoder sees the token. Masks are drawn for one sample, with that sample's generator; the loader stacks them. The number
@@ -37,7 +37,7 @@ def random(grid: Grid, ratio: float, generator: torch.Generator | None = None) -
 def frame(grid: Grid, ratio: float, generator: torch.Generator | None = None) -> Tensor:
     """Hide whole frames, drawn at random.
 
-    Where the visible tokens do not fill whole frames, one frame is visible in part: 157 tokens of 8 x 196 at 0.9 lie in
+    If the visible tokens do not fill whole frames, one frame is visible in part: 157 tokens of 8 x 196 at 0.9 lie in
     one frame, 49 of 4 x 49 at 0.75 fill exactly one.
     """
     t, h, w = _check(grid, ratio)
@@ -81,8 +81,8 @@ def block(grid: Grid, ratio: float, generator: torch.Generator | None = None) ->
 def complementary(grid: Grid, ratio: float, count: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw `count` masks with no visible token in common (FastConvMAE), shape `(count, t, h, w)`.
 
-    Four masks at 0.75 cover the grid: every token is visible in exactly one. Where `count * n < N` the rest is hidden
-    in all of them.
+    Four masks at 0.75 cover the grid: every token is visible in exactly one. If `count * n < N`, the rest is hidden in
+    all of them.
 
     Raises:
         ValueError: `count` masks of that many visible tokens do not fit into the grid.
@@ -125,19 +125,19 @@ def running_cell(visible: Tensor, ratio: float) -> Tensor:
     count = int(ratio * available)
     if count == 0:
         raise ValueError(f"a share of {ratio} of {available} hidden tokens predicts none; expected at least one")
-    # `turn` ranks the four places of a cell. With start 0, in frames 0 to 3:
+    # The rank of the four places of a cell: with start 0, in frames 0 to 3:
     #     0 1        3 0        2 3        1 2
     #     3 2        2 1        1 0        0 3
     # Tokens are taken by rising rank: at 0.5 those of ranks 0 and 1, two neighbours of each cell.
     clockwise = torch.tensor([[0, 1], [3, 2]])
     frame, row, column = torch.meshgrid(*(torch.arange(size) for size in visible.shape), indexing="ij")
     start = visible.any(0).flatten().nonzero().sum() + visible.any(2).any(1).nonzero().sum()
-    turn = (clockwise[row % 2, column % 2] - frame - start) % 4
-    # Where the count ends within one turn, the tokens taken are spread evenly, by multiples of the golden ratio: places
+    rank = (clockwise[row % 2, column % 2] - frame - start) % 4
+    # If the count ends within one rank, the tokens taken are spread evenly, by multiples of the golden ratio: places
     # 0 1 2 3 4 have the fractions 0 .62 .24 .85 .47, so they are taken in the order 0 2 4 1 3.
     place = torch.arange(visible.numel(), dtype=torch.float64).view(visible.shape) + start
     spread = (place * 0.6180339887498949).frac()
-    order = torch.where(hidden, turn + spread, math.inf).flatten().argsort()
+    order = torch.where(hidden, rank + spread, math.inf).flatten().argsort()
     predicted = torch.zeros(visible.numel(), dtype=torch.bool)
     predicted[order[:count]] = True
     return predicted.view(visible.shape)

@@ -31,7 +31,9 @@ from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
 from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
 from video_convmae.runs import load_autoencoder, load_classifier, run_kind
-from video_convmae.weights.load import model_from, read_weights, summarize_names
+from video_convmae.weights.formats import read_weights
+from video_convmae.weights.load import model_from
+from video_convmae.weights.state import summarize_names
 
 
 class Prediction(NamedTuple):
@@ -181,7 +183,7 @@ def load(
     return Predictor(model, replace(config, data=data), names)  # type: ignore[arg-type]  # data of the same kind
 
 
-def _working_reader(reader: str) -> str:
+def _working_reader(reader: ReaderName) -> ReaderName:
     """Return a run's reader, or one that works if the run's does not: the frames are the same (data/decoding/)."""
     try:
         return resolve_reader(reader)

@@ -23,7 +23,7 @@ from video_convmae.data.datasets import CLIP, ClipDataset, SampleKey, TestViewDa
 from video_convmae.data.decoding import DecodeError, FrameReader, open_frames, pyav_reader
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.loader import collate
-from video_convmae.data.options import ViewConfig
+from video_convmae.data.options import ReaderName, ViewConfig
 from video_convmae.data.records import Record, Records
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation, view_crops
@@ -51,7 +51,7 @@ class ReadCase:
     repeats: int
     views: ViewConfig | None  # None: training clips
     augmentation: Augmentation
-    reader: str
+    reader: ReaderName
     clock: str  # wall, or cpu: processor seconds of this process and the reading one
 
     @property

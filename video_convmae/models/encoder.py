@@ -73,7 +73,7 @@ class Encoder(nn.Module):
         return self.config.widths[-1]
 
     def init_weights(self) -> None:
-        """Initialise as released: stages 1 and 2 as PyTorch convolutions, the last by Xavier; fill the positions."""
+        """Initialise as released: stages 1 and 2 as PyTorch convolutions, the last by Xavier; fill in the positions."""
         for embedding in self.embeddings[:-1]:
             init_as_convolution(embedding)
         init_as_convolution(self.conv_stages)

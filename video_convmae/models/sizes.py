@@ -7,7 +7,7 @@ Letters: C channels, T H W frames and pixels of a clip; t h w the token grid.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import prod
 from typing import Any, Literal, TypeVar, get_args
@@ -59,7 +59,8 @@ class EncoderConfig:
     """Encoder options. A field left at its default of (), 0 or None is set from `size` and `num_frames`.
 
     That happens once, on construction, so an instance always holds the numbers and `type(c)(**asdict(c)) == c`.
-    `dataclasses.replace(config, size=...)` therefore keeps the old size's widths: construct a new one instead.
+    `dataclasses.replace(config, size=...)` therefore keeps the old size's widths: construct a new one instead. Nor can
+    a run's dataclass have an instance as its default: jsonargparse would take its numbers for those of every size.
 
     A plain ViT is one stage with one stride. An image encoder has one frame, tubelet 1 and temporal kernel 1.
 
@@ -67,7 +68,7 @@ class EncoderConfig:
         ValueError: an unknown size or numbers that do not fit together.
     """
 
-    size: str = "base"
+    size: str = field(default="base", compare=False)  # equal numbers are equal models, under any name
     """tiny, small, base, large, huge; vit_tiny to vit_huge are plain ViTs."""
     num_frames: int = 16
     """Frames per clip; 1 makes an image model."""
@@ -132,11 +133,11 @@ class EncoderConfig:
 
     def _resolve(self, **defaults: Any) -> None:
         """Set the named fields that were left at their class defaults, and turn lists (from JSON, YAML) into tuples."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in defaults and value == field.default:
-                value = defaults[field.name]
-            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in defaults and value == option.default:
+                value = defaults[option.name]
+            object.__setattr__(self, option.name, tuple(value) if isinstance(value, list) else value)
 
     @cached_property
     def patch(self) -> int:
@@ -229,7 +230,7 @@ def apply_overrides(kind: type[Config], overrides: Mapping[str, Any], **given: A
         ValueError: a value that does not fit.
         TypeError: an override that is no field, or one that the function fixes; the message lists the known ones.
     """
-    known = [field.name for field in fields(kind) if field.name not in given]
+    known = [option.name for option in fields(kind) if option.name not in given]
     if unknown := sorted(set(overrides) - set(known)):
         raise TypeError(f"unknown overrides: {', '.join(unknown)}; known: {', '.join(known)}")
     return kind(**given, **overrides)

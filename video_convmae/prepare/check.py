@@ -26,7 +26,7 @@ from video_convmae.atomic import replacing, write_text
 from video_convmae.data import shards
 from video_convmae.data.decoding import resolve_reader
 from video_convmae.data.decoding.process import ChildProcess, Handler, ReaderProcess, RemoteReader
-from video_convmae.data.options import ListFormat
+from video_convmae.data.options import ListFormat, ReaderName
 from video_convmae.data.records import Record
 from video_convmae.prepare.job import RecordResult, ResumableJob, Row, read_rows, write_report
 from video_convmae.prepare.options import LIST_TEXT
@@ -63,7 +63,7 @@ class CheckJob(ResumableJob[ReaderProcess, dict[str, Any], CheckResult]):
     result_type = CheckResult
     title = "checking"
 
-    def __init__(self, results_file: Path, reader: str, timeout: float, full: bool) -> None:
+    def __init__(self, results_file: Path, reader: ReaderName, timeout: float, full: bool) -> None:
         super().__init__(results_file, method=f"{reader}, {'every frame' if full else 'some frames'}")
         self.reader, self.timeout, self.full = reader, timeout, full
 
@@ -95,7 +95,7 @@ def check_videos(
     full: bool = False,
     workers: int = 1,
     format: ListFormat = "video",
-    reader: str = "auto",
+    reader: ReaderName = "auto",
     timeout: float = 60.0,
 ) -> dict[str, Any]:
     """Check a list and write the files named at the head of this module, each whole, once all records are read.
@@ -175,7 +175,7 @@ def summarize_check(results: Sequence[CheckResult]) -> dict[str, Any]:
     }
 
 
-def _resolve_in_child(reader: str) -> str:
+def _resolve_in_child(reader: ReaderName) -> ReaderName:
     """Return the reader that "auto" stands for. Trying torchcodec imports torch, so a child process does it."""
     child = ChildProcess(_serve_reader_name, reader)
     try:
@@ -184,7 +184,7 @@ def _resolve_in_child(reader: str) -> str:
         child.kill()
 
 
-def _serve_reader_name(progress: Any, reader: str) -> Handler:
+def _serve_reader_name(progress: Any, reader: ReaderName) -> Handler:
     name = resolve_reader(reader)
     return lambda request: name
 

@@ -50,7 +50,7 @@ class ReaderProcess:
         timeout: seconds that one open or one read may take.
     """
 
-    def __init__(self, reader: str = "auto", timeout: float = 60.0) -> None:
+    def __init__(self, reader: ReaderName = "auto", timeout: float = 60.0) -> None:
         if reader not in get_args(ReaderName):
             raise ValueError(f"data.reader is {reader!r}; expected one of {', '.join(get_args(ReaderName))}")
         self.reader = reader
@@ -133,7 +133,7 @@ class RemoteReader(contextlib.AbstractContextManager["RemoteReader"]):
             raise DecodeError(f"{self.path}: the reader process {error}") from None
 
 
-def serve_frames(progress: Callable[[], None], reader: str) -> Handler:
+def serve_frames(progress: Callable[[], None], reader: ReaderName) -> Handler:
     """Return the handler of a reader process: a record opens it, anything else is indices of frames to read."""
     reader = resolve_reader(reader)
     opened: FrameReader | None = None

@@ -26,7 +26,7 @@ from .reader import FrameReader
 from .scan import Scan, check_first_bytes
 from .torchcodec_reader import TorchcodecCudaReader, TorchcodecReader
 
-_IN_ORDER_OF_CHOICE = ("torchcodec", "pyav", "decord")
+_IN_ORDER_OF_CHOICE: tuple[ReaderName, ...] = ("torchcodec", "pyav", "decord")
 _MODULES = {"torchcodec": "torchcodec.decoders", "pyav": "av", "decord": "decord"}
 _MODULES["torchcodec_cuda"] = _MODULES["torchcodec"]
 _READERS: dict[str, Callable[[str, Scan | None], FrameReader]] = {
@@ -42,7 +42,7 @@ _INSTALL = {
 }
 
 
-def resolve_reader(reader: str) -> str:
+def resolve_reader(reader: ReaderName) -> ReaderName:
     """Return the name of the reader to use: for "auto" torchcodec if it works here, else pyav, else decord.
 
     "auto" imports torchcodec and with it torch: call this once, and pass the result to workers.
@@ -83,7 +83,7 @@ def _import_library(reader: str) -> None:
             raise ImportError("torch finds no CUDA device")
 
 
-def open_frames(record: Record, reader: str = "auto") -> FrameReader:
+def open_frames(record: Record, reader: ReaderName = "auto") -> FrameReader:
     """Open a record (video, folder of frames or image, as its `format` says) for reading frames by index.
 
     Args:
@@ -105,7 +105,7 @@ def open_frames(record: Record, reader: str = "auto") -> FrameReader:
         return _open_video(record.path, reader)
 
 
-def read_record(record: Record, indices: Sequence[int] | np.ndarray, reader: str = "auto") -> np.ndarray:
+def read_record(record: Record, indices: Sequence[int] | np.ndarray, reader: ReaderName = "auto") -> np.ndarray:
     """Open a record, read its frames at `indices` and close it: uint8 `(T, H, W, 3)`. Raises as `open_frames`."""
     with open_frames(record, reader) as opened:
         return opened.read(indices)
