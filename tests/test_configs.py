@@ -35,7 +35,7 @@ from video_convmae.engine import checkpoint
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.probe import Probe
 from video_convmae.runs import load_autoencoder, load_classifier
-from video_convmae.weights.released import to_format
+from video_convmae.weights.formats import to_format
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -2,7 +2,7 @@
 and of the folder that the environment variable PARITY_DIR names.
 
 A file holds random weights under released names, an input and what the released code made of it in float32 on a CPU;
-tests/golden/README.md names the fields. The weights go through `load_weights`; gradients go back through `to_layout`,
+tests/golden/README.md names the fields. The weights go through `load_weights`; gradients go back through `Format.write`,
 so that they are compared under the released names.
 """
 
@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,11 @@ from video_convmae.engine.optim import parameter_groups
 from video_convmae.models.autoencoder import Autoencoder, patch_target
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.packing import take_patches, take_tokens
-from video_convmae.weights.layouts import CONVMAE, VIDEOMAE, Layout, to_layout
-from video_convmae.weights.load import load_weights
-from video_convmae.weights.released import model_arguments, read_weights
+from video_convmae.weights.formats import read_weights
+from video_convmae.weights.formats.base import Format
+from video_convmae.weights.formats.convmae import CONVMAE
+from video_convmae.weights.formats.videomae import VIDEOMAE
+from video_convmae.weights.load import load_weights, model_arguments
 
 ROOT = Path(__file__).parent.parent
 NAMED = os.environ.get("PARITY_DIR") or None  # empty is as good as unset
@@ -99,17 +102,17 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = OUTPUT) -> None:
 
 
 def gradients_are_close(
-    model: Autoencoder | Classifier, golden: Golden, layout: Layout, tolerance: float = GRADIENT
+    model: Autoencoder | Classifier, golden: Golden, format: Format, tolerance: float = GRADIENT
 ) -> None:
     """Norms relative, sums within 1e-4 of the norm, for every parameter of the released model, under its name."""
     weights = read_weights(model)
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     if isinstance(model, Classifier):
         ours = {"fc_" + name if name.startswith("norm.") else name: gradient for name, gradient in ours.items()}
-    if layout is VIDEOMAE:
+    if format is VIDEOMAE:
         ours.pop("decoder.embedding.bias", None)  # not in the released model
     assert None not in ours.values()
-    ours = to_layout(ours, weights.geometry, layout)
+    ours = format.write(replace(weights, tensors=ours))
     theirs = golden.group("g:")
     assert ours.keys() == theirs.keys()
     worst = worst_sum = 0.0
@@ -195,7 +198,7 @@ def layer_decay_is_equal(model: Classifier, theirs: Mapping[str, list[float]]) -
     ours = list(dict(model.named_parameters()).items())
     marked = {"fc_" + name if name.startswith("norm.") else name: tensor for name, tensor in marked.items()}
     groups = {}
-    for name, tensor in to_layout(marked, read_weights(model).geometry, CONVMAE).items():
+    for name, tensor in CONVMAE.write(replace(read_weights(model), tensors=marked)).items():
         our_name, parameter = ours[int(tensor.flatten()[0])]
         groups[name] = [scales[our_name], decayed[id(parameter)]]
     assert groups == dict(theirs)

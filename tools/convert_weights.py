@@ -1,8 +1,7 @@
-"""`video-convmae convert`, from a clone."""
+"""`video-convmae convert`, or `inflate` if that is the first argument, from a clone."""
 
 import sys
 
 from video_convmae.cli import main
 
-if __name__ == "__main__":  # loading processes started by spawn import this file
-    sys.exit(main("convert"))
+sys.exit(main() if sys.argv[1:2] == ["inflate"] else main("convert"))

@@ -1,1 +1,1 @@
-"""Files of weights: published layouts into ours and back, image weights into video."""
+"""Weights in files: published formats to ours and back, image weights to video weights, loading into models."""

@@ -1,4 +1,4 @@
-"""Options of loading weights, read without importing torch."""
+"""Options of loading and converting weights, read without importing torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 EXCLUDABLE = ("positions", "norm", "fusion", "decoder", "head")  # parts that need not be loaded
+WRITABLE = ("convmae", "videomae", "huggingface")  # formats that `to_format` writes
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""Our own names: models, checkpoints of runs, converted files and bare state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any, TypeVar
+
+from torch import nn
+
+from video_convmae.models.autoencoder import Autoencoder
+from video_convmae.models.classifier import Classifier
+from video_convmae.models.sizes import EncoderConfig
+
+from ..files import Tensors
+from ..state import PARTS, Weights, embedding_weights, summarize_names
+
+MARKER = "encoder.embeddings.0.linear.weight"
+Value = TypeVar("Value")
+
+
+def from_model(model: nn.Module) -> Weights:
+    """Take the weights of an Autoencoder or Classifier, with the properties of its encoder."""
+    if not isinstance(model, (Autoencoder, Classifier)):
+        raise ValueError(f"a {type(model).__name__}; expected an Autoencoder or a Classifier")
+    tensors = model.state_dict()
+    return _with_names(rename_norm(tensors) if "head.weight" in tensors else tensors, _properties(model.encoder.config))
+
+
+def from_tensors(tensors: Tensors, contents: Mapping[str, Any]) -> Weights:
+    """Take tensors with our names, and from the contents of their file, if stated, what they do not determine."""
+    if unknown := [name for name in tensors if name.split(".")[0] not in PARTS]:
+        raise ValueError(f"weights with names that no model of ours has: {summarize_names(unknown)}")
+    tensors = rename_norm(tensors) if "head.weight" in tensors else tensors
+    return _with_names(tensors, _read_config(contents) or _read_geometry(contents) or _guess(tensors))
+
+
+def rename_norm(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Rename a classifier's `norm.*` to `fc_norm.*`, its name in `Weights`."""
+    return {"fc_" + name if name.startswith("norm.") else name: value for name, value in values.items()}
+
+
+def _with_names(tensors: Tensors, properties: dict[str, Any]) -> Weights:
+    return Weights("VideoConvMAE", tensors, names={name: name for name in tensors}, **properties)
+
+
+def _properties(config: EncoderConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ("strides", "tubelet", "channels", "grid", "position_table")}
+
+
+def _read_config(contents: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the properties that a run's configuration determines; None if there is none."""
+    config = contents.get("config")
+    model = config.get("model") if isinstance(config, Mapping) else None
+    if not isinstance(model, Mapping) or not {"size", "num_frames", "image_size"} <= model.keys():
+        return None
+    options = {name: model[name] for name in EncoderConfig.__dataclass_fields__ if model.get(name) is not None}
+    return _properties(EncoderConfig(**options))
+
+
+def _read_geometry(contents: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the properties that `Weights.geometry` left in a converted file; None if there are none."""
+    saved = contents.get("geometry")
+    if not isinstance(saved, Mapping):
+        return None
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+
+
+def _guess(tensors: Tensors) -> dict[str, Any]:
+    """Guess the properties from shapes, for three channels and the smallest tubelet that leaves square patches."""
+    kernels = embedding_weights(tensors)
+    areas = [kernel.shape[1] // before.shape[0] for before, kernel in zip(kernels, kernels[1:])]
+    area, tubelet = kernels[0].shape[1] // 3, 1
+    while area % tubelet or isqrt(area // tubelet) ** 2 * tubelet != area:
+        tubelet += 1
+    return {"strides": tuple(map(isqrt, (area // tubelet, *areas))), "tubelet": tubelet, "guessed": True}

@@ -1,0 +1,171 @@
+"""`Weights`: the tensors of a model under our names, with the properties that their shapes do not determine.
+
+Letters: N tokens, D width of a token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from video_convmae.masking import Grid
+from video_convmae.models.positions import TABLES
+from video_convmae.models.sizes import PositionTable
+
+from .files import Tensors
+
+# Of a model. Only the encoder is required. `norm` is over tokens, before the decoder or a probe's head; `fc_norm` is a
+# classifier's, over their mean.
+PARTS = ("encoder", "norm", "fc_norm", "fusion", "decoder", "head")
+POSITIONS = ("encoder.positions", "decoder.positions")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors of a model and their origin.
+
+    format: recognised format and kind, for messages: "ConvMAE pretraining".
+    tensors: tensors by our names, in our order of values. A classifier's norm is `fc_norm` here. Positions may be
+        among them although a model computes its fixed tables itself.
+    strides: spatial stride of each stage.
+    tubelet: frames of a token.
+    channels: channels of a pixel.
+    frames: token frames that the positions cover, 1 for an image; None: unknown.
+    grid: token grid of the positions, learnt or fixed; None: unknown.
+    position_table: fixed table that the weights were trained with; None: unknown.
+    names: our name -> name in the file.
+    dropped: names in the file without a counterpart here -> reason.
+    notes: sentences for the report.
+    guessed: strides, tubelet and channels are a guess from shapes, as for a bare state dict of ours.
+    """
+
+    format: str
+    tensors: Tensors
+    strides: tuple[int, ...]
+    tubelet: int = 1
+    channels: int = 3
+    frames: int | None = None
+    grid: Grid | None = None
+    position_table: PositionTable | None = None
+    names: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    guessed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.grid is not None:
+            object.__setattr__(self, "frames", self.grid[0])
+
+    def __str__(self) -> str:
+        frames = "" if self.frames is None else f", {self.frames * self.tubelet} frames"
+        kernels = f"tubelet {self.tubelet}, temporal kernel {self.temporal_kernel}"
+        return f"{self.format}: {len(self.strides)} stages, {kernels}{frames}"
+
+    @property
+    def temporal_kernel(self) -> int:
+        """Frames of the depthwise kernels; 1 for a plain ViT."""
+        kernel = self.tensors.get("encoder.conv_stages.0.0.depthwise.weight")
+        return 1 if kernel is None else kernel.shape[2]
+
+    @property
+    def is_image(self) -> bool:
+        """True if a token has one frame, no convolution spans frames, and positions are not known to cover several."""
+        return self.tubelet == 1 and self.temporal_kernel == 1 and self.frames in (None, 1)
+
+    @property
+    def is_probe(self) -> bool:
+        """True if the head is that of our `Probe`, which reads the norm over tokens."""
+        return "head.linear.weight" in self.tensors
+
+    @property
+    def kind(self) -> str:
+        """Pretraining, finetuning, probe, or encoder only."""
+        if self.has("decoder"):
+            return "pretraining"
+        if self.is_probe:
+            return "probe"
+        return "finetuning" if self.has("head") else "encoder only"
+
+    @property
+    def geometry(self) -> dict[str, Any] | None:
+        """Plain data for `save_file`, so that nothing is guessed when the file is read; None if it was guessed here."""
+        if self.guessed:
+            return None
+        grids = [self.grid] if self.grid else self.fixed_grids(POSITIONS[0])
+        saved = {name: getattr(self, name) for name in ("strides", "tubelet", "channels", "frames", "position_table")}
+        return {**saved, "grid": grids[0] if len(grids) == 1 else None}
+
+    def has(self, part: str) -> bool:
+        """Return True if a part is present; a decoder without its embedding is not."""
+        start = "decoder.embedding." if part == "decoder" else f"{part}."
+        return any(name.startswith(start) for name in self.tensors)
+
+    def without(self, *parts: str) -> Weights:
+        """Return these weights without some of positions, norm, fusion, decoder and head."""
+        prefixes = tuple(f"{part}." for part in parts) + (("fc_norm.",) if "norm" in parts else ())
+        excluded = POSITIONS if "positions" in parts else ()
+        kept = {n: t for n, t in self.tensors.items() if n not in excluded and not n.startswith(prefixes)}
+        weights = replace(self, tensors=kept)
+        return replace(weights, grid=None, position_table=None) if excluded else weights
+
+    def fixed_grids(self, name: str, table: PositionTable | None = None, frames: int | None = None) -> list[Grid]:
+        """Return the grids over which the positions `name`, `(1, N, D)`, equal a fixed table to rounding.
+
+        Empty: they were learnt or are absent. Several: the table does not distinguish grids, as the flat one.
+
+        Args:
+            name: one of `POSITIONS`.
+            table: kind of the fixed table; None: the one that the weights were trained with.
+            frames: token frames; None: those of the weights, else 1.
+        """
+        if name not in self.tensors:
+            return []
+        values = self.tensors[name]
+        tokens, width = values.shape[-2:]
+        frames = frames or self.frames or 1
+        per_frame, rest = divmod(tokens, frames)
+        if rest or width % 4:  # no table has this number of tokens, or this width
+            return []
+        fixed = TABLES[table or self.position_table or "sincos"]
+        # As stored: values are below 2, where neighbours are eps apart. Learnt positions differ by more.
+        rounding = max(1e-4, torch.finfo(values.dtype).eps)
+        grids = [(frames, h, per_frame // h) for h in range(1, per_frame + 1) if per_frame % h == 0]
+        return [grid for grid in grids if (values.float() - fixed(grid, width)).abs().max() <= rounding]
+
+    def state_dict(self) -> Tensors:
+        """Return the state dict of our model: a classifier or probe if there is a head, else an autoencoder.
+
+        Raises:
+            ValueError: the decoder's positions were learnt; ours are fixed.
+        """
+        name = POSITIONS[1]
+        if self.has("decoder") and name in self.tensors and not self.fixed_grids(name):
+            raise ValueError(
+                f"{self.names.get(name, name)} was learnt, or is of another kind, and our decoder has the fixed table: "
+                "exclude decoder, or exclude positions to take our table instead"
+            )
+        tensors = {n: t for n, t in self.tensors.items() if n != name}
+        if self.is_probe:
+            return tensors
+        if self.has("head"):
+            return {n.removeprefix("fc_"): t for n, t in tensors.items() if not n.startswith("norm.")}
+        if self.fixed_grids(POSITIONS[0]):
+            del tensors[POSITIONS[0]]
+        return {n: t for n, t in tensors.items() if not n.startswith("fc_norm.")}
+
+
+def embedding_weights(tensors: Tensors) -> list[Tensor]:
+    """Return the weights of the stages' embeddings in order."""
+    return [t for name, t in sorted(tensors.items()) if re.fullmatch(r"encoder\.embeddings\.\d\.linear\.weight", name)]
+
+
+def summarize_names(names: Iterable[str]) -> str:
+    """Join names; those that differ only from their first number on are one, with their count."""
+    heads = Counter(re.sub(r"\.\d.*", "...", name) for name in names)
+    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in heads.items())
