@@ -83,11 +83,11 @@ class Format:
         strides = tuple(kernel.shape[-1] for kernel in kernels)
         tensors = {name: to_our_values(name, t, strides) for name, t in merge_qkv(tensors).items()}
         names = {name: names.get(name) or names.get(name.replace(".qkv.", ".query."), name) for name in tensors}
-        tubelet, frames = (kernels[0].shape[2], None) if kernels[0].ndim == 5 else (1, 1)
-        sizes = {"strides": strides, "tubelet": tubelet, "channels": kernels[0].shape[1], "frames": frames}
-        table = self.position_table
+        weights = Weights(self.title, tensors, strides, names=names, dropped=dropped)
+        weights = replace(weights, channels=kernels[0].shape[1], position_table=self.position_table)
+        is_video = kernels[0].ndim == 5
         return self.after_read(
-            Weights(self.title, tensors, **sizes, position_table=table, names=names, dropped=dropped)
+            replace(weights, tubelet=kernels[0].shape[2]) if is_video else replace(weights, frames=1)
         )
 
     def write(self, weights: Weights) -> Tensors:

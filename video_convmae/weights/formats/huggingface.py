@@ -1,4 +1,4 @@
-"""VideoMAE and MAE in Hugging Face transformers: names of 5.23, and of versions before 5.0 as in the files on the hub."""
+"""VideoMAE and MAE in Hugging Face transformers: names of 5.23, and those before 5.0, as in the files on the hub."""
 
 from __future__ import annotations
 
