@@ -1,10 +1,9 @@
 """Ours against the numbers of the released code: every `.npz` of tests/golden, of ../shared/golden where it is there,
 and of the folder that the environment variable PARITY_DIR names.
 
-A file holds random weights under released names, an input and what the released code made of it in float32 on a CPU;
+A file holds random weights under released names, an input and the released code's results for it, in float32 on a CPU;
 tests/golden/README.md names the fields. The weights go through `load_weights`; gradients go back through
-`Format.write`,
-so that they are compared under the released names.
+`Format.write`, so that they are compared under the released names.
 """
 
 from __future__ import annotations

@@ -27,11 +27,8 @@ def model_arguments(source: Source, kind: Literal["autoencoder", "classifier"] |
         ValueError: stages with different MLP ratios, or a probe's weights.
     """
     weights = read_weights(source)
-    if weights.is_probe and kind is None:
-        raise ValueError(
-            "these are a probe's weights: video_convmae.load() reads the checkpoint of its run; else build it with "
-            "create_probe and fill it with load_weights"
-        )
+    if weights.has("head.linear") and kind is None:
+        raise ValueError("a probe's weights: build it with create_probe, or read its run with video_convmae.load")
     arguments = _encoder_arguments(weights)
     if kind == "classifier" or (kind is None and weights.has("head")):
         if weights.position_table == "flat" and POSITIONS[0] not in weights.tensors:
@@ -81,8 +78,9 @@ def _image_size(weights: Weights, frames: int) -> int | tuple[int, int]:
     if weights.grid is not None:
         height, width = (side * patch for side in weights.grid[1:])
         return height if height == width else (height, width)
-    side = 0 if table is None else isqrt(table.shape[1] // frames)
-    return side * patch if table is not None and side**2 * frames == table.shape[1] else 224
+    tokens = 0 if table is None else table.shape[1]
+    side = isqrt(tokens // frames)
+    return side * patch if side and side**2 * frames == tokens else 224
 
 
 def _count_blocks(tensors: Tensors, blocks: str) -> int:

@@ -79,11 +79,6 @@ class Weights:
         return self.tubelet == 1 and self.temporal_kernel == 1 and self.frames in (None, 1)
 
     @property
-    def is_probe(self) -> bool:
-        """True if the head is that of our `Probe`, which reads the norm over tokens."""
-        return self.has("head.linear")
-
-    @property
     def geometry(self) -> dict[str, Any] | None:
         """Plain data for `save_file`, so that nothing is guessed when the file is read; None if it was guessed here."""
         if self.guessed:
@@ -93,7 +88,7 @@ class Weights:
         return {**saved, "grid": grids[0] if len(grids) == 1 else None}
 
     def has(self, part: str) -> bool:
-        """Return True if a part is present; a decoder without its embedding is not."""
+        """Return True if a part is present; a decoder without its embedding is not. A probe has `head.linear`."""
         start = "decoder.embedding." if part == "decoder" else f"{part}."
         return any(name.startswith(start) for name in self.tensors)
 
@@ -137,7 +132,7 @@ class Weights:
                 "exclude decoder, or exclude positions to take our table instead"
             )
         tensors = {n: t for n, t in self.tensors.items() if n != name}
-        if self.is_probe:
+        if self.has("head.linear"):
             return tensors
         if self.has("head"):
             return {n.removeprefix("fc_"): t for n, t in tensors.items() if not n.startswith("norm.")}

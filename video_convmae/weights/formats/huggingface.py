@@ -45,7 +45,7 @@ HF_VIDEOMAE = Format(
             """
         ),
     },
-    qkv="split",
+    separate_qkv=("weight", "bias"),
     prefixes=("videomae.", "videomae."),
     position_table="flat",
     after_read=lambda weights: _with_note(
