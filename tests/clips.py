@@ -91,7 +91,7 @@ def _write_silence(file: Any) -> None:
     file.mux(stream.encode())
 
 
-# ---- what encoders do not offer: written into the finished file -----------------------------------------------------
+# ---- changes that encoders do not offer, made to the finished file ---------------------------------------------------
 
 
 def rotate(path: Path, degrees: int) -> None:
@@ -140,7 +140,7 @@ def blank(path: Path, first: float, last: float) -> None:
     path.write_bytes(data)
 
 
-# ---- the kinds: name -> arguments of `encode`, and what is then done to the file -------------------------------------
+# ---- the kinds: name -> arguments of `encode`, and a change to the finished file -------------------------------------
 
 # b_strategy 0: as many B-frames as are allowed, whatever is shown.
 _B = {"bf": "3", "b_strategy": "0", "g": "20"}
@@ -221,3 +221,13 @@ def make(name: str, folder: Path) -> Path:
     if change is not None:
         change(path, *arguments)
     return path
+
+
+def encode_list(folder: Path, count: int, bad: str) -> Path:
+    """Encode `count` short videos and a file that is none, and write list.txt: each is a class; `bad` is its line."""
+    for i in range(count):
+        encode(folder / f"{i}.mp4", 20 + i)
+    (folder / bad.split()[0]).write_text("no video")
+    lines = [f"{i}.mp4 {i}" for i in range(count)]
+    (folder / "list.txt").write_text("\n".join(lines if bad in lines else [*lines, bad]))
+    return folder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clips import encode
+from clips import encode_list
 from hypothesis import settings
 
 # Timings differ between machines; a property holds or not, however long it takes to see.
@@ -34,10 +34,4 @@ def shared() -> Path:
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fifteen short videos, a bad one, and their list."""
-    folder = tmp_path_factory.mktemp("videos")
-    for i in range(15):
-        encode(folder / f"{i}.mp4", 20 + i)
-    (folder / "bad.mp4").write_text("no video")
-    names = [*(f"{i}.mp4 {i}" for i in range(15)), "bad.mp4 15"]
-    (folder / "list.txt").write_text("\n".join(names))
-    return folder
+    return encode_list(tmp_path_factory.mktemp("videos"), 15, bad="bad.mp4 15")

@@ -13,6 +13,7 @@ import pytest
 from video_convmae.benchmark import files as benchmark_files
 from video_convmae.benchmark import main as benchmark
 from video_convmae.benchmark import packing, reading
+from video_convmae.cli import run as run_command
 from video_convmae.data.records import read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
@@ -95,7 +96,7 @@ def test_packing_measures_the_presets_by_default_and_refuses_unknown_variants(
     monkeypatch.setattr(packing, "packing_table", lambda rows: [])
     assert run(folder, tmp_path / "rows.json", "packing") == []
     assert measured == [packing.PRESETS]
-    assert benchmark.main(["packing", f"--list={folder / 'list.txt'}", "--only", "slow"]) == 1
+    assert run_command("benchmark", ["packing", f"--list={folder / 'list.txt'}", "--only", "slow"]) == 1
     assert "--only is 'slow'; expected some of 'fast', 'fastest'" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""tools/check_videos.py: every bad file named, every good row kept, nothing read twice after an interruption."""
+"""check-videos: every bad file is named, every good row kept, nothing read twice after an interruption."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ import pytest
 from PIL import Image
 
 from tools.study.clips import write_h264
+from video_convmae.cli import run as run_cli
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.records import Record, class_names
+from video_convmae.data.sampling import dense_views
 from video_convmae.prepare import check as tool
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 GOOD = ("plain.mp4", "two words, a comma.mp4", 'déjà "vu" 7.webm')
 
 
@@ -60,8 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(folder: Path, out: Path, *options: str) -> list[dict[str, str]]:
     """Run the tool; the rows of faults.csv."""
-    arguments = [folder / "list.txt", "--root", folder, "--out", out, "--decoder", "pyav", "--workers", "2", *options]
-    tool.main([str(argument) for argument in arguments])
+    arguments = [folder / "list.txt", "--root", folder, "--out", out, "--reader", "pyav", "--workers", "2", *options]
+    assert run_cli("check-videos", [str(argument) for argument in arguments]) == 0
     with open(out / "faults.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -70,13 +73,13 @@ def check(folder: Path, out: Path, *options: str) -> list[dict[str, str]]:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the records that were read."""
     names: list[str] = []
-    check_record = tool.check_record
+    work_on = tool.CheckJob.work_on
 
-    def count(record: Record, *arguments: object) -> tool.Result:
+    def count(job: tool.CheckJob, record: Record, worker: ReaderProcess) -> dict:
         names.append(Path(record.path).name)
-        return check_record(record, *arguments)
+        return work_on(job, record, worker)
 
-    monkeypatch.setattr(tool, "check_record", count)
+    monkeypatch.setattr(tool.CheckJob, "work_on", count)
     return names
 
 
@@ -104,15 +107,21 @@ def test_good_rows_are_kept_and_bad_ones_are_named(
         assert words in printed
 
 
-def test_the_clean_list_has_the_class_names_of_the_list(folder: Path, tmp_path: Path) -> None:
-    out, names = tmp_path / "out", folder / "list.labels.txt"
+def check_with_names(folder: Path, out: Path) -> Path:
+    """Check the list while it has class names; returns `out`."""
+    names = folder / "list.labels.txt"
     names.write_text("one\ntwo\n", encoding="utf-8")
     try:
         check(folder, out)
     finally:
         names.unlink()
+    return out
+
+
+def test_the_clean_list_has_the_class_names_of_the_list(folder: Path, tmp_path: Path) -> None:
+    out = check_with_names(folder, tmp_path / "out")
     assert class_names(out / "clean.txt") == ["one", "two"]
-    check(folder, out)  # of an earlier check: not to be taken for this one's
+    check(folder, out)  # those of the earlier check belong to another list
     assert class_names(out / "clean.txt") is None
 
 
@@ -151,21 +160,22 @@ def test_a_file_that_was_replaced_is_read_again(tmp_path: Path, reads: list[str]
     assert sorted(reads) == ["b.mp4", "c.mp4"]
 
 
-def test_an_interrupted_check_goes_on(
-    folder: Path, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_check_resumes(
+    folder: Path, tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_record = tool.check_record
+    work_on = tool.CheckJob.work_on
 
-    def interrupted(record: Record, *arguments: object) -> tool.Result:
+    def interrupted(job: tool.CheckJob, record: Record, worker: ReaderProcess) -> dict:
         if record.path.endswith("missing.mp4"):
             raise KeyboardInterrupt
-        return check_record(record, *arguments)
+        return work_on(job, record, worker)
 
+    options = ["--root", folder, "--out", tmp_path / "out", "--reader", "pyav", "--workers", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(tool, "check_record", interrupted)
-        with pytest.raises(SystemExit) as stop:
-            check(folder, tmp_path / "out", "--workers", "1")
-    assert stop.value.code == 130
+        patch.setattr(tool.CheckJob, "work_on", interrupted)
+        assert run_cli("check-videos", [str(option) for option in [folder / "list.txt", *options]]) == 130
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line == "video-convmae check-videos: interrupted; the same command resumes"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checked.jsonl"]
     assert set(GOOD) <= set(reads)
     reads.clear()
@@ -177,14 +187,14 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4")
     os.rename(tmp_path / "a.mp4", os.fsencode(tmp_path) + b"/caf\xe9.mp4")
     (tmp_path / "list.txt").write_bytes(b"caf\xe9.mp4 1\nth\xe9.mp4 2\n")
-    check_options = [tmp_path / "list.txt", "--root", tmp_path, "--out", tmp_path / "out", "--decoder", "pyav"]
-    tool.main([str(option) for option in check_options])
+    check_options = [tmp_path / "list.txt", "--root", tmp_path, "--out", tmp_path / "out", "--reader", "pyav"]
+    assert run_cli("check-videos", [str(option) for option in check_options]) == 0
     assert (tmp_path / "out" / "clean.txt").read_bytes() == b"caf\xe9.mp4 1\n"
     assert (tmp_path / "out" / "faults.csv").read_bytes().splitlines()[1].startswith(b"2,th\xe9.mp4,")
 
 
 def test_a_file_that_hangs_is_given_up(tmp_path: Path) -> None:
-    """Nobody writes into the pipe, so opening it never returns. The others are read, the hanging one is named."""
+    """Opening a pipe without a writer never returns. The other files are read, the hanging one is named."""
     write_video(tmp_path / "a.mp4")
     os.mkfifo(tmp_path / "x.mp4")
     write_video(tmp_path / "z.mp4")
@@ -208,7 +218,7 @@ def test_full_finds_damage_that_a_look_does_not(tmp_path: Path) -> None:
         data[position : position + size] = bytes(size)
     path.write_bytes(data)
     (tmp_path / "list.txt").write_text("long.mp4\n")
-    assert set(range(30, 40)).isdisjoint(tool.frames_to_read(200))
+    assert set(range(30, 40)).isdisjoint(tool.frames_to_check(200))
     assert not check(tmp_path, tmp_path / "out")
     assert [fault["record"] for fault in check(tmp_path, tmp_path / "out", "--full")] == ["long.mp4"]
 
@@ -219,8 +229,8 @@ def test_full_reads_every_frame_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     class Reader:
         def __init__(self, record: Record) -> None:
-            self._opened = decoder.open(record)
-            self.decoder = "pyav"
+            self._opened = process.open(record)
+            self.name = "pyav"
 
         def __enter__(self) -> Reader:
             return self
@@ -239,18 +249,19 @@ def test_full_reads_every_frame_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open = staticmethod(Reader)
 
     monkeypatch.setattr(tool, "CHUNK_BYTES", 7 * 48 * 32 * 3)
-    with ReaderProcess("pyav") as decoder:
+    with ReaderProcess("pyav") as process:
         record = Record(str(tmp_path / "clip.mp4"))
-        result = tool.check_record(record, tool.Check("pyav", 60.0, full=True), Opener())
-    assert result.error is None
+        result = tool.CheckJob(tmp_path / "checked.jsonl", "pyav", 60.0, full=True).work_on(record, Opener())
+    assert result["frames"] == 20
     assert seen == [0, *range(20)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 16, 61, 62, 300])
 def test_a_look_takes_both_ends_the_middle_and_a_clip(count: int) -> None:
-    frames = tool.frames_to_read(count)
+    frames = tool.frames_to_check(count)
     assert {0, count // 2, count - 1} <= set(frames)
     assert (np.diff(frames) > 0).all()
+    assert set(dense_views(count, 16, 4, segments=1)[0]) <= set(frames)
     assert len(frames) <= 19
     if count > 61:
         start = (count - 61) // 2
@@ -272,32 +283,75 @@ def test_pictures_and_folders_of_pictures(tmp_path: Path) -> None:
 
 
 def test_errors_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        tool.main([str(tmp_path / "no.txt"), "--out", str(tmp_path / "out")])
-    assert stop.value.code == 1
-    assert "no.txt" in capsys.readouterr().err
+    assert run_cli("check-videos", [str(tmp_path / "no.txt"), "--out", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no.txt" in line
     (tmp_path / "list.txt").write_text("a.mp4\n")
     with pytest.raises(SystemExit) as stop:
-        tool.main([str(tmp_path / "list.txt"), "--out", str(tmp_path / "out"), "--workers", "0"])
+        run_cli("check-videos", [str(tmp_path / "list.txt"), "--out", str(tmp_path / "out"), "--workers", "0"])
     assert stop.value.code == 2
     assert "--workers 0" in capsys.readouterr().err
 
 
+def test_a_clean_list_can_be_checked_in_its_own_folder(folder: Path, tmp_path: Path, reads: list[str]) -> None:
+    out = check_with_names(folder, tmp_path / "out")
+    clean = (out / "clean.txt").read_text(encoding="utf-8")
+    reads.clear()
+    options = ["--root", str(folder), "--out", str(out), "--reader", "pyav"]
+    assert run_cli("check-videos", [str(out / "clean.txt"), *options]) == 0
+    assert (out / "clean.txt").read_text(encoding="utf-8") == clean
+    assert class_names(out / "clean.txt") == ["one", "two"]
+    assert (out / "faults.csv").read_text() == "line,record,error\n"
+    assert not reads
+
+
+def test_an_interrupted_check_leaves_the_list_that_it_reads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    check(folder, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def interrupted(job: tool.CheckJob, record: Record, worker: ReaderProcess) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool.CheckJob, "work_on", interrupted)
+    options = ["--root", str(folder), "--out", str(out), "--reader", "pyav", "--full"]
+    assert run_cli("check-videos", [str(out / "clean.txt"), *options]) == 130
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("reader", ["pyav", "auto"])
+def test_torch_is_not_imported(reader: str, tmp_path: Path) -> None:
+    """Even where "auto" has to try torchcodec: a child process imports torch for it."""
+    write_video(tmp_path / "a.mp4")
+    (tmp_path / "list.txt").write_text("a.mp4 0\n")
+    code = f"""
+import sys
+from video_convmae.cli.check_videos import main
+assert main(["list.txt", "--out", "out", "--workers", "1", "--reader", {reader!r}]) == 0
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+    assert (tmp_path / "out" / "clean.txt").read_text() == "a.mp4 0\n"
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_by_a_signal_it_leaves_no_process_and_goes_on(
+def test_stopped_by_a_signal_it_leaves_no_process_and_resumes(
     tmp_path: Path, number: signal.Signals, request: pytest.FixtureRequest
 ) -> None:
-    """Stopped while one file hangs: an interrupt does not wait for the timeout, and the results so far are kept."""
+    """An interrupt while one file hangs does not wait for the timeout, and earlier results are kept."""
     for index in range(4):
         write_video(tmp_path / f"{index}.mp4")
     os.mkfifo(tmp_path / "hangs.mp4")
     (tmp_path / "list.txt").write_text("".join(f"{index}.mp4\n" for index in range(4)) + "hangs.mp4\n")
     results = tmp_path / "out" / "checked.jsonl"
-    options = ["--root", tmp_path, "--out", tmp_path / "out", "--decoder", "pyav", "--workers", "1", "--timeout", "300"]
+    options = ["--root", tmp_path, "--out", tmp_path / "out", "--reader", "pyav", "--workers", "1", "--timeout", "300"]
     process = subprocess.Popen(
-        [sys.executable, tool.__file__, tmp_path / "list.txt", *options],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        [sys.executable, "-m", "video_convmae", "check-videos", tmp_path / "list.txt", *options],
+        env=ENVIRONMENT,
         stderr=subprocess.DEVNULL,
         # A shell starts background jobs, and so perhaps this test, with Ctrl-C ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

@@ -1,4 +1,4 @@
-"""Heads on the encoder: the probe reads what was pretrained and changes none of it; how heads start."""
+"""Heads on the encoder: the probe reads the pretrained part and changes none of it; initial values."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_attentive_head_is_torchs_attention_of_one_query() -> None:
         assert torch.allclose(head(tokens), head(tokens.flip(1)), atol=1e-6)  # tokens have no order here
 
 
-# What stays as it is
+# The frozen part
 
 
 @pytest.mark.parametrize("settings", [{}, {"learnable_positions": True}], ids=["fixed", "learnt"])
@@ -165,7 +165,7 @@ def test_every_parameter_of_a_head_receives_a_gradient() -> None:
         assert all(p.grad.isfinite().all() and p.grad.any() for p in model.head.parameters())
 
 
-# How models start
+# Initialisation
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -200,7 +200,7 @@ def test_heads_start_with_the_deviation_that_was_asked_for() -> None:
     ("wrong", "message"),
     [
         ({"num_classes": 0}, "num_classes is 0; expected 1"),
-        ({"kind": "quadratic"}, "probe is 'quadratic'; expected one of linear, attentive, knn"),
+        ({"kind": "quadratic"}, "kind is 'quadratic'; expected one of linear, attentive, knn"),
         ({"head_init_std": 0.0}, "head_init_std is 0.0; expected a deviation above 0"),
     ],
 )
@@ -223,5 +223,5 @@ def test_dropout_before_the_head_is_there_in_training_alone() -> None:
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model.eval()(clips), plain.eval()(clips))
     assert torch.equal(plain.train()(clips), plain(clips))
-    with pytest.raises(ValueError, match=r"head_dropout is 1\.0; expected a fraction"):
+    with pytest.raises(ValueError, match=r"head_dropout is 1\.0; expected a share"):
         create_classifier("tiny", num_classes=3, head_dropout=1.0, **VIDEO)

@@ -24,8 +24,6 @@ from video_convmae.shipped import find_config, find_labels
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 HEAVY = {"torch", "timm", "torchvision", "av", "decord", "matplotlib", "transformers"}
-# Commands that import torch or others for their help; each leaves this set with the rewrite of its module.
-NOT_YET = {"make-list", "check-videos", "pack-videos"}
 
 
 @dataclass(frozen=True)
@@ -69,15 +67,7 @@ def error_of(capsys: pytest.CaptureFixture) -> str:
     return line
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="imports torch until its module is rewritten"))
-        if name in NOT_YET
-        else name
-        for name in cli.COMMANDS
-    ],
-)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_imports_nothing_heavy(command: str) -> None:
     """Counted in a process of its own; `--help` ends with 0 and names the command as a user types it."""
     code = f"""

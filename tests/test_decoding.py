@@ -1,4 +1,4 @@
-"""The frames of every decoder against the sequence that FFmpeg decodes from a file's first packet to its last."""
+"""Frames of every reader against the sequence that FFmpeg decodes from a file's first packet to its last."""
 
 from __future__ import annotations
 
@@ -23,16 +23,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from video_convmae.data import decoding
-from video_convmae.data.decoding import DecodeError, FrameReader, decode, open_frames, resolve_reader
-from video_convmae.data.decoding.process import DecodeTimeout, ReaderProcess
+from video_convmae.data.decoding import (
+    DecodeError,
+    DecodeTimeout,
+    FrameReader,
+    open_frames,
+    read_record,
+    resolve_reader,
+)
+from video_convmae.data.decoding.process import ReaderProcess
+from video_convmae.data.decoding.rules import misread
 from video_convmae.data.records import Record
 
-DECODERS = ["pyav", "torchcodec", "decord"]
+READERS = ["pyav", "torchcodec", "decord"]
 SHARED = Path(__file__).parents[2] / "shared" / "videos"
 ON_THIS_MACHINE = f"needs the clips of {SHARED}, which are not on this machine"
 
-# Who reads a kind of file that the decoder asked for does not read right. Both: PyAV for torchcodec and decord.
+# Kinds of files that the reader asked for reads wrong, and PyAV reads instead. BOTH: for torchcodec and decord.
 BOTH = {
     "h264 10 bits.mp4",
     "h264 fragmented.mp4",
@@ -67,7 +74,7 @@ HANDED_TO_PYAV = {
 }
 
 
-# ---- the three decoders, however they can be had here ---------------------------------------------------------------
+# ---- the three readers, as far as they work here ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -81,18 +88,18 @@ def ffmpeg_libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=DECODERS)
-def isolated(request: pytest.FixtureRequest, ffmpeg_libraries: Path) -> Iterator[ReaderProcess]:
-    """Each decoder in a child process: there torchcodec can be given an FFmpeg, and no bad file can hang the tests."""
+@pytest.fixture(scope="session", params=READERS)
+def process(request: pytest.FixtureRequest, ffmpeg_libraries: Path) -> Iterator[ReaderProcess]:
+    """Each reader in a child process: there torchcodec can be given an FFmpeg, and no bad file can hang the tests."""
     if importlib.util.find_spec({"pyav": "av"}.get(request.param, request.param)) is None:
         pytest.skip(f"{request.param} is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LD_LIBRARY_PATH", os.pathsep.join([str(ffmpeg_libraries), os.environ.get("LD_LIBRARY_PATH", "")]))
-        with ReaderProcess(request.param, timeout=60.0) as decoder:
+        with ReaderProcess(request.param, timeout=60.0) as child:
             try:
-                decoder.open(Record(str(Path(__file__).parent), format="image"))
+                child.open(Record(str(Path(__file__).parent), format="image"))
             except DecodeError:  # a folder is no image, but the child has started
-                yield decoder
+                yield child
             except ImportError as error:
                 pytest.skip(f"torchcodec finds no FFmpeg that it can use: {error}")
 
@@ -132,19 +139,19 @@ def assert_frames(reader: FrameReader, frames: list[av.VideoFrame], tolerance: i
         result = reader.read(request)
         assert result.dtype == np.uint8
         assert result.shape == expected.shape
-        assert np.abs(result - expected).max() <= tolerance, (reader.decoder, request)
+        assert np.abs(result - expected).max() <= tolerance, (reader.name, request)
 
 
 # ---- right frames ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in clips.GOOD if "interlaced" not in name])
-def test_frames_are_those_of_ffmpeg(name: str, isolated: ReaderProcess, made: Callable[[str], Path]) -> None:
+def test_frames_are_those_of_ffmpeg(name: str, process: ReaderProcess, made: Callable[[str], Path]) -> None:
     path = made(name)
-    with isolated.open(Record(str(path))) as reader:
+    with process.open(Record(str(path))) as reader:
         assert_frames(reader, sequence(path), tolerance=2 if "mpeg4" in name else 0)
-        handed = name in HANDED_TO_PYAV.get(isolated.decoder, ())
-        assert reader.decoder == ("pyav" if handed else isolated.decoder)
+        handed = name in HANDED_TO_PYAV.get(process.reader, ())
+        assert reader.name == ("pyav" if handed else process.reader)
 
 
 def test_every_frame_alone(made: Callable[[str], Path]) -> None:
@@ -156,7 +163,7 @@ def test_every_frame_alone(made: Callable[[str], Path]) -> None:
 
 
 def test_interlaced_colours_are_those_of_the_ffmpeg_program(
-    isolated: ReaderProcess, made: Callable[[str], Path]
+    process: ReaderProcess, made: Callable[[str], Path]
 ) -> None:
     """The program converts with a filter, frame by frame; PyAV's `to_ndarray` would go by fields."""
     path = made("h264 interlaced.mp4")
@@ -172,38 +179,38 @@ def test_interlaced_colours_are_those_of_the_ffmpeg_program(
             assert frame.interlaced_frame
             graph.push(frame)
             expected.append(graph.pull().to_ndarray())
-    with isolated.open(Record(str(path))) as reader:
+    with process.open(Record(str(path))) as reader:
         assert (reader.read(range(len(reader))) == np.stack(expected)).all()
 
 
 @pytest.mark.parametrize(("degrees", "turns"), [(90, -1), (180, 2), (270, 1)])
-def test_pictures_are_upright(degrees: int, turns: int, isolated: ReaderProcess, made: Callable[[str], Path]) -> None:
-    with isolated.open(Record(str(made("h264.mp4")))) as reader:
+def test_pictures_are_upright(degrees: int, turns: int, process: ReaderProcess, made: Callable[[str], Path]) -> None:
+    with process.open(Record(str(made("h264.mp4")))) as reader:
         plain = reader.read([7, 33])
-    with isolated.open(Record(str(made(f"rotated {degrees}.mp4")))) as reader:
+    with process.open(Record(str(made(f"rotated {degrees}.mp4")))) as reader:
         assert (reader.read([7, 33]) == np.rot90(plain, turns, axes=(1, 2))).all()
 
 
-def test_an_edit_list_hides_frames(isolated: ReaderProcess, made: Callable[[str], Path]) -> None:
-    with isolated.open(Record(str(made("h264.mp4")))) as reader:
+def test_an_edit_list_hides_frames(process: ReaderProcess, made: Callable[[str], Path]) -> None:
+    with process.open(Record(str(made("h264.mp4")))) as reader:
         plain = reader.read(range(25, 45))
-    with isolated.open(Record(str(made("edit list.mp4")))) as reader:
+    with process.open(Record(str(made("edit list.mp4")))) as reader:
         assert len(reader) == 20
         assert (reader.read(range(20)) == plain).all()
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "vp9.webm", "open GOP.mkv", "rotated 90.mp4", "h264 raw.h264"])
 def test_members_of_an_archive_are_read_like_files(
-    name: str, isolated: ReaderProcess, made: Callable[[str], Path], tmp_path: Path
+    name: str, process: ReaderProcess, made: Callable[[str], Path], tmp_path: Path
 ) -> None:
     path = made(name)
     with tarfile.open(tmp_path / "shard-000.tar", "w") as archive:
         archive.add(made("vp8.webm"), "first.webm")
         archive.add(path, f"folder/{name}")
-    with isolated.open(Record(f"{tmp_path}/shard-000.tar#folder/{name}")) as reader:
+    with process.open(Record(f"{tmp_path}/shard-000.tar#folder/{name}")) as reader:
         assert_frames(reader, sequence(path))
-        handed = name in HANDED_TO_PYAV.get(isolated.decoder, ())
-        assert reader.decoder == ("pyav" if handed else isolated.decoder)
+        handed = name in HANDED_TO_PYAV.get(process.reader, ())
+        assert reader.name == ("pyav" if handed else process.reader)
 
 
 def test_frames_that_nothing_refers_to_are_not_decoded(made: Callable[[str], Path]) -> None:
@@ -224,7 +231,7 @@ def test_any_request(indices: list[int], made: Callable[[str], Path]) -> None:
     for name in ("h264.mp4", "open GOP.mkv", "h264 B-frames.avi"):
         frames = sequence(made(name))
         expected = np.stack([rgb(frames[index]) for index in indices])
-        assert (decode(Record(str(made(name))), indices, "pyav") == expected).all()
+        assert (read_record(Record(str(made(name))), indices, "pyav") == expected).all()
 
 
 def shared(*folders: str) -> list[str]:
@@ -238,10 +245,10 @@ REFUSED = {"special/tsna.ts", "decord/corrupted.mp4"}
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=ON_THIS_MACHINE)
 @pytest.mark.parametrize("name", [name for name in shared(*GOOD_FOLDERS) if name not in REFUSED] or ["none"])
-def test_real_clips(name: str, isolated: ReaderProcess) -> None:
+def test_real_clips(name: str, process: ReaderProcess) -> None:
     path = SHARED / name
     frames, wanted = _some_frames(path)
-    with isolated.open(Record(str(path))) as reader:
+    with process.open(Record(str(path))) as reader:
         assert len(reader) == frames
         indices = np.random.default_rng(0).permutation(list(wanted))
         result = reader.read(indices)
@@ -252,7 +259,7 @@ def test_real_clips(name: str, isolated: ReaderProcess) -> None:
 
 @cache
 def _some_frames(path: Path) -> tuple[int, dict[int, np.ndarray]]:
-    """How many frames one pass decodes, and up to 6 of them: pairs of neighbours at both ends and in the middle."""
+    """Return the number of frames that one pass decodes, and up to 6 of them, in pairs of neighbours."""
     with open_frames(Record(str(path)), "pyav") as reader:
         count = len(reader)
     starts = np.linspace(0, max(count - 2, 0), 3).astype(int)
@@ -283,19 +290,19 @@ OPENED |= {"bitflip200.webm", *ORIGINALS}
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=ON_THIS_MACHINE)
 @pytest.mark.parametrize("name", [Path(name).name for name in shared("bad")] or ["none"])
-def test_bad_files_give_right_frames_or_an_error(name: str, isolated: ReaderProcess) -> None:
+def test_bad_files_give_right_frames_or_an_error(name: str, process: ReaderProcess) -> None:
     path = SHARED / "bad" / name
     if name not in OPENED:
         with pytest.raises(DecodeError, match=re.escape(str(path))) as caught:
-            isolated.open(Record(str(path)))
+            process.open(Record(str(path)))
         assert not isinstance(caught.value, DecodeTimeout)
         return
-    with isolated.open(Record(str(path))) as reader:
+    with process.open(Record(str(path))) as reader:
         frames = _read_what_can_be_read(reader)
     if name in {"trunc_faststart50.mp4", "trunc_avi50.avi", "trunc_webm50.webm", "zerohole60k.mp4"}:
         assert frames
         original = Record(str(SHARED / ORIGINALS[name]))
-        expected = decode(original, list(frames), "pyav").astype(int)
+        expected = read_record(original, list(frames), "pyav").astype(int)
         assert np.abs(expected - np.stack(list(frames.values()))).max() <= 2
 
 
@@ -354,10 +361,10 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("kind", SPOILED)
-def test_what_is_no_video_is_refused(kind: str, isolated: ReaderProcess, tmp_path: Path) -> None:
+def test_what_is_no_video_is_refused(kind: str, process: ReaderProcess, tmp_path: Path) -> None:
     path = _spoiled(kind, tmp_path)
     with pytest.raises(DecodeError, match=re.escape(f"{path}: ")) as caught:
-        isolated.open(Record(str(path)))
+        process.open(Record(str(path)))
     assert SPOILED[kind] in str(caught.value)
     assert not isinstance(caught.value, DecodeTimeout)
 
@@ -375,11 +382,11 @@ def test_no_permission(tmp_path: Path) -> None:
         os.seteuid(user)
 
 
-def test_a_truncated_file_is_not_padded(isolated: ReaderProcess, tmp_path: Path) -> None:
+def test_a_truncated_file_is_not_padded(process: ReaderProcess, tmp_path: Path) -> None:
     path = clips.encode(tmp_path / "clip.mp4", container={"movflags": "faststart"}, options={"g": "20"})
     whole = [rgb(frame) for frame in sequence(path)]
     clips.cut(path, 0.6)
-    with isolated.open(Record(str(path))) as reader:
+    with process.open(Record(str(path))) as reader:
         count = len(reader)
         assert 5 < count < 60
         frames = reader.read(range(count))
@@ -391,13 +398,13 @@ def test_a_truncated_file_is_not_padded(isolated: ReaderProcess, tmp_path: Path)
             reader.read([count - 1, count])
 
 
-def test_damage_in_the_middle(isolated: ReaderProcess, tmp_path: Path) -> None:
+def test_damage_in_the_middle(process: ReaderProcess, tmp_path: Path) -> None:
     """Frames before and behind the damage are right; asking again and again never gives a damaged one."""
     path = clips.encode(tmp_path / "clip.mp4", 90, options={"g": "30", "bf": "0"}, size=(120, 160))
     whole = [rgb(frame) for frame in sequence(path)]
     clips.blank(path, 0.45, 0.55)
     right, failed = set(), set()
-    with isolated.open(Record(str(path))) as reader:
+    with process.open(Record(str(path))) as reader:
         assert len(reader) == 90
         for index in [*range(0, 90, 5), 89, *range(45, 90, 3), *range(30, 60)]:
             try:
@@ -410,8 +417,8 @@ def test_damage_in_the_middle(isolated: ReaderProcess, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("indices", [[-1], [60], [3, 1000], []])
-def test_indices_out_of_range(indices: list[int], isolated: ReaderProcess, made: Callable[[str], Path]) -> None:
-    with isolated.open(Record(str(made("h264.mp4")))) as reader:
+def test_indices_out_of_range(indices: list[int], process: ReaderProcess, made: Callable[[str], Path]) -> None:
+    with process.open(Record(str(made("h264.mp4")))) as reader:
         with pytest.raises(DecodeError, match=r"h264.mp4: "):
             reader.read(indices)
         assert reader.read([5]).shape == (1, 48, 64, 3)
@@ -429,8 +436,8 @@ def test_memory_error_is_a_decode_error(made: Callable[[str], Path], monkeypatch
 def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.mp4")
     clips.encode(tmp_path / "plain.mp4", 5).rename(os.fsdecode(path))
-    for decoder in ("pyav", "decord"):
-        assert decode(Record(os.fsdecode(path)), [3], decoder).shape == (1, 48, 64, 3)
+    for reader in ("pyav", "decord"):
+        assert read_record(Record(os.fsdecode(path)), [3], reader).shape == (1, 48, 64, 3)
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -471,10 +478,10 @@ def test_bad_folders(tmp_path: Path) -> None:
     _folder(tmp_path / "clip", ["1.png", "2.png", "3.png"])
     Image.fromarray(clips.pictures(1, 20, 30)[0]).save(tmp_path / "clip" / "2.png")
     with pytest.raises(DecodeError, match=r"clip: 2.png is 30x20, not 10x8"):
-        decode(Record(str(tmp_path / "clip"), 0, 3, "frames"), [0, 1])
+        read_record(Record(str(tmp_path / "clip"), 0, 3, "frames"), [0, 1])
     (tmp_path / "clip" / "3.png").write_bytes((tmp_path / "clip" / "1.png").read_bytes()[:60])
     with pytest.raises(DecodeError, match=r"clip.3.png: "):
-        decode(Record(str(tmp_path / "clip"), 0, 3, "frames"), [2])
+        read_record(Record(str(tmp_path / "clip"), 0, 3, "frames"), [2])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "I;16", "CMYK", "1"])
@@ -482,7 +489,7 @@ def test_images_of_every_mode(mode: str, tmp_path: Path) -> None:
     image = Image.fromarray(clips.pictures(1, 20, 30)[0])
     image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16)) if mode == "I;16" else image.convert(mode)
     image.save(tmp_path / "image.tif")
-    frames = decode(Record(str(tmp_path / "image.tif"), format="image"), [0, 0])
+    frames = read_record(Record(str(tmp_path / "image.tif"), format="image"), [0, 0])
     assert (frames.shape, frames.dtype) == ((2, 20, 30, 3), np.uint8)
 
 
@@ -491,7 +498,7 @@ def test_an_image_is_upright(tmp_path: Path) -> None:
     tags = Image.Exif()
     tags[0x0112] = 6  # to be turned clockwise by 90 degrees
     image.save(tmp_path / "image.png", exif=tags)
-    frames = decode(Record(str(tmp_path / "image.png"), format="image"), [0])
+    frames = read_record(Record(str(tmp_path / "image.png"), format="image"), [0])
     assert (frames[0] == np.rot90(np.asarray(image), -1)).all()
 
 
@@ -501,7 +508,7 @@ def test_a_bad_image(tmp_path: Path) -> None:
         open_frames(Record(str(tmp_path / "image.jpg"), format="image"))
 
 
-# ---- which decoder --------------------------------------------------------------------------------------------------
+# ---- choice of the reader --------------------------------------------------------------------------------------------
 
 
 def _absent(patch: pytest.MonkeyPatch, *modules: str) -> None:
@@ -521,10 +528,10 @@ def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> Non
     _absent(monkeypatch, "decord")
     with pytest.raises(ImportError, match=r"pip install av") as caught:
         resolve_reader("auto")
-    assert all(name in str(caught.value) for name in DECODERS)
+    assert all(name in str(caught.value) for name in READERS)
 
 
-def test_a_named_decoder_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_reader_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     _absent(monkeypatch, "torchcodec.decoders", "decord")
     assert resolve_reader("pyav") == "pyav"
     with pytest.raises(ImportError, match="FFmpeg's shared libraries"):
@@ -579,9 +586,9 @@ def _open_files() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("opens", [200, pytest.param(2000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("decoder", ["pyav", "decord"])
-def test_memory_and_files_stay_flat(decoder: str, opens: int, made: Callable[[str], Path], tmp_path: Path) -> None:
-    pytest.importorskip({"pyav": "av"}.get(decoder, decoder))
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+def test_memory_and_files_stay_flat(reader: str, opens: int, made: Callable[[str], Path], tmp_path: Path) -> None:
+    pytest.importorskip({"pyav": "av"}.get(reader, reader))
     damaged = clips.encode(tmp_path / "clip.mp4", options={"g": "20", "bf": "0"})
     clips.blank(damaged, 0.4, 0.5)
     names = ["h264.mp4", "vp9.webm", "open GOP.mp4", "h264 B-frames.avi", "rotated 90.mp4"]
@@ -589,7 +596,7 @@ def test_memory_and_files_stay_flat(decoder: str, opens: int, made: Callable[[st
 
     def use(path: Path) -> None:
         try:
-            decode(Record(str(path)), range(0, 60, 3), decoder)
+            read_record(Record(str(path)), range(0, 60, 3), reader)
         except DecodeError:
             assert path in (damaged, tmp_path / "missing.mp4")
 
@@ -604,11 +611,11 @@ def test_memory_and_files_stay_flat(decoder: str, opens: int, made: Callable[[st
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
 def test_a_forked_worker_decodes_while_its_parent_has_a_file_open(made: Callable[[str], Path]) -> None:
-    """Default decoder threads would deadlock here."""
+    """The default threads of the codec would deadlock here."""
     record = Record(str(made("h264.mp4")))
     with open_frames(record, "pyav") as reader:
         reader.read([0, 30])
-        worker = multiprocessing.get_context("fork").Process(target=decode, args=(record, [3, 40], "pyav"))
+        worker = multiprocessing.get_context("fork").Process(target=read_record, args=(record, [3, 40], "pyav"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking while another library has threads
             worker.start()
@@ -630,5 +637,5 @@ def test_one_thread_decodes(made: Callable[[str], Path]) -> None:
 
 def test_reasons_for_a_hand_over_are_given(made: Callable[[str], Path]) -> None:
     with open_frames(Record(str(made("open GOP.mp4"))), "decord") as reader:
-        assert "GOP" in decoding.misread("decord", reader.scan)
-        assert decoding.misread("pyav", reader.scan) is None
+        assert "GOP" in misread("decord", reader.scan)
+        assert misread("pyav", reader.scan) is None

@@ -31,7 +31,7 @@ def torchrun(count: int, *program: str) -> list[str]:
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.faults)])
 def test_every_recipe_wrapped_in_every_way_equals_the_bare_model(ranks: int, capsys: pytest.CaptureFixture) -> None:
-    """Loss, gradients, weights and their average after two steps; INTERFACES.md promises 1e-5."""
+    """Loss, gradients, weights and their average after two steps; docs/pretraining.md promises 1e-5."""
     program = torchrun(ranks, str(ROOT / "tests" / "wrapped_models.py"))
     result = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr

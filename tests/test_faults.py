@@ -25,10 +25,10 @@ import av
 import clips
 import pytest
 import torch
-from clips import encode
-from test_isolation import is_gone
+from clips import encode, encode_list
 from test_loader import clips_of
 from test_pretrain import ENVIRONMENT, command, log, model_of
+from test_reader_process import is_gone
 
 from video_convmae import masking
 from video_convmae.data.datasets import ClipDataset, SampleKey
@@ -38,7 +38,7 @@ from video_convmae.data.records import read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.workers import LoaderError
 from video_convmae.engine import checkpoint
-from video_convmae.engine.log import BadRecords
+from video_convmae.engine.log import BadRecordLog
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc and makes FIFOs")
 
@@ -87,7 +87,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "audio only.mp4": (_audio, "holds no video stream"),
     "stream of zero length.mp4": (partial(_cut_at, mark=b"moof", after=-4, **_FRAGMENTS), "holds no keyframe"),
     "mpeg-ts.mp4": (partial(encode, count=20, format="mpegts"), "is an MPEG transport stream"),
-    "never returns.mp4": (os.mkfifo, "the decoder did not return within 2 s and was killed"),
+    "never returns.mp4": (os.mkfifo, "the reader did not return within 2 s and was killed"),
     "moov at the end, cut at 10%.mp4": (partial(_cut, fraction=0.1), "Invalid data"),
     "moov at the end, cut at 60%.mp4": (partial(_cut, fraction=0.6), "Invalid data"),
     "moov at the end, cut at 98%.mp4": (partial(_cut, fraction=0.98), "Invalid data"),
@@ -210,7 +210,7 @@ def test_an_epoch_over_a_list_with_bad_files(start_method: str, workers: int, fo
     mixed, commented = data(folder, "mixed"), data(folder, "commented")
     share, count = BatchPlan(10), len(mixed)
     batches = ResumableBatchSampler(count, share, seed=1, first_step=0, last_step=count // 10)
-    bad_records = BadRecords(tmp_path / "bad_records.jsonl", count, max_fraction=0.2)
+    bad_records = BadRecordLog(tmp_path / "bad_records.jsonl", count, max_fraction=0.2)
     compared, files = 0, len(os.listdir("/proc/self/fd"))
     places = {int(label): index for index, label in enumerate(commented.records.labels)}
     with contextlib.closing(iter_batches(mixed, batches, workers, start_method=start_method)) as loaded:
@@ -297,12 +297,7 @@ def undisturbed(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A list of good files and of one bad one."""
-    folder = tmp_path_factory.mktemp("good")
-    for i in range(16):
-        encode(folder / f"{i}.mp4", 20 + i)
-    (folder / "3.mp4").write_text("no video")
-    (folder / "list.txt").write_text("\n".join(f"{i}.mp4 {i}" for i in range(16)))
-    return folder
+    return encode_list(tmp_path_factory.mktemp("good"), 16, bad="3.mp4 3")
 
 
 @pytest.mark.faults
@@ -376,7 +371,7 @@ def test_a_killed_decoding_process_costs_one_record(good: Path, tmp_path: Path) 
             os.kill(pid, signal.SIGKILL)
         assert process.wait(PROMPT) == 0, said(output)
     assert reported_in(output / "bad_records.jsonl") == ["fifo.mp4"]
-    assert "the decoding process was ended by SIGKILL (out of memory?)" in (output / "bad_records.jsonl").read_text()
+    assert "the reader process was ended by SIGKILL (out of memory?)" in (output / "bad_records.jsonl").read_text()
 
 
 @pytest.mark.faults
@@ -435,7 +430,7 @@ def test_a_run_ends_at_once(
 @pytest.mark.faults
 @pytest.mark.parametrize(("start_method", "ending"), [("forkserver", ""), ("fork", "raise KeyError")])
 def test_a_program_that_closes_nothing_ends(start_method: str, ending: str, good: Path, tmp_path: Path) -> None:
-    """A loader that is not closed, or that a traceback holds, does not keep the program; nor does a hanging decoder."""
+    """A loader that is not closed, or that a traceback holds, does not keep the program; nor does a hanging reader."""
     os.mkfifo(tmp_path / "fifo.mp4")
     (tmp_path / "list.txt").write_text(f"{good / '1.mp4'}\n" * 15 + "fifo.mp4")
     program = tmp_path / "program.py"
@@ -461,7 +456,7 @@ def test_a_program_that_closes_nothing_ends(start_method: str, ending: str, good
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_memory_and_files_stay_flat(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """20,000 clips from two workers, with bad files and a decoder that hangs in every epoch; the clips of `make demo`
+    """20,000 clips from two workers, with bad files and a reader that hangs in every epoch; the clips of `make demo`
     where there are some. Growth after the first 4,000 is less than 15 MB a process."""
     demo = Path(__file__).parent.parent / "runs" / "demo" / "data"
     if (demo / "train.txt").exists():
@@ -470,7 +465,7 @@ def test_memory_and_files_stay_flat(folder: Path, tmp_path: Path, capsys: pytest
         rows = [f"{folder}/good {i % 10}.{'mp4' if i % 10 < 7 else 'webm'} {i}" for i in range(320)]
     faults = [name for name in REPORTED if name != "no permission.mp4"] + ["cut at 60%.webm"]
     (tmp_path / "list.txt").write_text("\n".join([*rows, *(f"{folder / name} 0" for name in faults)]))
-    draw_mask = partial(masking.tube, (8, 4, 4), 0.75)
+    draw_mask = partial(masking.draw, "tube", (8, 4, 4), 0.75, None)
     mixed = data(tmp_path, "list", sampling=Sampling("dense", 16, 2), size=(64, 64), draw_mask=draw_mask)
     batches = ResumableBatchSampler(len(mixed), BatchPlan(10), seed=0, first_step=0, last_step=2000)
     table = []

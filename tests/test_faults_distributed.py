@@ -21,8 +21,8 @@ import pytest
 import torch
 from states import load_state
 from test_faults import descendants
-from test_isolation import is_gone
 from test_pretrain import ENVIRONMENT, command, log, model_of
+from test_reader_process import is_gone
 
 from video_convmae.engine import checkpoint
 from video_convmae.engine.checkpoint import CheckpointError, Saver
@@ -123,7 +123,7 @@ def undisturbed(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_equal(output: Path, undisturbed: Path) -> None:
-    """INTERFACES.md: after a kill, the losses of several processes agree to 1e-5; here the weights do too."""
+    """After a kill, the losses of several processes agree to 1e-5, as docs/pretraining.md says; the weights do too."""
     ours, theirs = log(output), log(undisturbed)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
@@ -403,7 +403,7 @@ class Nodes:
         self._ip("-n", self.names[1], "link", "set", self.devices[1], "up")
 
     def start(self, node: int, videos: Path, output: Path, *edits: str) -> subprocess.Popen:
-        """A node's torchrun, as VIDEO.md says: the first node's address is the meeting point."""
+        """A node's torchrun, as docs/many_nodes.md says: the first node's address is the meeting point."""
         launcher = [
             *("ip", "netns", "exec", self.names[node], sys.executable, "-m", "torch.distributed.run"),
             *("--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=test"),

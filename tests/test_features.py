@@ -18,6 +18,7 @@ from torch import nn
 
 from video_convmae import create_classifier, create_probe, load
 from video_convmae.build import build_classifier
+from video_convmae.cli import run as run_command
 from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.features import extract_features as run
 from video_convmae.cli.parser import parse
@@ -362,7 +363,7 @@ def test_a_label_may_be_named(
         ([str(runs["pretrained"]), *arguments[1:], "--label=0"], "has no classes"),
         ([arguments[0], str(videos / "bad.mp4"), arguments[2]], "bad.mp4"),
     ):
-        assert show_features(given) == 1
+        assert run_command("show-features", given) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("video-convmae show-features: error: ")
         assert message in line

@@ -283,7 +283,7 @@ def test_a_run_that_was_killed_while_it_validated_does_so_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tools.finetune.evaluate", killed)
+        patch.setattr("video_convmae.build.evaluate_list", killed)
         with pytest.raises(KeyboardInterrupt):
             run(videos, tmp_path / "killed", "--train.epochs=2")
     assert load_state(tmp_path / "killed")["step"] == 4

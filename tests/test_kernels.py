@@ -19,10 +19,10 @@ from torch import Tensor
 from video_convmae import create_autoencoder
 from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.parallel import parallelize
-from video_convmae.kernels import Neighbours, masked_depthwise, tiles
-from video_convmae.kernels.depthwise import passes_for
+from video_convmae.kernels import Neighbours, depthwise, masked_depthwise
+from video_convmae.kernels.depthwise import uses_triton
 from video_convmae.models.blocks import ConvBlock
-from video_convmae.models.packing import Packing, nest, unnest
+from video_convmae.models.packing import Cells, Packing, nest, unnest
 
 GEOMETRIES = {
     "16 cells": Case((3, 3, 4), (2, 2), (3, 5, 5)),
@@ -50,7 +50,7 @@ def on_the_grid(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, case: 
 def test_values_and_gradients_are_those_of_the_dense_grid(
     geometry: str, mask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "CHUNK", 6000)  # several chunks
+    monkeypatch.setattr(depthwise, "CHUNK", 6000)  # several chunks
     hidden = {"mask": "random", "ratio": 0} if mask == "nothing hidden" else {"mask": mask, "ratio": 0.7}
     case = GEOMETRIES[geometry]._replace(dtype=torch.float64, clips=2, **hidden)
     neighbours, visible = neighbours_of(case)
@@ -119,13 +119,13 @@ def test_the_triton_kernels_compile_for_a_gpu(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_triton_kernels_equal_the_reference_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     case = (CASES | GEOMETRIES)[name]._replace(dtype=dtype)
-    assert passes_for(torch.zeros(1, dtype=dtype, device="cuda")).__name__.endswith("triton_depthwise")
+    assert uses_triton(torch.zeros(1, dtype=dtype, device="cuda"))
     for wider in (case, case._replace(channels=130, clips=3)):
         assert max(differences(wider, "cuda")) < tolerance(wider)
 
 
 def test_pytorch_is_chosen_on_the_cpu() -> None:
-    assert passes_for(torch.zeros(1)) is tiles
+    assert not uses_triton(torch.zeros(1))
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
@@ -165,7 +165,7 @@ def test_a_compiled_block_is_the_same_and_takes_new_masks_without_being_compiled
         x = torch.randn(1, 5, 4, 8, requires_grad=True)
         results = []
         for function in (block, compiled):
-            y = function(x, Packing(visible.view(1, 2, 2, 4), x.device).cells((2,), (3, 5, 5)))
+            y = function(x, Cells(Packing(visible.view(1, 2, 2, 4), x.device), (2,), (3, 5, 5)))
             results.append((y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])))
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
     assert len(frames) == 1
@@ -205,7 +205,7 @@ def test_a_model_that_is_really_compiled_has_the_same_gradients() -> None:
 
 def test_the_table_names_neighbours() -> None:
     visible = torch.tensor([[1, 1, 0], [0, 0, 1]], dtype=torch.bool).view(1, 1, 2, 3)
-    table = Packing(visible, torch.device("cpu")).cells((2,), (1, 3, 3)).neighbours
+    table = Cells(Packing(visible, torch.device("cpu")), (2,), (1, 3, 3)).neighbours
     assert isinstance(table, Neighbours)
     none = 3
     assert table.tokens.view(3, 9).tolist() == [

@@ -1,4 +1,4 @@
-"""tools/make_list.py over trees in the official layouts: what is listed reads back as what was meant."""
+"""make-list over trees in the official layouts: lists read back as the rows that were meant."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from video_convmae.cli import run as run_cli
 from video_convmae.data.records import ListError, read_list
 from video_convmae.prepare import lists as tool
+from video_convmae.shipped import shipped_labels
 
 ODD_NAMES = (
     "plain",
@@ -38,15 +40,15 @@ def rows_of(path: Path, format: str = "video") -> list[tuple[str, int | None]]:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    tool.main([str(argument) for argument in arguments])
+    assert run_cli("make-list", [str(argument) for argument in arguments]) == 0
     return capsys.readouterr().out
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stop:
-        tool.main([str(argument) for argument in arguments])
-    assert stop.value.code == 1
-    return capsys.readouterr().err
+    assert run_cli("make-list", [str(argument) for argument in arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("video-convmae make-list: error: ")
+    return line
 
 
 # Kinetics-400
@@ -82,7 +84,7 @@ def test_kinetics_with_flat_files(tmp_path: Path, capsys: pytest.CaptureFixture[
     ]
     assert (out.parent / "train.missing.txt").read_text() == "gone_000003_000013\n"
     labels = (out.parent / "train.labels.txt").read_text().splitlines()
-    assert labels == tool.read_labels(tool.DATA_LISTS / "kinetics400.txt")
+    assert labels == tool.read_labels(shipped_labels("kinetics400"))
     assert labels[208] == "passing American football (in game)"
     for words in ("3 listed", "1 in the annotation are missing", "1 files under", ".txt 1"):
         assert words in printed
@@ -113,8 +115,8 @@ def test_kinetics_test_split_without_labels(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_shipped_label_names_are_the_usual_ones() -> None:
-    kinetics = tool.read_labels(tool.DATA_LISTS / "kinetics400.txt")
-    something = tool.read_labels(tool.DATA_LISTS / "something_something_v2.txt")
+    kinetics = tool.read_labels(shipped_labels("kinetics400"))
+    something = tool.read_labels(shipped_labels("something_something_v2"))
     assert (len(set(kinetics)), len(set(something))) == (400, 174)
     assert kinetics == sorted(kinetics)
     assert (kinetics[0], kinetics[399], something[0], something[173]) == (
@@ -123,6 +125,17 @@ def test_the_shipped_label_names_are_the_usual_ones() -> None:
         "Approaching something with your camera",
         "Wiping something off of something",
     )
+
+
+def test_a_list_in_the_working_directory_is_not_taken_for_class_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path / "videos", "-0xyz_000115_000125.mp4")
+    k400_csv(tmp_path / "train.csv")
+    for _ in range(2):
+        run(capsys, "kinetics400", "--annotation", "train.csv", "--root", "videos", "--out", "kinetics400.txt")
+    assert rows_of(tmp_path / "kinetics400.txt") == [("-0xyz_000115_000125.mp4", 1)]
 
 
 # Something-Something V2
@@ -143,7 +156,7 @@ def test_something_something(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     touch(root, "78687.webm", "42326.mp4", "1.webm")
     arguments = ["--annotation", ssv2_json(tmp_path / "train.json"), "--root", root, "--out", out]
     printed = run(capsys, "ssv2", *arguments)
-    names = tool.read_labels(tool.DATA_LISTS / "something_something_v2.txt")
+    names = tool.read_labels(shipped_labels("something_something_v2"))
     assert [(path, names[label]) for path, label in rows_of(out)] == [
         ("78687.webm", "Holding something next to something"),
         ("42326.mp4", "Something falling like a feather or paper"),
@@ -260,7 +273,7 @@ def test_what_is_written_reads_back_or_is_refused(tmp_path_factory: pytest.TempP
     out = tmp_path_factory.mktemp("lists") / "list.txt"
     rows = [(path, label) for path in paths]
     try:
-        tool.write(out, rows, ["a"])
+        tool.write_list(out, rows, ["a"])
     except ListError as refusal:
         message = str(refusal)
     else:
@@ -276,14 +289,14 @@ def test_what_is_written_reads_back_or_is_refused(tmp_path_factory: pytest.TempP
 def test_a_name_that_no_list_can_hold_is_refused(tmp_path: Path, path: str) -> None:
     (tmp_path / "list.txt").write_text("the list before\n")
     with pytest.raises(ListError, match="cannot hold"):
-        tool.write(tmp_path / "list.txt", [("good.mp4", 0), (path, 3), ("good too.mp4", 1)], ["a"])
+        tool.write_list(tmp_path / "list.txt", [("good.mp4", 0), (path, 3), ("good too.mp4", 1)], ["a"])
     assert [file.name for file in tmp_path.iterdir()] == ["list.txt"]
     assert (tmp_path / "list.txt").read_text() == "the list before\n"
 
 
 @pytest.mark.parametrize("path", ["take 2", "folder 3/take 4 -1", "a 0 -1", "-1", "7", "x -1/y.mp4", "a.mp4 5 6"])
 def test_names_that_end_in_numbers(tmp_path: Path, path: str) -> None:
-    tool.write(tmp_path / "list.txt", [(path, 3)], ["a"])
+    tool.write_list(tmp_path / "list.txt", [(path, 3)], ["a"])
     assert rows_of(tmp_path / "list.txt") == [(path, 3)]
 
 
@@ -300,7 +313,7 @@ def test_accents_may_be_written_in_two_ways(tmp_path: Path) -> None:
     apart = unicodedata.normalize("NFD", "café")
     touch(tmp_path, f"{apart}.webm")
     annotation = tool.Annotation([tool.Entry(("café",), "x")], ["x"])
-    assert tool.match(annotation, tool.scan(tmp_path)).rows == [(f"{apart}.webm", 0)]
+    assert tool.match_files(annotation, tool.scan_folder(tmp_path)).rows == [(f"{apart}.webm", 0)]
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
@@ -308,7 +321,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     touch(tmp_path / "root", "a/a.mp4")
     (tmp_path / "root" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "root" / "a" / "back").symlink_to(tmp_path / "root")
-    assert tool.scan(tmp_path / "root").files == {"a": ["a/a.mp4"], "b": ["linked/b.mp4"]}
+    assert tool.scan_folder(tmp_path / "root").files == {"a": ["a/a.mp4"], "b": ["linked/b.mp4"]}
 
 
 # Errors say what is wrong, where, and what was expected

@@ -122,3 +122,23 @@ def test_every_token_is_predicted_under_some_mask(kind: str) -> None:
 def test_impossible_shares_are_errors(share: float) -> None:
     with pytest.raises(ValueError, match="share"):
         masking.running_cell(torch.zeros(1, 2, 2, dtype=torch.bool), share)
+
+
+@pytest.mark.parametrize("kind", masking.MASKS)
+def test_a_draw_is_the_mask_and_its_running_cells(kind: str) -> None:
+    grid = (4, 6, 6)
+    expected = masking.MASKS[kind](grid, 0.75, generator(0))
+    visible, predicted = masking.draw(kind, grid, 0.75, generator=generator(0))
+    assert torch.equal(visible, expected)
+    assert predicted is None
+    visible, predicted = masking.draw(kind, grid, 0.75, 0.5, generator(0))
+    assert torch.equal(visible, expected)
+    assert torch.equal(predicted, masking.running_cell(expected, 0.5))
+
+
+@pytest.mark.parametrize("decoder_ratio", [0, 1.5])
+def test_impossible_draws_are_errors(decoder_ratio: float) -> None:
+    with pytest.raises(ValueError, match="decoder_ratio"):
+        masking.draw("tube", (1, 4, 4), 0.5, decoder_ratio)
+    with pytest.raises(ValueError, match="expected one of tube"):
+        masking.draw("stripes", (1, 4, 4), 0.5)

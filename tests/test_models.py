@@ -1,29 +1,33 @@
 """The model's promises: no leakage, packed equals dense, the counts of the paper's sizes, every parameter alive.
 
-`PlainConvMAE` below is a second implementation from DESIGN.md section 3 with ordinary dense Conv3d layers, so that
+`PlainConvMAE` below is a second implementation of the same equations with ordinary dense Conv3d layers, so that
 packed and dense are both held against something that shares no layout code with them.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from fvcore.nn import FlopCountAnalysis
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from video_convmae import create_autoencoder, create_classifier, masking
 from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder, patch_target, undo_target
 from video_convmae.models.packing import nest, put_patches, take_patches, unnest
+from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig, EncoderConfig
 
 HYBRIDS = ["tiny", "small", "base", "large", "huge"]
 SIZES = [*HYBRIDS, "vit_tiny", "vit_base"]
 MASKS = masking.MASKS | {"complementary": lambda grid, ratio, g: masking.complementary(grid, ratio, 2, g)[1]}
-PARAMETERS = {  # INTERFACES.md: encoder for images, for video, fusion
+PARAMETERS = {  # without positions: encoder for images, for video, fusion
     "tiny": (2_032_896, 2_042_400, 221_568),
     "small": (21_867_264, 21_911_808, 1_180_416),
     "base": (84_455_296, 84_531_584, 4_326_912),
@@ -54,6 +58,11 @@ def batch(model: Autoencoder, mask: str = "tube", ratio: float = 0.75, clips: in
     generator = torch.Generator().manual_seed(1)
     visible = torch.stack([MASKS[mask](model.grid, ratio, generator) for _ in range(clips)])
     return torch.randn(clips, *model.encoder.config.clip_shape, generator=generator), visible
+
+
+def running_cells(visible: Tensor, ratio: float) -> Tensor:
+    """The tokens `(B, t, h, w)` that are predicted with decoder masking."""
+    return torch.stack([masking.running_cell(of_clip, ratio) for of_clip in visible])
 
 
 def hidden_pixels(model: Autoencoder, visible: Tensor) -> Tensor:
@@ -91,7 +100,7 @@ def test_no_leakage_in_any_geometry(geometry: str) -> None:
 
 
 def test_visible_neighbours_do_reach_each_other_through_the_convolutions() -> None:
-    """What the masked convolution is for: without attention, a visible token still depends on a visible neighbour."""
+    """The masked convolution's purpose: without attention, a visible token still depends on a visible neighbour."""
     model = shrunk("tiny", depths=(1, 1, 0))
     visible = torch.zeros(1, *model.grid, dtype=torch.bool)
     visible[:, :, 1, 1:3] = True
@@ -229,7 +238,7 @@ class PlainConvMAE(nn.Module):
         mean, variance = patches.mean(2, keepdim=True), patches.var(2, keepdim=True, unbiased=True)
         target = ((patches - mean) / (variance.sqrt() + 1e-6)).flatten(2)
         packing = model.encoder.packing(clips, visible)
-        prediction = model.decoder(tokens, packing, packing.hidden)
+        prediction = model.decoder(tokens, packing)
         return Output((prediction - target).square().mean(), tokens)
 
     @staticmethod
@@ -343,7 +352,7 @@ def test_classifier_has_the_published_86_million() -> None:
 
 
 def test_multiply_adds_of_the_base_model() -> None:
-    """DESIGN.md section 3: 97.8 G dense, 39.1 G packed; 17.2 and 11.2 G for an image at 0.75."""
+    """97.8 G dense, 39.1 G packed; 17.2 and 11.2 G for an image at 0.75 (docs/performance.md, PRETRAIN.md)."""
     with torch.device("meta"):
         models = {
             (frames, name): create_autoencoder("base", num_frames=frames, implementation=name)
@@ -362,21 +371,24 @@ def test_multiply_adds_of_the_base_model() -> None:
 def test_multiply_adds_with_half_of_the_hidden_tokens_predicted() -> None:
     with torch.device("meta"):
         model = create_autoencoder("base")
-    assert round(sum(model.multiply_adds(160, predicted=704).values()) / 1e9, 1) == 28.4
+    predicted = int(0.5 * (8 * 14 * 14 - 160))
+    assert round(sum(model.multiply_adds(160, predicted).values()) / 1e9, 1) == 28.4
 
 
 @pytest.mark.parametrize("decoder_ratio", [None, 0.3])
 def test_multiply_adds_equal_fvcores_count_of_the_dense_model(decoder_ratio: float | None) -> None:
     model = shrunk("tiny", implementation="dense", num_frames=8, image_size=96).eval()
-    clips, visible = batch(model, clips=1)
-    predicted = None if decoder_ratio is None else choose(visible, decoder_ratio)
-    ours = model.multiply_adds(int(visible.sum()), None if predicted is None else int(predicted.sum()))
+    inputs = clips, visible = batch(model, clips=1)
+    ours = model.multiply_adds(int(visible.sum()))
+    if decoder_ratio is not None:
+        inputs = clips, visible, running_cells(visible, decoder_ratio)
+        ours = model.multiply_adds(int(visible.sum()), int(decoder_ratio * (~visible).sum()))
 
     def attention(inputs: list, outputs: list) -> int:
         batch_, heads, queries, width = inputs[0].type().sizes()
         return 2 * batch_ * heads * queries * inputs[1].type().sizes()[2] * width
 
-    analysis = FlopCountAnalysis(model, (clips, visible, predicted))
+    analysis = FlopCountAnalysis(model, inputs)
     analysis.set_op_handle("aten::scaled_dot_product_attention", attention)
     analysis.set_op_handle("aten::layer_norm", lambda inputs, outputs: 0)  # fvcore's own counts norms; we do not
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
@@ -391,20 +403,14 @@ def test_multiply_adds_equal_fvcores_count_of_the_dense_model(decoder_ratio: flo
 # Decoder masking
 
 
-def choose(visible: Tensor, ratio: float) -> Tensor:
-    """The hidden tokens to predict, as the data set draws them: `(B, t, h, w)` bool."""
-    return torch.stack([masking.running_cell(of_clip, ratio) for of_clip in visible])
-
-
 @pytest.mark.parametrize("mask", ["tube", "random"])
 def test_a_part_of_the_hidden_tokens_is_predicted(mask: str) -> None:
     """Targets are the whole decoder's, at fewer tokens; predictions are not: attention sees fewer mask tokens."""
     model = shrunk("tiny")
     clips, visible = batch(model, mask)
-    predicted = choose(visible, 0.5)
-    ours, theirs = model(clips, visible, predicted), model(clips, visible)
-    chosen = predicted.flatten(1)
-    among_hidden = torch.stack([of_clip[~shown.flatten()] for of_clip, shown in zip(chosen, visible)])
+    chosen = running_cells(visible, 0.5)
+    ours, theirs = model(clips, visible, chosen), model(clips, visible)
+    among_hidden = torch.stack([of_clip[~shown] for of_clip, shown in zip(chosen, visible)])
     assert ours.prediction.shape == ours.target.shape == (2, int(0.5 * (~visible[0]).sum()), 2 * 16 * 16 * 3)
     assert torch.equal(ours.target.flatten(0, 1), theirs.target[among_hidden])
     assert torch.equal(ours.tokens, theirs.tokens)
@@ -415,7 +421,7 @@ def test_a_part_of_the_hidden_tokens_is_predicted(mask: str) -> None:
 def test_without_attention_the_predictions_are_the_whole_decoders() -> None:
     model = shrunk("tiny", decoder=(96, 0, 3))
     clips, visible = batch(model, "random")
-    predicted = choose(visible, 0.5)
+    predicted = running_cells(visible, 0.5)
     chosen = torch.stack([of_clip[~shown] for of_clip, shown in zip(predicted, visible)])
     ours, theirs = model(clips, visible, predicted).prediction, model(clips, visible).prediction
     assert torch.allclose(ours.flatten(0, 1), theirs[chosen], atol=1e-6)
@@ -424,24 +430,25 @@ def test_without_attention_the_predictions_are_the_whole_decoders() -> None:
 def test_predicting_all_is_the_whole_decoder() -> None:
     model = shrunk("tiny")
     clips, visible = batch(model)
-    all_, whole = (model(clips, visible, predicted) for predicted in (choose(visible, 1.0), None))
+    all_, whole = model(clips, visible, running_cells(visible, 1.0)), model(clips, visible)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(all_, whole))
 
 
 def test_tokens_that_are_neither_seen_nor_predicted_change_nothing() -> None:
     model = shrunk("tiny")
     clips, visible = batch(model, "random")
-    predicted = choose(visible, 0.5)
+    predicted = running_cells(visible, 0.5)
+    expected = model(clips, visible, predicted)
     broken = torch.where(hidden_pixels(model, visible | predicted), math.nan, clips)
-    assert torch.equal(model(broken, visible, predicted).loss, model(clips, visible, predicted).loss)
+    assert torch.equal(model(broken, visible, predicted).loss, expected.loss)
     broken = torch.where(hidden_pixels(model, visible), math.nan, clips)
-    assert torch.equal(model(broken, visible, predicted).prediction, model(clips, visible, predicted).prediction)
+    assert torch.equal(model(broken, visible, predicted).prediction, expected.prediction)
 
 
 def test_every_parameter_learns_from_a_part_and_a_picture_shows_all() -> None:
     model = shrunk("tiny")
     clips, visible = batch(model)
-    model(clips, visible, choose(visible, 0.4)).loss.backward()
+    model(clips, visible, running_cells(visible, 0.4)).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
     changed = (model.reconstruct(clips, visible) != clips).any(1, keepdim=True)
     assert torch.equal(changed.unflatten(2, (-1, 2)).any(3)[..., ::16, ::16].squeeze(1), ~visible)
@@ -550,6 +557,7 @@ def test_video_positions_at_one_frame_are_the_image_table() -> None:
         ({"widths": (8, 8)}, "differ in length"),
         ({"implementation": "sparse"}, "packed"),
         ({"target": "edges"}, "target"),
+        ({"decoder": (96, 2)}, "decoder is"),
         ({"position_table": "learned"}, "position_table"),
         ({"temporal_kernel": 2}, "odd"),
         ({"heads": 7}, "heads"),
@@ -558,6 +566,38 @@ def test_video_positions_at_one_frame_are_the_image_table() -> None:
 def test_impossible_models_are_errors(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_autoencoder("tiny", **{"num_frames": 4, "image_size": 64, **wrong})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EncoderConfig("base"),
+        AutoencoderConfig("base", num_frames=1, image_size=(48, 80), target="none"),
+        AutoencoderConfig("vit_tiny", decoder=(96, 1, 3), strides=(8,)),
+        ClassifierConfig("tiny", num_frames=4, learnable_positions=False),
+        ClassifierConfig("tiny", probe="knn"),
+    ],
+)
+def test_options_hold_the_numbers_and_survive_a_round_trip(config: EncoderConfig) -> None:
+    """Through JSON too, which has lists in place of tuples, and through jsonargparse, as config.yaml of a run."""
+    values = asdict(config)
+    assert config.grid[1] * config.patch == config.clip_shape[2]
+    for name in ("widths", "depths", "heads", "strides", "tubelet", "temporal_kernel", "decoder", "target"):
+        assert values.get(name) not in ((), 0, "auto"), name
+    assert type(config)(**values) == config
+    assert type(config)(**json.loads(json.dumps(values))) == config
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(type(config))
+    plain = json.loads(json.dumps(values))
+    assert type(config)(**parser.instantiate(parser.parse_object(plain)).as_dict()) == config
+
+
+def test_positions_are_learnable_in_finetuning_alone() -> None:
+    assert ClassifierConfig().learnable_positions
+    assert not ClassifierConfig(probe="linear").learnable_positions
+    assert not ClassifierConfig(learnable_positions=False).learnable_positions
+    assert not AutoencoderConfig().learnable_positions
+    assert (ClassifierConfig().head_init_std, ClassifierConfig(probe="linear").head_init_std) == (2e-5, 0.01)
 
 
 def test_unknown_names_are_errors() -> None:
@@ -582,5 +622,12 @@ def test_impossible_batches_are_errors() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             model(wrong_clips, wrong_visible)
-    with pytest.raises(ValueError, match="expected hidden tokens only"):
-        model(clips, visible, torch.ones_like(visible))
+    for wrong_predicted, message in [
+        (~visible[:, :1], "predicted is"),
+        ((~visible).float(), "predicted is"),
+        (~visible & uneven, "predicted tokens"),
+        (torch.zeros_like(visible), "predicted tokens"),
+        (torch.ones_like(visible), "predicted token is visible"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model(clips, visible, wrong_predicted)

@@ -1,5 +1,4 @@
-"""tools/pack_videos.py: the list keeps its meaning, no video is packed twice, whatever ends the tool or is wrong with
-a file."""
+"""pack-videos: the list keeps its meaning, and no video is packed twice, however the tool ends or a file is damaged."""
 
 from __future__ import annotations
 
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -20,9 +20,12 @@ import clips
 import numpy as np
 import pytest
 
-from video_convmae.data.decoding import DecodeError, decode, open_frames
+from video_convmae.cli import run as run_cli
+from video_convmae.data.decoding import DecodeError, open_frames, read_record
 from video_convmae.data.records import Record, read_list
 from video_convmae.prepare import pack as tool
+from video_convmae.prepare.encode import PackedVideo, pack_video, resample
+from video_convmae.prepare.options import PackSettings
 
 ROOT = Path(__file__).parent.parent
 ROWS = [
@@ -54,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, out: Path, *options: str) -> dict:
     """Run the tool on the list; its summary."""
     arguments = [folder / "list.txt", "--root", folder, "--out", out, "--workers", "1", *options]
-    tool.main([str(argument) for argument in arguments])
+    assert run_cli("pack-videos", [str(argument) for argument in arguments]) == 0
     return json.loads((out / "summary.json").read_text())
 
 
@@ -63,11 +66,11 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the videos that are packed; they are packed in this process."""
     names: list[str] = []
 
-    def pack(worker: tool._Worker, record: Record) -> tuple[tool.Packed, int]:
+    def pack(process: tool.PackingProcess, record: Record) -> PackedVideo:
         names.append(Path(record.path).name)
-        return tool.pack(record, worker.settings)
+        return pack_video(record, process.settings)
 
-    monkeypatch.setattr(tool._Worker, "pack", pack)
+    monkeypatch.setattr(tool.PackingProcess, "pack", pack)
     return names
 
 
@@ -95,9 +98,9 @@ def test_the_list_keeps_its_meaning(folder: Path, tmp_path: Path, capsys: pytest
 
 def test_packed_frames_are_the_source_s(folder: Path) -> None:
     record = Record(str(folder / "a.mp4"))
-    packed, source_frames = tool.pack(record, tool.Settings(crf=10))
-    assert (packed.frames, source_frames, packed.width, packed.height) == (50, 50, 128, 96)
-    before = decode(record, range(50), "pyav").astype(float)
+    packed = pack_video(record, PackSettings(crf=10))
+    assert (packed.frames, packed.source_frames, packed.width, packed.height) == (50, 50, 128, 96)
+    before = read_record(record, range(50), "pyav").astype(float)
     with av.open(io.BytesIO(packed.data)) as container:
         frames = list(container.decode(video=0))
     after = np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
@@ -124,7 +127,7 @@ def test_packed_frames_are_the_source_s(folder: Path) -> None:
 )
 def test_odd_sources(name: str, tmp_path: Path) -> None:
     record = Record(str(clips.make(name, tmp_path)))
-    packed, _ = tool.pack(record, tool.Settings(crf=10))
+    packed = pack_video(record, PackSettings(crf=10))
     (tmp_path / "packed.mp4").write_bytes(packed.data)
     with open_frames(record, "pyav") as source, open_frames(Record(str(tmp_path / "packed.mp4")), "pyav") as result:
         assert len(source) == len(result)
@@ -139,15 +142,27 @@ def test_odd_sources(name: str, tmp_path: Path) -> None:
 
 def test_fewer_frames(tmp_path: Path) -> None:
     path = clips.encode(tmp_path / "a.mp4", 50)
-    packed, source_frames = tool.pack(Record(str(path)), tool.Settings(fps=10))
-    assert (packed.frames, source_frames) == (20, 50)
-    assert tool.pack(Record(str(path)), tool.Settings(fps=30))[0].frames == 50
+    packed = pack_video(Record(str(path)), PackSettings(fps=10))
+    assert (packed.frames, packed.source_frames) == (20, 50)
+    assert pack_video(Record(str(path)), PackSettings(fps=30)).frames == 50
+
+
+def test_resampling_keeps_the_frames_on_screen() -> None:
+    """The example of its docstring; at a variable rate a frame that stays on screen is kept once."""
+    fifth = Fraction(1, 5)
+    kept, ticks, tick, rate = resample(np.arange(5), fifth, Fraction(5), 2.0)
+    assert (kept.tolist(), ticks.tolist(), tick, rate) == ([0, 2], [0, 1], Fraction(1, 2), Fraction(2))
+    kept, ticks, _, _ = resample(np.array([0, 1, 2, 9, 10]), fifth, Fraction(5), 2.5)
+    assert kept.tolist() == [0, 2, 4]  # frame 2 is on screen from 0.4 to 1.8 s
+    assert ticks.tolist() == [0, 1, 5]
+    kept, ticks, tick, rate = resample(np.array([0, 3]), fifth, Fraction(5), 5.0)
+    assert (kept.tolist(), ticks.tolist(), tick, rate) == ([0, 1], [0, 3], fifth, Fraction(5))
 
 
 def test_sizes() -> None:
-    assert tool.Settings(short_side=256).size(1280, 720) == (456, 256)
-    assert tool.Settings(short_side=256).size(427, 240) == (428, 240)
-    assert tool.Settings(short_side=240).size(240, 427) == (240, 428)
+    assert PackSettings(short_side=256).size(1280, 720) == (456, 256)
+    assert PackSettings(short_side=256).size(427, 240) == (428, 240)
+    assert PackSettings(short_side=240).size(240, 427) == (240, 428)
 
 
 @pytest.mark.parametrize("tar", [(), ("--tar=2",)])
@@ -203,12 +218,12 @@ def test_shards_are_webdataset_s(folder: Path, tmp_path: Path) -> None:
             assert len(reader) in (50, 30, 40)
     # Shards can be packed again.
     again = tmp_path / "again"
-    tool.pack_videos(tmp_path / "out" / "list.txt", tmp_path / "out", again, tool.Settings(short_side=32))
+    tool.pack_videos(tmp_path / "out" / "list.txt", tmp_path / "out", again, PackSettings(short_side=32))
     assert "videos/shards/000000.tar/00000002_a.mp4 3" in (again / "list.txt").read_text().splitlines()
 
 
 @pytest.mark.parametrize("tar", [(), ("--tar=2",)])
-def test_a_killed_run_goes_on(tar: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_killed_run_resumes(tar: tuple[str, ...], tmp_path: Path) -> None:
     for number in range(4):
         clips.encode(tmp_path / f"{number}.mp4", 60, size=(96, 128), seed=number)
     (tmp_path / "list.txt").write_text("".join(f"{number}.mp4 {number}\n" for number in range(4)))
@@ -231,7 +246,7 @@ def test_a_killed_run_goes_on(tar: tuple[str, ...], tmp_path: Path) -> None:
     assert log.read_text().splitlines()[:2] == done
     assert log.read_text().count("\n") == 4
     whole = tmp_path / "whole"
-    tool.pack_videos(tmp_path / "list.txt", tmp_path, whole, tool.Settings(), tar=2 if tar else 0)
+    tool.pack_videos(tmp_path / "list.txt", tmp_path, whole, PackSettings(), tar=2 if tar else 0)
     names = {path.relative_to(out) for path in out.rglob("*") if path.suffix in (".mp4", ".tar", ".txt", ".partial")}
     assert names == {path.relative_to(whole) for path in whole.rglob("*") if path.suffix in (".mp4", ".tar", ".txt")}
     for name in names:
@@ -240,16 +255,16 @@ def test_a_killed_run_goes_on(tar: tuple[str, ...], tmp_path: Path) -> None:
 
 def test_a_worker_that_hangs_or_ends_costs_the_video(folder: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "hangs.mp4")
-    worker = tool._Worker(tool.Settings(), timeout=3.0)
+    process = tool.PackingProcess(PackSettings(), timeout=3.0)
     try:
         with pytest.raises(DecodeError, match=r"hangs.mp4: nothing was decoded within 3 s"):
-            worker.pack(Record(str(tmp_path / "hangs.mp4")))
-        assert worker.pack(Record(str(folder / "a.mp4")))[0].frames == 50
-        worker._process.kill()
-        worker._process.join()
-        assert worker.pack(Record(str(folder / "a.mp4")))[0].frames == 50
+            process.pack(Record(str(tmp_path / "hangs.mp4")))
+        assert process.pack(Record(str(folder / "a.mp4"))).frames == 50
+        os.kill(process._child.pid, signal.SIGKILL)
+        process._child._process.wait()
+        assert process.pack(Record(str(folder / "a.mp4"))).frames == 50
     finally:
-        worker.close()
+        process.close()
 
 
 def test_what_cannot_be_done_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,7 +278,6 @@ def test_what_cannot_be_done_is_said(folder: Path, tmp_path: Path, capsys: pytes
         ([folder / "list.txt", "--out", tmp_path / "d", "--short-side", "8"], "short_side is 8; expected 16 or more"),
         ([folder / "list.txt", "--out", folder], "would be overwritten"),
     ):
-        with pytest.raises(SystemExit) as caught:
-            tool.main([str(argument) for argument in arguments])
-        assert caught.value.code == 1
-        assert re.search(error, capsys.readouterr().err)
+        assert run_cli("pack-videos", [str(argument) for argument in arguments]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(error, line)

@@ -214,28 +214,28 @@ def test_class_names_of_a_file_replace_the_runs(finetuned: Path, videos: Path, t
         video_convmae.load(finetuned, labels=tmp_path / "names.txt")
 
 
-def test_a_decoder_that_is_not_here_is_replaced(finetuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = predictor.resolve
+def test_a_reader_that_is_not_here_is_replaced(finetuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = predictor.resolve_reader
 
-    def resolve(decoder: str) -> str:
-        if decoder == "pyav":  # as the run says
+    def resolve(reader: str) -> str:
+        if reader == "pyav":  # as the run says
             raise ImportError("pyav needs something")
-        return real(decoder)
+        return real(reader)
 
-    monkeypatch.setattr(predictor, "resolve", resolve)
+    monkeypatch.setattr(predictor, "resolve_reader", resolve)
     with pytest.warns(UserWarning, match="in place of the run's pyav: pyav needs something"):
         loaded = video_convmae.load(finetuned)
     assert loaded.config.data.reader == real("auto")
     with pytest.raises(ImportError):
-        video_convmae.load(finetuned, decoder="pyav")
+        video_convmae.load(finetuned, reader="pyav")
 
 
 def test_files_are_decoded_by_one_process(finetuned: Path, videos: Path) -> None:
     loaded = video_convmae.load(finetuned)
     loaded(videos / "0.mp4")
-    child = loaded._decoder._child.process.pid
+    child = loaded._reader._child.pid
     loaded(videos / "1.mp4")
-    assert loaded._decoder._child.process.pid == child
+    assert loaded._reader._child.pid == child
 
 
 def test_a_published_classifier_is_evaluated_wherever_one_stands(

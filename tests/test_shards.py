@@ -1,4 +1,4 @@
-"""Records in tar archives: read like files wherever records are read, and bad ones told apart from bad archives."""
+"""Records in tar archives: read like files everywhere; errors distinguish bad members from bad archives."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from test_loader import clips_of
 
 from video_convmae.data import shards
 from video_convmae.data.datasets import SampleKey
-from video_convmae.data.decoding import DecodeError, decode, open_frames
+from video_convmae.data.decoding import DecodeError, open_frames, read_record
 from video_convmae.data.records import Record, read_list
-from video_convmae.prepare import check as check_videos
+from video_convmae.prepare.check import check_videos
 
 NAMES = ("0.mp4", "two words 7.mp4", "folder/a.webm")
 BAD = {"text.mp4": b"not a video\n" * 100, "empty.mp4": b""}
@@ -59,7 +59,7 @@ def test_pictures(folder: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "pictures.tar", "w") as archive:
         archive.add(tmp_path / "a.png", "a.png")
     record = Record(f"{tmp_path}/pictures.tar#a.png", format="image")
-    assert (decode(record, [0])[0] == picture).all()
+    assert (read_record(record, [0])[0] == picture).all()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_an_archive_that_is_cut_off_gives_what_is_before_the_cut(folder: Path, t
     data = (folder / "shard-000.tar").read_bytes()
     second = data.index(NAMES[1].encode())
     path.write_bytes(data[: second + 512 + 1000])
-    assert decode(Record(f"{path}#{NAMES[0]}"), [0, 20], "pyav").shape == (2, 48, 64, 3)
+    assert read_record(Record(f"{path}#{NAMES[0]}"), [0, 20], "pyav").shape == (2, 48, 64, 3)
     with pytest.raises(DecodeError, match="the archive ends after 1000 of the file's"):
         open_frames(Record(f"{path}#{NAMES[1]}"), "pyav")
     with pytest.raises(DecodeError, match="cut off behind them"):
@@ -120,7 +120,7 @@ def test_an_archive_is_indexed_once_until_it_changes(folder: Path, tmp_path: Pat
 def test_check_videos_reads_archives(folder: Path, tmp_path: Path) -> None:
     rows = [f"shard-000.tar#{name} 0" for name in (*NAMES, *BAD, "missing.mp4")] + ["gone.tar#a.mp4 0"]
     (tmp_path / "list.txt").write_text("\n".join(rows) + "\n")
-    summary = check_videos.check_videos(tmp_path / "list.txt", folder, tmp_path / "out", decoder="pyav")
+    summary = check_videos(tmp_path / "list.txt", folder, tmp_path / "out", reader="pyav")
     assert (summary["good"], summary["bad"]) == (3, 4)
     assert summary["codecs"] == {"h264": 2, "vp9": 1}
     assert (tmp_path / "out" / "clean.txt").read_text().splitlines() == rows[:3]

@@ -23,6 +23,7 @@ from video_convmae.benchmark import main as benchmark
 from video_convmae.benchmark import reading
 from video_convmae.benchmark import scale as benchmark_scale
 from video_convmae.benchmark import step as benchmark_step
+from video_convmae.cli import run as run_command
 from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
 from video_convmae.cli.reconstruct import main as draw_reconstructions
@@ -77,7 +78,7 @@ def test_reconstruct_ends_with_one_line_about_a_bad_file(
         ([str(tmp_path), str(run[1] / "0.mp4")], str(tmp_path)),
         ([str(run[0]), str(run[1] / "0.mp4"), "--ema"], "the run had no train.ema"),
     ):
-        assert draw_reconstructions([*arguments, f"--output={tmp_path / 'pictures'}"]) == 1
+        assert run_command("reconstruct", [*arguments, f"--output={tmp_path / 'pictures'}"]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("video-convmae reconstruct: error: ")
         assert message in line

@@ -176,7 +176,7 @@ def build_clips(
         records,
         build_sampling(data, encoder),
         Augmentation(data.augmentation),
-        encoder.image_size,
+        encoder.clip_shape[2:],
         draw_mask,
         ReaderProcess(data.reader, data.decode_timeout),
         data.repeats,
@@ -191,7 +191,7 @@ def build_views(data: DataConfig, records: Records, encoder: EncoderConfig, view
         build_sampling(data, encoder),
         views,
         Augmentation(data.augmentation),
-        encoder.image_size,
+        encoder.clip_shape[2:],
         ReaderProcess(data.reader, data.decode_timeout),
     )
 
@@ -289,10 +289,14 @@ def build_optimization(
         peak, end = (base * effective_batch / 256 for base in (config.base_lr, config.base_min_lr))
         origin = f"lr {peak:.3g} = base_lr {config.base_lr:.3g} x effective batch {effective_batch} / 256"
     schedule = Schedule(peak, end, round(config.warmup_epochs * steps_per_epoch), steps)
-    scales = None if config.layer_decay == 1 else model.layer_scales(config.layer_decay)
+    scales = None
+    if config.layer_decay != 1:
+        if not isinstance(model, Classifier):
+            raise ValueError(f"optim.layer_decay is {config.layer_decay}; expected 1: only finetuning has layer decay")
+        scales = model.layer_scales(config.layer_decay)
     groups = parameter_groups(model.named_parameters(), config.weight_decay, scales)
     if config.optimizer == "lars":
-        from timm.optim import Lars
+        from timm.optim.lars import Lars
 
         for group in groups:  # MAE's LARS: the trust ratio is for matrices, with or without weight decay
             group["always_adapt"] = any(p.ndim > 1 for p in group["params"])
@@ -310,9 +314,8 @@ def resolve_config(config: Config) -> Config:
     config = replace(config, data=replace(config.data, reader=resolve_reader(config.data.reader)))
     if not isinstance(config, FinetuneConfig):
         return config
-    validate, test = (
-        replace(part, precision=part.precision or config.train.precision) for part in (config.validate, config.test)
-    )
+    validate = replace(config.validate, precision=config.validate.precision or config.train.precision)
+    test = replace(config.test, precision=config.test.precision or config.train.precision)
     return replace(config, validate=validate, test=test)
 
 
@@ -347,6 +350,7 @@ def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | 
     folder, num_classes = Path(config.output) / "validation", _num_classes(config.data)
 
     def measure(model: nn.Module) -> Values:
+        assert isinstance(model, Classifier | Probe)
         inference = build_inference(model, config.data, records, config.validate, info)
         evaluation = evaluate_list(inference, num_classes)
         if info.is_main:

@@ -1,6 +1,8 @@
-"""Masks: which tokens of one sample the encoder sees.
+"""Masks: the tokens of one sample that the encoder sees, and those that the decoder predicts.
 
-Every function maps a token grid `(t, h, w)` and a ratio to `visible`, a boolean tensor of that shape, True = the
+Letters: t h w the token grid, N = t*h*w; n visible tokens of a mask.
+
+Every mask function maps a token grid `(t, h, w)` and a ratio to `visible`, a boolean tensor of that shape, True = the
 encoder sees the token. Masks are drawn for one sample, with that sample's generator; the loader stacks them. The number
 of visible tokens depends on the grid and the ratio alone, so that every sample of a batch has the same.
 """
@@ -18,45 +20,49 @@ Mask = Callable[[Grid, float, torch.Generator | None], Tensor]
 
 
 def tube(grid: Grid, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """One spatial mask, the same in every frame (VideoMAE): a hidden patch cannot be copied from a neighbour in time.
+    """Draw one spatial mask for all frames (VideoMAE): a hidden patch cannot be copied from a neighbour in time.
 
     Hides `int(ratio * h * w)` positions of each frame: 176 of 196 at 0.9, so 20 stay visible.
     """
-    t, h, w = _checked(grid)
-    plane = _random_visible(h * w, _hidden(h * w, ratio), generator)
-    return plane.view(1, h, w).expand(t, h, w).clone()
+    t, h, w = _check(grid, ratio)
+    return _random_visible(h * w, ratio, generator).view(1, h, w).expand(t, h, w).clone()
 
 
 def random(grid: Grid, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """Every token for itself (MAE; for video, masked autoencoders as spatiotemporal learners)."""
-    t, h, w = _checked(grid)
-    return _random_visible(t * h * w, _hidden(t * h * w, ratio), generator).view(t, h, w)
+    """Draw every token for itself (MAE; for video, masked autoencoders as spatiotemporal learners)."""
+    t, h, w = _check(grid, ratio)
+    return _random_visible(t * h * w, ratio, generator).view(t, h, w)
 
 
 def frame(grid: Grid, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """Whole frames are hidden or visible, in random order of time.
+    """Hide whole frames, drawn at random.
 
-    Where the visible tokens do not fill whole frames, one frame is visible in part: 157 tokens of 8 x 196 at 0.9 lie in
+    If the visible tokens do not fill whole frames, one frame is visible in part: 157 tokens of 8 x 196 at 0.9 lie in
     one frame, 49 of 4 x 49 at 0.75 fill exactly one.
     """
-    t, h, w = _checked(grid)
-    visible = torch.zeros(t * h * w, dtype=torch.bool)
+    t, h, w = _check(grid, ratio)
+    # Tokens become visible in this order: all of one frame, then all of the next. With 2 frames of 2 tokens, frames
+    # (1, 0) and within (0, 1) give the tokens 2 3 0 1; at 0.25, three are visible: all of frame 1 and half of frame 0.
     frames = torch.randperm(t, generator=generator)
-    within = torch.randperm(h * w, generator=generator)  # the order in which a partly visible frame fills
+    within = torch.randperm(h * w, generator=generator)
     order = (frames[:, None] * (h * w) + within).flatten()
-    visible[order[: visible.numel() - _hidden(visible.numel(), ratio)]] = True
+    visible = torch.zeros(t * h * w, dtype=torch.bool)
+    visible[order[: visible.numel() - int(ratio * visible.numel())]] = True
     return visible.view(t, h, w)
 
 
 def block(grid: Grid, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """Hidden tokens form cuboids in time and space, drawn until enough are hidden (the last one is cut to fit).
+    """Hide cuboids in time and space, drawn until enough tokens are hidden (the last one is cut to fit).
 
     A cuboid spans an eighth to a half of the tokens that are to be hidden, with the aspect ratios of BEiT's blocks
     (0.3 to 1 / 0.3), over at least half of the frames.
     """
-    t, h, w = _checked(grid)
-    target = _hidden(t * h * w, ratio)
+    t, h, w = _check(grid, ratio)
+    target = int(ratio * (t * h * w))
     visible = torch.ones(t, h, w, dtype=torch.bool)
+    # One cuboid from six numbers in 0 .. 1. All at 0.5, in a grid of 8 x 14 x 14 with 784 to hide: 6 of the 8 frames,
+    # an area of 784 * 2.5 / 8 / 6 = 41 tokens of a frame, as high as wide, so 6 x 6; it starts at (1, 4, 4) and hides
+    # 216 tokens. A cuboid may overlap those before it: only its still visible tokens count.
     while (missing := target - int((~visible).sum())) > 0:
         share, log_aspect, depth, *place = torch.rand(6, generator=generator).tolist()
         frames = math.ceil(t * (1 + depth) / 2)
@@ -67,23 +73,23 @@ def block(grid: Grid, ratio: float, generator: torch.Generator | None = None) ->
         starts = [int(p * (size - extent + 1)) for p, size, extent in zip(place, (t, h, w), (frames, rows, columns))]
         cuboid = torch.zeros_like(visible)
         cuboid[tuple(slice(s, s + e) for s, e in zip(starts, (frames, rows, columns)))] = True
-        newly = (cuboid & visible).flatten().nonzero().flatten()[:missing]
+        newly = (cuboid & visible).flatten().nonzero().flatten()[:missing]  # in the order t, h, w
         visible.view(-1)[newly] = False
     return visible
 
 
 def complementary(grid: Grid, ratio: float, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """`count` masks with no visible token in common (FastConvMAE), shape `(count, t, h, w)`.
+    """Draw `count` masks with no visible token in common (FastConvMAE), shape `(count, t, h, w)`.
 
-    Four masks at 0.75 cover the grid: every token is visible in exactly one. Where `count * n < N` the rest is hidden
-    in all of them.
+    Four masks at 0.75 cover the grid: every token is visible in exactly one. If `count * n < N`, the rest is hidden in
+    all of them.
 
     Raises:
         ValueError: `count` masks of that many visible tokens do not fit into the grid.
     """
-    t, h, w = _checked(grid)
+    t, h, w = _check(grid, ratio)
     tokens = t * h * w
-    n = tokens - _hidden(tokens, ratio)
+    n = tokens - int(ratio * tokens)
     if count < 1 or count * n > tokens:
         raise ValueError(
             f"{count} complementary masks of {n} visible tokens each do not fit into {tokens} tokens; "
@@ -96,10 +102,10 @@ def complementary(grid: Grid, ratio: float, count: int, generator: torch.Generat
 
 
 def running_cell(visible: Tensor, ratio: float) -> Tensor:
-    """Which hidden tokens are predicted: cells of 2x2 tokens whose chosen places turn from frame to frame.
+    """Choose the hidden tokens to predict: in cells of 2x2 tokens, places that turn from frame to frame.
 
-    VideoMAE V2 (Wang et al., 2023) drops the other targets: neighbouring tokens tell much the same. Here the places
-    turn clockwise, one a frame. Where the turn begins follows from the mask, so that over many masks every token is a
+    VideoMAE V2 (Wang et al., 2023) drops the other targets, since neighbouring tokens hold much the same. Here the
+    places turn clockwise, one a frame. The turn's start follows from the mask, so that over many masks every token is a
     target; and exactly `int(ratio * hidden)` are chosen, so that every clip of a batch has the same number.
 
     Args:
@@ -113,20 +119,25 @@ def running_cell(visible: Tensor, ratio: float) -> Tensor:
         ValueError: a share outside that range, or so small that nothing is predicted.
     """
     if not 0 < ratio <= 1:
-        raise ValueError(f"the share of predicted tokens is {ratio}; expected 0 < share <= 1")
+        raise ValueError(f"decoder_ratio, the share of hidden tokens to predict, is {ratio}; expected 0 < share <= 1")
     hidden = ~visible
     available = int(hidden.sum())
     count = int(ratio * available)
     if count == 0:
         raise ValueError(f"a share of {ratio} of {available} hidden tokens predicts none; expected at least one")
+    # The rank of the four places of a cell: with start 0, in frames 0 to 3:
+    #     0 1        3 0        2 3        1 2
+    #     3 2        2 1        1 0        0 3
+    # Tokens are taken by rising rank: at 0.5 those of ranks 0 and 1, two neighbours of each cell.
     clockwise = torch.tensor([[0, 1], [3, 2]])
     frame, row, column = torch.meshgrid(*(torch.arange(size) for size in visible.shape), indexing="ij")
     start = visible.any(0).flatten().nonzero().sum() + visible.any(2).any(1).nonzero().sum()
-    turn = (clockwise[row % 2, column % 2] - frame - start) % 4
-    # What the count cuts off among places of one turn is spread evenly, by multiples of the golden ratio.
+    rank = (clockwise[row % 2, column % 2] - frame - start) % 4
+    # If the count ends within one rank, the tokens taken are spread evenly, by multiples of the golden ratio: places
+    # 0 1 2 3 4 have the fractions 0 .62 .24 .85 .47, so they are taken in the order 0 2 4 1 3.
     place = torch.arange(visible.numel(), dtype=torch.float64).view(visible.shape) + start
     spread = (place * 0.6180339887498949).frac()
-    order = torch.where(hidden, turn + spread, math.inf).flatten().argsort()
+    order = torch.where(hidden, rank + spread, math.inf).flatten().argsort()
     predicted = torch.zeros(visible.numel(), dtype=torch.bool)
     predicted[order[:count]] = True
     return predicted.view(visible.shape)
@@ -136,31 +147,47 @@ MASKS: dict[str, Mask] = {"tube": tube, "random": random, "frame": frame, "block
 
 
 def draw(
-    kind: str, grid: Grid, ratio: float, decoder_ratio: float | None = None, generator: torch.Generator | None = None
+    kind: str,
+    grid: Grid,
+    ratio: float,
+    decoder_ratio: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Draw the mask of one sample: `visible`, and the hidden tokens to predict, both `(t, h, w)` bool.
+    """Draw the mask of one sample and, with decoder masking, choose the tokens to predict.
 
-    `predicted` is None without `decoder_ratio`: all hidden tokens are.
+    Args:
+        kind: tube, random, frame or block.
+        grid: (t, h, w), the token grid.
+        ratio: share of the tokens that is hidden, 0 or more and below 1.
+        decoder_ratio: share of the hidden tokens to predict (see `running_cell`); `None` = all.
+        generator: of the sample.
+
+    Returns:
+        `visible` and `predicted`, `(t, h, w)` bool each; `predicted` is `None` where all hidden tokens are predicted.
+
+    Raises:
+        ValueError: an unknown kind, an impossible grid or share.
     """
+    if kind not in MASKS:
+        raise ValueError(f"the mask is {kind!r}; expected one of {', '.join(MASKS)}")
     visible = MASKS[kind](grid, ratio, generator)
     return visible, None if decoder_ratio is None else running_cell(visible, decoder_ratio)
 
 
-def _checked(grid: Grid) -> Grid:
+def _check(grid: Grid, ratio: float) -> Grid:
+    """Return the grid; raise a ValueError if the grid or the ratio is impossible.
+
+    Callers hide `int(ratio * tokens)`, as every released masked autoencoder counts.
+    """
     if len(grid) != 3 or any(size < 1 for size in grid):
         raise ValueError(f"the token grid is {tuple(grid)}; expected three positive sizes (t, h, w)")
+    if not 0 <= ratio < 1:
+        raise ValueError(f"the mask ratio is {ratio}; expected 0 <= ratio < 1")
     t, h, w = grid
     return t, h, w
 
 
-def _hidden(tokens: int, ratio: float) -> int:
-    """`int(ratio * tokens)`, as every released masked autoencoder counts."""
-    if not 0 <= ratio < 1:
-        raise ValueError(f"the mask ratio is {ratio}; expected 0 <= ratio < 1")
-    return int(ratio * tokens)
-
-
-def _random_visible(tokens: int, hidden: int, generator: torch.Generator | None) -> Tensor:
+def _random_visible(tokens: int, ratio: float, generator: torch.Generator | None) -> Tensor:
     visible = torch.ones(tokens, dtype=torch.bool)
-    visible[torch.randperm(tokens, generator=generator)[:hidden]] = False
+    visible[torch.randperm(tokens, generator=generator)[: int(ratio * tokens)]] = False
     return visible

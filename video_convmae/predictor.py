@@ -74,7 +74,9 @@ class Predictor:
         """
         if isinstance(self.model, Autoencoder):
             raise TypeError("a pretrained autoencoder has no classes; features() works, finetuning adds classes")
-        clips = self.clips(path, views or self.config.test)
+        clips = self.clips(
+            path, views or (self.config.test if isinstance(self.config, FinetuneConfig) else self.middle)
+        )
         with torch.inference_mode():
             scores = self.model(clips).float().softmax(dim=1).mean(dim=0)
         best = scores.topk(min(top, len(scores)))
@@ -119,16 +121,18 @@ class Predictor:
         """
         data, encoder = self.config.data, self.model.encoder.config
         record = Record(str(path), format=_format(Path(path)))
-        records, size = Records([record], record.format), encoder.image_size
+        records, size = Records([record], record.format), encoder.clip_shape[2:]
         sampling, augmentation = build_sampling(data, encoder), Augmentation(data.augmentation)
         sample = TestViewDataset(records, sampling, views, augmentation, size, self._reader)[0]
         if sample.bad_records:
             raise DecodeError(sample.bad_records[0].error)
+        assert isinstance(sample.clips, Tensor)  # test views are never ragged
         return sample.clips
 
     def name(self, label: int) -> str:
         """Return the name of a class, or its number if it has none."""
-        return self.class_names[label] if label < len(self.class_names or ()) else str(label)
+        names = self.class_names or ()
+        return names[label] if label < len(names) else str(label)
 
     @cached_property
     def _reader(self) -> ReaderProcess:
@@ -156,7 +160,10 @@ def load(
         ImportError: the reader does not work here.
     """
     source = path_or_run if isinstance(path_or_run, Checkpoint) else find_weights(path_or_run)
-    kind, names = run_kind(source), None
+    kind = run_kind(source)
+    names: tuple[str, ...] | None = None
+    model: Autoencoder | Classifier | Probe
+    config: PretrainConfig | FinetuneConfig
     if kind == "pretrain":
         model, config = load_autoencoder(source, bool(ema))
     elif kind == "finetune":
@@ -172,10 +179,11 @@ def load(
                 f"{labels} names {len(names)} classes and the model has {classes}: line n must name class n"
             )
     chosen = _working_reader(config.data.reader) if reader is None else resolve_reader(reader)
-    return Predictor(model, replace(config, data=replace(config.data, reader=chosen)), names)
+    data = replace(config.data, reader=chosen)
+    return Predictor(model, replace(config, data=data), names)  # type: ignore[arg-type]  # data of the same kind
 
 
-def _working_reader(reader: str) -> str:
+def _working_reader(reader: ReaderName) -> ReaderName:
     """Return a run's reader, or one that works if the run's does not: the frames are the same (data/decoding/)."""
     try:
         return resolve_reader(reader)

@@ -35,6 +35,11 @@ def find_labels(name: str | Path) -> Path:
     return _find(name, "", _shipped_folder("labels", "data_lists"), ".txt", "class names")
 
 
+def shipped_labels(name: str) -> Path:
+    """Return the file of shipped class names, whatever lies in the working directory."""
+    return _shipped_folder("labels", "data_lists") / f"{name}.txt"
+
+
 def shipped_configs() -> list[str]:
     """Return the names of the shipped configurations."""
     return _names(_shipped_folder("configs", "configs"), ".yaml")

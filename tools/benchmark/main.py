@@ -6,7 +6,7 @@
     video-convmae benchmark loader --vs videomae --json loader.json
     video-convmae benchmark packing --json packing.json
 
-`benchmark step --help` (scale, loader, packing) explains each measurement. Results: docs/PERFORMANCE.md.
+`benchmark step --help` (scale, loader, packing) explains each measurement. Results: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import argparse
 import ast
 import importlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import gettempdir
+
+from video_convmae.cli.parser import CommandLine
 
 # The choices of the measuring modules stand here again, for importing those imports torch; a test compares them.
 STEP_SIDES = ("dense", "packed", "videomae", "hf-videomae", "hf-videomae-compiled")
@@ -123,15 +124,10 @@ COMMANDS = {
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line; `command` holds the subcommand. Imports no torch, so `--help` answers at once."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "video-convmae benchmark", description=__doc__, formatter_class=style, allow_abbrev=False
-    )
+    parser = CommandLine("benchmark", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (add_options, text) in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=text, description=_docstring(name), formatter_class=style, allow_abbrev=False
-        )
+        command = commands.add_parser(name, help=text, description=_docstring(name))
         add_options(command)
         command.add_argument("--json", type=Path, help="file for the result")
     return parser.parse_args(arguments)
@@ -146,13 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a measurement, print it and write its JSON; returns the exit status."""
     args = parse_arguments(arguments)
     module = importlib.import_module(f".{args.command}", __package__)  # imported only now: it imports torch
-    from video_convmae.data.decoding import DecodeError
-
-    try:
-        result = getattr(module, f"run_{args.command}")(args)
-        if args.json:
-            args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    except (ImportError, OSError, ValueError, DecodeError) as error:
-        print(f"video-convmae benchmark {args.command}: error: {error}", file=sys.stderr)
-        return 1
+    result = getattr(module, f"run_{args.command}")(args)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -20,7 +20,7 @@ import torch
 from video_convmae.data.records import read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
-from video_convmae.prepare.encode import PRESETS, Settings
+from video_convmae.prepare.options import PRESETS, PackSettings
 from video_convmae.prepare.pack import pack_videos
 
 from .environment import describe_machine
@@ -30,11 +30,11 @@ from .reading import LoaderSide, ReadCase
 FAST = PRESETS["fast"]
 ORIGINAL = "as it is"
 
-VARIANTS: dict[str, Settings] = {
+VARIANTS: dict[str, PackSettings] = {
     **PRESETS,
     # the settings of `fast`, one after the other
-    "keyframe every 16": Settings(tune="none", b_frames=0),
-    "+ 3 B-frames": Settings(tune="none"),
+    "keyframe every 16": PackSettings(tune="none", b_frames=0),
+    "+ 3 B-frames": PackSettings(tune="none"),
     # `fast` with one setting changed
     "fast, keyframe every 4": replace(FAST, keyframe_every=4),
     "fast, 7 B-frames": replace(FAST, b_frames=7),
@@ -63,7 +63,9 @@ def run_packing(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_packing(videos: VideoList, variants: dict[str, Settings], args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_packing(
+    videos: VideoList, variants: dict[str, PackSettings], args: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Pack every variant of a list and read them in turns; returns a row for each, the files as they are first."""
     lists = {ORIGINAL: (videos.path, videos.root)}
     rows: dict[str, dict[str, Any]] = {ORIGINAL: {"bytes": 1.0, "psnr": None}}

@@ -19,12 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from video_convmae import masking
-from video_convmae.data import decoding
 from video_convmae.data.datasets import CLIP, ClipDataset, SampleKey, TestViewDataset, sample_generator
-from video_convmae.data.decoding import DecodeError, FrameReader, open_frames
+from video_convmae.data.decoding import DecodeError, FrameReader, open_frames, pyav_reader
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.loader import collate
-from video_convmae.data.options import ViewConfig
+from video_convmae.data.options import ReaderName, ViewConfig
 from video_convmae.data.records import Record, Records
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation, view_crops
@@ -52,7 +51,7 @@ class ReadCase:
     repeats: int
     views: ViewConfig | None  # None: training clips
     augmentation: Augmentation
-    reader: str
+    reader: ReaderName
     clock: str  # wall, or cpu: processor seconds of this process and the reading one
 
     @property
@@ -94,7 +93,7 @@ def _cpu_seconds(reader: ReaderProcess) -> float:
     """Return the processor seconds of a reading process: on Linux a process number names its clock
     (clock_getcpuclockid)."""
     child = reader._child
-    return 0.0 if child is None else time.clock_gettime((~child.process.pid << 3) | 2)
+    return 0.0 if child is None else time.clock_gettime((~child.pid << 3) | 2)
 
 
 class LoaderSide:
@@ -252,7 +251,7 @@ class StageTimer:
     @contextmanager
     def _timed_conversion(self) -> Iterator[None]:
         """Time the conversion to RGB within PyAV's reader."""
-        make_converter = decoding._rgb_converter
+        make_converter = pyav_reader.rgb_converter
 
         def timed_converter() -> Callable[[Any], np.ndarray]:
             convert = make_converter()
@@ -263,11 +262,11 @@ class StageTimer:
 
             return timed_convert
 
-        decoding._rgb_converter = timed_converter
+        pyav_reader.rgb_converter = timed_converter
         try:
             yield
         finally:
-            decoding._rgb_converter = make_converter
+            pyav_reader.rgb_converter = make_converter
 
 
 RIVALS: dict[str, Callable[[ReadCase], ReadSide]] = {"floor": CodecFloor, "videomae": VideoMAELoader}

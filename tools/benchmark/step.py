@@ -138,7 +138,7 @@ def _pretraining(
     args: argparse.Namespace, size: str, arguments: dict[str, Any], decoder_ratio: float | None
 ) -> StepSide:
     model = create_autoencoder(size, **arguments)
-    clips, (masks, predicted) = _clips(args, model.config.clip_shape), _masks(args, model.grid, decoder_ratio)
+    clips, (masks, predicted) = _clips(args, model.encoder.config.clip_shape), _masks(args, model.grid, decoder_ratio)
     visible = int(masks[0].sum())
     counted = model.multiply_adds(visible, None if predicted is None else int(predicted[0].sum()))
     moved = conv_stage_bytes(model.encoder, visible, DTYPES[args.precision])
@@ -221,7 +221,7 @@ def conv_stage_bytes(encoder: Encoder, visible: int, dtype: torch.dtype) -> int:
     packed = config.implementation == "packed"
     computed = visible if packed else prod(config.grid)
     for stage, blocks in enumerate(stages):
-        cells = computed * prod(config.cell_factors[stage]) ** 2
+        cells = computed * prod(config.later_strides[stage]) ** 2
         for block in blocks:
             width, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
             kt = config.temporal_kernel

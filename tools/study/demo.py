@@ -123,7 +123,9 @@ def measure_accuracy(run: Path) -> dict[str, float]:
 def draw_reconstructions(run: Path, data: Path, output: Path) -> dict[str, float]:
     """Draw some validation clips, masked and reconstructed; returns the errors on all of them."""
     model, config = load_autoencoder(run)
-    clips = read_middle_clips(read_list(data / "validation.txt", root=data), config, model.encoder.config.image_size)
+    clips = read_middle_clips(
+        read_list(data / "validation.txt", root=data), config, model.encoder.config.clip_shape[2:]
+    )
     result = reconstruct_clips(model, config, clips, draw_masks(model, config, len(clips)))
     some = slice(0, 36, 9)  # classes alternate, then photographs: four of each
     shown = reconstruct_clips(model, config, clips[some], result.visible[some])
@@ -142,7 +144,7 @@ def draw_predictions(run: Path, data: Path, picture: Path, shown: int = 8) -> No
         (best, second) = predictor(record.path, top=2)
         frames = predictor.pictures(record.path, predictor.middle)[0].permute(1, 2, 3, 0).numpy()
         strip = [Image.fromarray(frames[i]).resize((96, 96)) for i in (0, len(frames) // 2, len(frames) - 1)]
-        rows.append((strip, f"is: {predictor.name(record.label)}", best, second))
+        rows.append((strip, f"is: {predictor.name(record.label or 0)}", best, second))
     sheet = Image.new("RGB", (3 * 100 + 330, 100 * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for place, (strip, truth, best, second) in enumerate(rows):

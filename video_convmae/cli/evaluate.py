@@ -46,10 +46,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             raise ValueError(
                 f"{config.weights} was pretrained only: it has no classes (video-convmae finetune adds them)"
             )
+        num_classes = data.num_classes
         if config.list is not None:
             data = replace(data, validation=config.list)
         records = build.read_validation_records(data)
-        build.check_labels(records, data.num_classes, least=-1)
+        build.check_labels(records, num_classes, least=-1)
         settings = {"weights": digest, "records": records.digest(), "ema": config.ema}
         chunks = chunk_folder(folder, settings | {"data": to_plain(data), "protocol": to_plain(protocol)})
         if info.is_main:
@@ -57,7 +58,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         barrier()
         started = time.perf_counter()
         inference = build.build_inference(loaded.model, data, records, protocol, info)
-        evaluation = evaluate_list(inference, data.num_classes, chunks)
+        evaluation = evaluate_list(inference, num_classes, chunks)
         if not info.is_main:
             return evaluation.metrics()
         seconds = time.perf_counter() - started
@@ -72,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if config.plot and metrics["top1"] is not None:
             from video_convmae.visualize.accuracy import draw_classes, draw_confusion
 
-            names = [loaded.name(label) for label in range(data.num_classes)]
+            names = [loaded.name(label) for label in range(num_classes)]
             draw_confusion(evaluation, names, folder / "confusion.png")
             draw_classes(evaluation, names, folder / "classes.png")
         return metrics

@@ -1,3 +1,102 @@
-from video_convmae.prepare.lists import main
+"""Make a data list from a data set's own annotation and the folder that holds its files.
 
-__all__ = ["main"]
+    video-convmae make-list kinetics400 --annotation train.csv --root videos --out k400_train.txt
+    video-convmae make-list ssv2 --annotation train.json --root 20bn-something-something-v2 --out ssv2_train.txt
+    video-convmae make-list ucf101 --splits ucfTrainTestlist --part train --root UCF-101 --out ucf_train.txt
+    video-convmae make-list hmdb51 --splits testTrainMulti_7030_splits --part train --root hmdb51 --out hmdb_train.txt
+    video-convmae make-list folders --root my_videos --out mine.txt
+
+Writes the list (`path label`, paths relative to --root), its class names (train.txt -> train.labels.txt) and, if there
+are any, the names of annotated files that are not on the disk (train.missing.txt). Files are found by name anywhere
+under --root, so flat folders and class folders both work. No video is opened: check-videos does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from video_convmae.cli.parser import CommandLine
+from video_convmae.prepare import lists
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    args = _build_parser().parse_args(arguments)
+    tree = lists.scan_folder(args.root, args.kind)
+    match args.dataset:
+        case "kinetics400":
+            listing = lists.match_files(lists.read_kinetics400(args.annotation, args.labels), tree)
+        case "ssv2":
+            listing = lists.match_files(lists.read_ssv2(args.annotation, args.labels), tree)
+        case "ucf101":
+            listing = lists.match_files(lists.read_ucf101(args.splits, args.part, args.fold), tree)
+        case "hmdb51":
+            listing = lists.match_files(lists.read_hmdb51(args.splits, args.part, args.fold), tree)
+        case _:
+            listing = lists.list_folders(tree, args.part, args.validation_fraction, args.seed)
+    lists.write_listing(args.out, listing, args.kind)
+    print(_report(args.out, listing, tree))
+    return 0
+
+
+def _build_parser() -> CommandLine:
+    parser = CommandLine("make-list", __doc__)
+    datasets = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
+
+    def add(name: str, text: str) -> CommandLine:
+        dataset = datasets.add_parser(name, help=text, description=text)
+        dataset.set_defaults(kind="video")
+        dataset.add_argument("--root", type=Path, required=True, help="folder that holds the files, at any depth")
+        dataset.add_argument("--out", type=Path, required=True, help="list to write")
+        return dataset
+
+    for name, files, names in (
+        ("kinetics400", "CSV file of the split (train.csv, val.csv)", "one class a line"),
+        (
+            "ssv2",
+            "JSON file of the split (train.json, validation.json)",
+            "the official labels.json, or one class a line",
+        ),
+    ):
+        dataset = add(name, f"from the {files}")
+        dataset.add_argument("--annotation", type=Path, required=True, help=files)
+        dataset.add_argument("--labels", type=Path, help=f"class names: {names} (default: those shipped)")
+    for name, folder in (("ucf101", "ucfTrainTestlist"), ("hmdb51", "testTrainMulti_7030_splits")):
+        dataset = add(name, f"from the folder {folder}")
+        dataset.add_argument("--splits", type=Path, required=True, help=f"folder {folder}")
+        dataset.add_argument("--part", choices=("train", "test"), required=True, help="part to list")
+        dataset.add_argument("--fold", type=int, choices=(1, 2, 3), default=1, help="official split (default 1)")
+    dataset = add("folders", "from any tree with one folder a class")
+    dataset.add_argument(
+        "--format", dest="kind", choices=tuple(lists.SUFFIXES), default="video", help="kind of files (default video)"
+    )
+    dataset.add_argument(
+        "--part", choices=("all", "train", "validation"), default="all", help="part to list (default all)"
+    )
+    dataset.add_argument(
+        "--validation-fraction", type=float, default=0.0, help="share of each class that is not in train (default 0)"
+    )
+    dataset.add_argument("--seed", type=int, default=0, help="seed of the split (default 0)")
+    return parser
+
+
+def _report(out: Path, listing: lists.Listing, tree: lists.Tree) -> str:
+    """Return a message: the files that were listed, and those that were not."""
+    used = {label for _, label in listing.rows if label is not None}
+    lines = [f"{len(listing.rows):,} listed in {out}, of {len(used)} classes (names: {lists.labels_file(out)})"]
+    if used and len(used) < len(listing.labels):
+        lines.append(f"{len(listing.labels) - len(used)} of the {len(listing.labels)} classes have no video here")
+    if listing.missing:
+        names = f"their names: {lists.missing_file(out)}"
+        lines.append(f"{len(listing.missing):,} in the annotation are missing under {tree.root} ({names})")
+    else:
+        lines.append("0 missing")
+    lines.append(f"{listing.unlisted:,} files under {tree.root} were not listed")
+    if listing.repeated:
+        quoted = lists.quote_names(listing.repeated)
+        lines.append(f"{len(listing.repeated):,} exist more than once, the first was taken: {quoted}")
+    if tree.others:
+        others = ", ".join(f"{suffix} {count:,}" for suffix, count in tree.others.most_common(8))
+        lines.append(f"{sum(tree.others.values()):,} files of other kinds were skipped ({others})")
+    return "\n".join(lines)

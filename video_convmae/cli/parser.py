@@ -60,17 +60,16 @@ class CommandLine(argparse.ArgumentParser):
     """Parser of a command with options of its own: no abbreviations, and an error is one line.
 
     Args:
-        command: name after `video-convmae`.
+        command: name after `video-convmae`; empty for a subcommand, for which argparse passes `prog`.
         description: text of its help; line breaks are kept.
     """
 
-    def __init__(self, command: str, description: str | None = None, **options: Any) -> None:
+    def __init__(self, command: str = "", description: str | None = None, **options: Any) -> None:
         super().__init__(
-            prog=f"video-convmae {command}",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
-            **options,
+            **{"prog": f"video-convmae {command}", **options},
         )
 
     def error(self, message: str) -> NoReturn:

@@ -15,18 +15,16 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from video_convmae.cli.parser import CommandLine
+from video_convmae.errors import UserError
+
 if TYPE_CHECKING:
     from video_convmae.predictor import Prediction
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="video-convmae predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandLine("predict", __doc__)
     parser.add_argument("weights", help="run folder, a checkpoint of one (checkpoints/best), or a published classifier")
     parser.add_argument("files", nargs="+", help="videos, images, folders of frames")
     parser.add_argument("--labels", help="class names: kinetics400, something_something_v2, or a file whose line n "
@@ -41,12 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     from video_convmae.models.autoencoder import Autoencoder
     from video_convmae.predictor import load
 
-    try:
-        predictor = load(args.weights, labels=args.labels)
-    except (OSError, ValueError, ImportError) as error:
-        parser.error(str(error))
+    predictor = load(args.weights, labels=args.labels)
     if isinstance(predictor.model, Autoencoder):
-        parser.error(f"{args.weights} was pretrained only: it has no classes (video-convmae finetune adds them)")
+        raise UserError(f"{args.weights} was pretrained only: it has no classes (video-convmae finetune adds them)")
     failed = 0
     with init_distributed(args.device) as info:
         predictor.model.to(info.device)

@@ -9,20 +9,15 @@ original, and the caption says so.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from video_convmae.cli.parser import CommandLine
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the two files; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "video-convmae reconstruct",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return the exit status."""
+    parser = CommandLine("reconstruct", __doc__)
     parser.add_argument("weights", help="run folder (its newest checkpoint), checkpoint or model.safetensors of a run")
     parser.add_argument("videos", nargs="+", help="video files")
     parser.add_argument("--output", type=Path, required=True, help="folder for reconstruction.png and .mp4")
@@ -30,24 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the masks (default %(default)s)")
     args = parser.parse_args(arguments)
 
-    from video_convmae.data.decoding import DecodeError
     from video_convmae.data.records import Record
     from video_convmae.runs import load_autoencoder
     from video_convmae.visualize import reconstruct
 
-    try:
-        model, config = load_autoencoder(args.weights, args.ema)
-        records = [Record(path, format=config.data.format) for path in args.videos]
-        clips = reconstruct.read_middle_clips(records, config, model.encoder.config.image_size)
-        masks = reconstruct.draw_masks(model, config, len(clips), args.seed)
-        result = reconstruct.reconstruct_clips(model, config, clips, masks)
-        caption = reconstruct.write_caption(config, model)
-        args.output.mkdir(parents=True, exist_ok=True)
-        reconstruct.write_reconstruction_picture(result, args.output / "reconstruction.png", caption)
-        reconstruct.write_reconstruction_video(result, args.output / "reconstruction.mp4")
-    except (ImportError, OSError, ValueError, DecodeError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
+    model, config = load_autoencoder(args.weights, args.ema)
+    records = [Record(path, format=config.data.format) for path in args.videos]
+    clips = reconstruct.read_middle_clips(records, config, model.encoder.config.clip_shape[2:])
+    masks = reconstruct.draw_masks(model, config, len(clips), args.seed)
+    result = reconstruct.reconstruct_clips(model, config, clips, masks)
+    caption = reconstruct.write_caption(config, model)
+    args.output.mkdir(parents=True, exist_ok=True)
+    reconstruct.write_reconstruction_picture(result, args.output / "reconstruction.png", caption)
+    reconstruct.write_reconstruction_video(result, args.output / "reconstruction.mp4")
     print(caption)
     print(f"{args.output}/reconstruction.png and .mp4: {len(clips)} clips")
     return 0

@@ -10,20 +10,15 @@ of a class, less the mean over the tokens (red: more, blue: less).
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from video_convmae.cli.parser import CommandLine
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the picture; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "video-convmae show-features",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return the exit status."""
+    parser = CommandLine("show-features", __doc__)
     parser.add_argument("weights", help="run folder, checkpoint or model.safetensors of a run, or a published file")
     parser.add_argument("file", help="a video, an image or a folder of frames")
     parser.add_argument("--output", type=Path, required=True, help="the picture, a PNG file")
@@ -35,18 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--frames is {args.frames}; expected 1 or more")
 
     from video_convmae import predictor
-    from video_convmae.data.decoding import DecodeError
     from video_convmae.visualize.features import draw_feature_rows, find_label, write_feature_picture
 
-    try:
-        loaded = predictor.load(args.weights, labels=args.labels)
-        label = None if args.label is None else find_label(loaded, args.label)
-        pictures = loaded.pictures(args.file, loaded.middle)
-        rows, lines = draw_feature_rows(loaded, pictures, loaded.normalise(pictures), label)
-        lines = [f"{args.weights}, {args.file}", *lines]
-        write_feature_picture(rows, lines, args.output, loaded.model.encoder.config.tubelet, args.frames)
-    except (ImportError, OSError, ValueError, DecodeError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
+    loaded = predictor.load(args.weights, labels=args.labels)
+    label = None if args.label is None else find_label(loaded, args.label)
+    pictures = loaded.pictures(args.file, loaded.middle)
+    rows, lines = draw_feature_rows(loaded, pictures, loaded.normalise(pictures), label)
+    lines = [f"{args.weights}, {args.file}", *lines]
+    write_feature_picture(rows, lines, args.output, loaded.model.encoder.config.tubelet, args.frames)
     print(*lines, f"{args.output}: {len(rows)} rows", sep="\n")
     return 0

@@ -1,4 +1,4 @@
-"""List files: one record a line. This is the only reader of them.
+"""List files, one record a line; read nowhere else.
 
 Three formats, named by `data.format`; fields are split off from the right, so paths may hold spaces:
 
@@ -6,8 +6,8 @@ Three formats, named by `data.format`; fields are split off from the right, so p
     frames   folder count label  |  folder 0 count        (the last is VideoMAE V2's: no label)
     image    path label  |  path
 
-Empty lines and lines that begin with `#` are passed over. Relative paths are joined to `root`. In place of a list, a
-folder of class folders will do (ImageNet, as torchvision's ImageFolder reads it); classes are numbered by name.
+Empty lines and lines that begin with `#` are skipped. Relative paths are joined to `root`. In place of a list, a folder
+of class folders is accepted (ImageNet, as torchvision's ImageFolder reads it); classes are numbered by name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ from .options import IMAGE_SUFFIXES, ListFormat
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a list: where it lies, its class if the list says so, its frames if it is a folder of frames."""
+    """Row of a list.
+
+    Attributes:
+        path: file, folder of frames, or member of an archive (shards.py).
+        label: class; None where the list has none.
+        num_frames: number of frames of a folder; None: all pictures in it, or not a folder.
+        format: kind of record.
+    """
 
     path: str
     label: int | None = None
@@ -42,10 +49,19 @@ class ListError(UserError):
 
 
 class Records(Sequence[Record]):
-    """The records of one list, held as three arrays.
+    """Records of one list, held in arrays.
 
     A list of Python objects is copied page by page into every forked worker as reference counts change (about 400
     bytes a record: 100 MB a worker for Kinetics-400); arrays are shared, and cheap to pickle for spawned workers.
+
+    Args:
+        records: in the order of the list, all of one format.
+        format: their format.
+        lines: the line of each in its list file, counted from 0; None: no line was skipped.
+
+    Attributes:
+        labels: class of every record, int64; -1 where the list has none.
+        lines: line of every record in its list file, int64, counted from 0.
     """
 
     def __init__(
@@ -56,37 +72,29 @@ class Records(Sequence[Record]):
         self.format = format
         self._paths = np.frombuffer(b"".join(paths), dtype=np.uint8)
         self._ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
-        self._labels = _int_array([record.label for record in records])
+        self.labels = _int_array([record.label for record in records])
         self._num_frames = _int_array([record.num_frames for record in records])
-        self._lines = np.arange(len(records)) if lines is None else np.array(lines, dtype=np.int64)
+        self.lines = np.arange(len(records)) if lines is None else np.array(lines, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> Record:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of a list of {len(self)}")
-        index %= len(self)
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]  # nobody slices a list
+        count = len(self._ends)
+        if not -count <= index < count:
+            raise IndexError(f"record {index} was asked for; the list has {count}")
+        index %= count
         start = self._ends[index - 1] if index else 0
         path = os.fsdecode(self._paths[start : self._ends[index]].tobytes())
-        return Record(path, _none_if_absent(self._labels[index]), _none_if_absent(self._num_frames[index]), self.format)
+        label, frames = int(self.labels[index]), int(self._num_frames[index])
+        return Record(path, label if label >= 0 else None, frames if frames >= 0 else None, self.format)
 
     def digest(self) -> str:
-        """What identifies the list, whatever its file is called: sha256 of its records in their order."""
+        """Return the SHA-256 of the records in their order: the same for the same list under another file name."""
         digest = hashlib.sha256()
-        for array in (self._paths, self._ends, self._labels, self._num_frames):
+        for array in (self._paths, self._ends, self.labels, self._num_frames):
             digest.update(array.tobytes())
         return digest.hexdigest()
-
-    @property
-    def labels(self) -> np.ndarray:
-        """The class of every record, int64; -1 where the list gives none."""
-        return self._labels
-
-    @property
-    def lines(self) -> np.ndarray:
-        """The line of every record in its list file, int64, counted from 0; the index where none is passed over."""
-        return self._lines
 
 
 def read_list(path: str | Path, format: ListFormat = "video", root: str | Path = "") -> Records:
@@ -94,11 +102,11 @@ def read_list(path: str | Path, format: ListFormat = "video", root: str | Path =
 
     Args:
         path: the list, or a folder of class folders.
-        format: what its lines hold (see the head of this file).
-        root: folder that relative paths are joined to; empty: relative to the working directory.
+        format: format of its lines (see the head of this file).
+        root: folder that relative paths are joined to; empty: the working directory.
 
     Raises:
-        ListError: the list is missing or empty, or a line fits no form of its format (the message has its number).
+        ListError: the list is missing or empty, or a line does not match its format (the message has its number).
     """
     if format not in get_args(ListFormat):
         raise ListError(f"data.format is {format!r}; expected one of {', '.join(get_args(ListFormat))}")
@@ -124,7 +132,7 @@ def read_list(path: str | Path, format: ListFormat = "video", root: str | Path =
 
 
 def class_names(path: str | Path, root: str | Path = "", labels: str | Path | None = None) -> list[str] | None:
-    """The names of a list's classes, where something says them: class n is the n-th.
+    """Return the names of a list's classes, class n being the n-th; None if they are not known.
 
     Args:
         path: the list, or a folder of class folders, as in `read_list`.
@@ -156,7 +164,7 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _read_tree(folder: Path, format: ListFormat) -> Records:
-    """The files (for `frames`, the folders) one level down in each class folder, in the order of their names."""
+    """Return the files (for `frames`, the folders) one level down in each class folder, in the order of their names."""
     records = []
     for label, name in enumerate(_class_folders(folder)):
         entries = sorted(os.scandir(folder / name), key=lambda entry: entry.name)
@@ -170,7 +178,7 @@ def _read_tree(folder: Path, format: ListFormat) -> Records:
 
 
 def parse_line(line: str, format: ListFormat) -> Record:
-    """One line (not a comment) to a record, its path as written. Raises ValueError with what was expected."""
+    """Parse one line (not a comment) to a record, its path as written. Raises ValueError: what was expected."""
     head, numbers = _split_off_integers(line)
     if format == "frames":
         if len(numbers) < 2:
@@ -188,7 +196,7 @@ def parse_line(line: str, format: ListFormat) -> Record:
 
 
 def _split_off_integers(line: str) -> tuple[str, list[str]]:
-    """'a b.mp4  3' -> ('a b.mp4', ['3']): the integers at the end, and the path before them as written."""
+    """Split off the integers at the end; the path before them stays as written: 'a b.mp4  3' -> ('a b.mp4', ['3'])."""
     numbers: list[str] = []
     head = line
     while True:
@@ -200,7 +208,7 @@ def _split_off_integers(line: str) -> tuple[str, list[str]]:
 
 
 def _rejoin(head: str, numbers: list[str]) -> str:
-    """Integers that belong to the path after all: 'take 2 7' is the path 'take 2' and the label 7."""
+    """Put back integers that belong to the path: 'take 2 7' is the path 'take 2' and the label 7."""
     return " ".join([head, *numbers])
 
 
@@ -212,7 +220,3 @@ def _at_least(least: int, text: str, name: str) -> int:
 
 def _int_array(values: list[int | None]) -> np.ndarray:
     return np.array([-1 if value is None else value for value in values], dtype=np.int64)
-
-
-def _none_if_absent(value: np.integer) -> int | None:
-    return None if value < 0 else int(value)

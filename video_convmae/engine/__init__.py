@@ -1,1 +1,1 @@
-"""What makes a model learn: tasks, the loop, optimizers, checkpoints, logs, processes."""
+"""Training and inference: tasks, the loop, optimizers, checkpoints, logs, processes."""

@@ -222,7 +222,11 @@ class Saver:
     @cached_property
     def _group(self) -> dist.ProcessGroup | None:
         """Give the writing thread a group of its own, so that its messages do not mix with the training's."""
-        return dist.new_group(backend="gloo") if dist.is_initialized() else None
+        if not dist.is_initialized():
+            return None
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)  # this process is in it
+        return group
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Copy a state to host memory and write it as `folder/step_N` in the background.

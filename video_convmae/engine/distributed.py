@@ -142,7 +142,7 @@ def _agree_on_attempt(store: dist.Store, info: DistInfo, hang_timeout: float) ->
                 return store.check([request]) and store.get(request).startswith(mine.encode())
 
             _wait_until(has_asked, f"rank {rank}", hang_timeout)
-            store.set(f"rank {rank} is answered", store.get(request))
+            store.set(f"rank {rank} is answered", store.get(request).decode())
         return mine
     answer = f"rank {info.rank} is answered"
 

@@ -24,15 +24,12 @@ from torch import Tensor
 
 from video_convmae.data.datasets import BadRecord
 from video_convmae.data.records import Records
-from video_convmae.models.autoencoder import Autoencoder, FusedEncoder
+from video_convmae.models.autoencoder import FusedEncoder
 from video_convmae.models.classifier import Classifier
-from video_convmae.models.probe import Probe
 
 from .distributed import barrier
-from .inference import ChunkStore, ListInference, in_list_order
+from .inference import ChunkStore, ListInference, Model, in_list_order
 from .options import FeatureKind
-
-Model = Autoencoder | Classifier | Probe
 
 
 class FeatureTable(NamedTuple):

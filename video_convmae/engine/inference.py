@@ -20,17 +20,22 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from video_convmae.atomic import whole_lines
 from video_convmae.data.datasets import BadRecord, TestViewDataset
 from video_convmae.data.loader import Batch, iter_batches
+from video_convmae.models.autoencoder import Autoencoder
+from video_convmae.models.classifier import Classifier
+from video_convmae.models.probe import Probe
 
 from .distributed import DistInfo, all_gather_object
 from .options import ProtocolConfig
 from .tasks import Normalizer, autocast
 from .watchdog import heartbeat
+
+Model = Autoencoder | Classifier | Probe
 
 
 class ListResult(NamedTuple):
@@ -68,7 +73,7 @@ class ListInference:
     workers, start_method: loading processes of each of them.
     """
 
-    model: nn.Module
+    model: Model
     views: TestViewDataset
     normalizer: Normalizer
     protocol: ProtocolConfig

@@ -17,7 +17,7 @@ from video_convmae.data.loader import Batch
 from .distributed import DistInfo, all_gather_object, all_reduce_mean
 from .optim import Optimization
 
-Values = dict[str, float | int | None]
+Values = dict[str, Any]  # numbers by name; None where one is not finite or not measured
 
 
 class StepMetrics:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .parallel import full_tensor
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -51,8 +49,10 @@ class Optimization:
         """Scale the gradients down to `clip_grad`; return their total norm before that, left on its device."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.clip_grad is not None:
-            return full_tensor(nn.utils.clip_grad_norm_(parameters, self.clip_grad))
-        return full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+            norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients: a DTensor
 
 
 def parameter_groups(

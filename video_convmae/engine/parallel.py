@@ -67,7 +67,7 @@ def parallelize(
     for block in blocks:
         if isinstance(block, RECOMPUTED[activation_checkpointing]):
             # The method is wrapped, not the module: a wrapping module would change the parameters' names.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
         if compile:
             block.compile()
     if info.world_size == 1:
@@ -77,7 +77,8 @@ def parallelize(
         policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if compress_gradients else None)
         for block in blocks:
             fully_shard(block, mp_policy=policy)
-        return fully_shard(model, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        return model
     replica = DistributedDataParallel(
         model,
         device_ids=[info.device] if info.device.type == "cuda" else None,
@@ -103,6 +104,10 @@ class SyncedBatchNorm(nn.BatchNorm1d):
             return super().forward(x)
         if x.requires_grad or self.affine:
             raise RuntimeError("SyncedBatchNorm has no backward pass; expected the features of a frozen encoder")
+        assert isinstance(self.running_mean, Tensor)
+        assert isinstance(self.running_var, Tensor)
+        assert isinstance(self.num_batches_tracked, Tensor)
+        assert isinstance(self.momentum, float)
         x = x.float()
         count = len(x) * dist.get_world_size()
         mean = all_reduce_mean(x.mean(dim=0))

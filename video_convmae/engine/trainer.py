@@ -218,7 +218,7 @@ class Trainer:
             Trace(self.folder, self.info.rank, self.log_config.trace) as self.trace,
             contextlib.closing(self.batches(state.step)) as batches,
         ):
-            self._train(batches)
+            self._train(batches, keep_every)
             self.saver.wait()
             if state.step == self.steps:
                 self._publish()
@@ -229,7 +229,7 @@ class Trainer:
             print(final_checkpoints(self.folder), flush=True)
         return state.step
 
-    def _train(self, batches: Iterator[Batch]) -> None:
+    def _train(self, batches: Iterator[Batch], keep_every: int | None) -> None:
         """Step until the schedule ends or a signal stops the run; log, save and validate between steps."""
         state, save_every = self.state, self._epochs_to_steps(self.train.save_every)
         validator = None
@@ -254,7 +254,7 @@ class Trainer:
                 self.trace.profiler.step()
             validates = validator is not None and validator.is_due(state.step)
             saves = validates or state.step % save_every == 0 or state.step == self.steps
-            saves = saves or self.saver.is_kept(state.step)
+            saves = saves or (keep_every is not None and state.step % keep_every == 0)
             if saves or state.step % self.train.log_every == 0:
                 self._log_step(saves)
                 if validator is not None and validates:
@@ -291,7 +291,8 @@ class Trainer:
             norm = self.optimization.clip_gradients()
             fused = optimizer.defaults.get("fused", False)
             if fused and not scaler.is_enabled():
-                optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+                optimizer.grad_scale = None  # type: ignore[attr-defined]  # both are how GradScaler speaks to it
+                optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
             if fused or scaler.is_enabled() or norm.isfinite():
                 scaler.step(optimizer)
             scaler.update()
@@ -312,7 +313,8 @@ class Trainer:
             LoaderError, DecodeError, CheckpointError: some process has met it.
         """
         heartbeat(f"waiting for the data of step {self.state.step + 1}")
-        batch, error = None, self.saver.error
+        batch: Batch | None = None
+        error: Exception | None = self.saver.error
         stops = may_stop and self.stop_signal.received is not None
         if error is None and not stops:
             started = time.perf_counter()
@@ -328,6 +330,7 @@ class Trainer:
             self._fail(error)
         if worst == 1:
             raise StopRequested
+        assert batch is not None  # no process has met an error
         return batch
 
     def _fail(self, error: Exception | None) -> NoReturn:

@@ -1,5 +1,6 @@
-"""Kernels, each beside its plain PyTorch reference. `models` calls what is named here and knows nothing of Triton."""
+"""Kernels, each beside its plain PyTorch reference. `models` calls the names below and knows nothing of Triton."""
 
-from .depthwise import Neighbours, find_neighbours, masked_depthwise
+from .depthwise import masked_depthwise
+from .neighbours import Neighbours, find_neighbours
 
 __all__ = ["Neighbours", "find_neighbours", "masked_depthwise"]

@@ -1,101 +1,44 @@
-"""The masked depthwise convolution over packed cells, without the dense grid.
+"""The masked depthwise convolution over packed cells, without the dense grid: operator, autograd, PyTorch passes.
 
-Letters: M packed tokens of a batch (n visible ones of each of B clips, or all N); S cells along a token's side, so S²
-cells a token; C channels; kt kh kw the kernel; r tokens that the kernel reaches beyond a token, ceil((kh // 2) / S).
+Letters: B clips, n visible tokens of a clip, M = B*n packed tokens of a batch (n, or all N); S cells along a token's
+side, so S² cells a token; C channels; kt kh kw the kernel.
 
 Features lie as `(M, S², C)`, cells in the nested order of models/packing.py. A cell reads its neighbours in its own
-token and in the tokens around it, wherever those lie in the pack; hidden and outside cells count as zeros and are never
-read. One table of tokens, `Neighbours`, says who lies where. It is built once a batch and shared by a stage's blocks.
+token and in the tokens around it, wherever those lie in the pack (neighbours.py has the table); hidden and outside
+cells count as zeros and are never read.
 
-There are three passes: `convolve`; the input gradient, which is `convolve` of the output's gradient under the kernel
-turned by 180 degrees, for a cell is its neighbour's neighbour; and `weight_gradient`. tiles.py computes them in
-PyTorch, triton_depthwise.py in Triton; `passes_for` chooses, and nothing else does. With every token in the pack this
-is the ordinary convolution of finetuning, and the same passes serve it.
+There are three passes: the convolution; the input gradient, which is the convolution of the output's gradient under the
+kernel turned by 180 degrees, for a cell is its neighbour's neighbour; and the weight gradient. Triton computes them
+where it runs (triton_depthwise.py), PyTorch elsewhere: every token with the cells around it, its halo, becomes one
+small padded tile. With every token in the pack this is the ordinary convolution of finetuning, by the same passes.
+
+A tile holds S + kh - 1 by S + kw - 1 cells, at S = 4 and 5x5 four times the token. That is gathered for each kernel
+frame, and a convolution without padding leaves the token's own S x S cells. Compared with writing the pack into a dense
+grid, a tenth of the tokens costs four tenths of the grid's traffic, and nothing is filled with zeros first.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import tiles
+from .neighbours import Neighbours
 
 try:
     from . import triton_depthwise
 except ImportError:  # no Triton: not on this platform, or not installed
-    triton_depthwise = None
+    triton_depthwise = None  # type: ignore[assignment]  # a module or None
 
-Kernel = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """Which token of the pack lies where around each token of the pack.
-
-    tokens: `(M, kt, 2r + 1, 2r + 1)` int32, the packed token at each offset; M where there is none.
-    order: `(S, S)` int32, the place of row, column in a token's stored cells.
-    kernel: (kt, kh, kw), odd.
-    """
-
-    tokens: Tensor
-    order: Tensor
-    kernel: Kernel
-
-    @property
-    def side(self) -> int:
-        """S."""
-        return self.order.shape[0]
-
-    @property
-    def reach(self) -> int:
-        """r."""
-        return self.tokens.shape[-1] // 2
-
-    def stored(self) -> Tensor:
-        """`(S²)` int32: where each stored cell lies in its token, row by row; the inverse of `order`."""
-        return self.order.flatten().argsort().int()
-
-    def rows(self) -> Tensor:
-        """`(kt, M, S + kh - 1, S + kw - 1)` int32: each token's cells and those around it, as rows of the pack
-        flattened to `(M S², C)` with one token of zeros behind it."""
-        cells, device = self.side * self.side, self.order.device
-        of_axis = [torch.arange(-(size // 2), self.side + size // 2, device=device) for size in self.kernel[1:]]
-        token = [axis.div(self.side, rounding_mode="floor") + self.reach for axis in of_axis]
-        within = [axis % self.side for axis in of_axis]
-        cell = self.order[within[0][:, None], within[1]]
-        return self.tokens[:, :, token[0][:, None], token[1]].transpose(0, 1) * cells + cell
-
-
-def find_neighbours(keep: Tensor, grid: Kernel, order: Tensor, kernel: Kernel) -> Neighbours:
-    """Write each token's number into a grid with a border, then read the window around each token.
-
-    Args:
-        keep: `(B, n)` positions of the packed tokens in their clip's grid.
-        grid: (t, h, w), the token grid.
-        order: `(S, S)`, see `Neighbours`.
-        kernel: (kt, kh, kw), odd.
-    """
-    (batch, n), (t, h, w), device = keep.shape, grid, keep.device
-    reach = math.ceil(max(kernel[1:]) // 2 / order.shape[0])
-    kt, across, count = kernel[0], 2 * reach + 1, batch * n
-    h_, w_ = h + across - 1, w + across - 1
-    clip_size = (t + kt - 1) * h_ * w_
-    clip = torch.arange(batch, device=device)[:, None] * clip_size
-    corner = clip + keep // (h * w) * (h_ * w_) + keep // w % h * w_ + keep % w  # the window's first position
-    offsets = _positions((kt, across, across), (h_ * w_, w_, 1), device)
-    centre = (kt // 2 * h_ + reach) * w_ + reach
-    numbers = torch.full((batch * clip_size,), count, dtype=torch.int32, device=device)
-    numbers[(corner + centre).flatten()] = torch.arange(count, dtype=torch.int32, device=device)
-    return Neighbours(numbers[corner.view(-1, 1, 1, 1) + offsets], order.int(), kernel)
+# Bytes of the tiles made at once. Above 32 MB glibc maps fresh pages for every tensor: gathering 63 MB took 40 ms,
+# three times 21 MB took 4 ms.
+CHUNK = 2**23
 
 
 def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Neighbours) -> Tensor:
-    """The depthwise convolution of the visible cells, with zeros where a token is hidden.
+    """Convolve the visible cells depthwise, with zeros where a token is hidden.
 
     Args:
         x: `(B, n, S², C)` features of the packed tokens.
@@ -109,7 +52,7 @@ def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Neighb
     Raises:
         ValueError: `x`, `weight` and the table do not belong together.
     """
-    expected = (len(neighbours.tokens), neighbours.side**2)
+    expected = (len(neighbours.tokens), neighbours.order.numel())
     if x.ndim != 4 or (x.shape[0] * x.shape[1], x.shape[2]) != expected:
         raise ValueError(f"x is {tuple(x.shape)}; expected (B, n, S², C) with B n = {expected[0]}, S² = {expected[1]}")
     if tuple(weight.shape) != (x.shape[3], 1, *neighbours.kernel):
@@ -129,9 +72,30 @@ def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Neighb
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor tokens, Tensor order) -> Tensor",
 )
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, order: Tensor) -> Tensor:
-    """`(M, S², C)` -> the same."""
+    """Convolve `(M, S², C)`; return the same shape and dtype.
+
+    The bias joins the middle frame's taps, as on the dense grid: then packed and dense sum in one order, and their
+    float32 tokens have the same bits.
+    """
     kt, kh, kw = weight.shape[2:]
-    return passes_for(x).convolve(x, weight, bias, Neighbours(tokens, order, (kt, kh, kw))).contiguous()
+    neighbours = Neighbours(tokens, order, (kt, kh, kw))
+    if uses_triton(x):
+        return triton_depthwise.convolve(x, weight, bias, neighbours).contiguous()
+    channels = x.shape[2]
+    padded = F.pad(x.reshape(-1, channels), (0, 0, 0, x.shape[1]))  # hidden neighbours read the zeros at the end
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    sum_dtype = torch.promote_types(x.dtype, torch.float32)
+    rows, stored = neighbours.halo_rows(), neighbours.stored()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for part in _chunks(x, rows):
+        total = None
+        for dt, of_tile in enumerate(rows[:, part]):
+            tile = padded.index_select(0, of_tile.flatten()).view(*of_tile.shape, channels).permute(0, 3, 1, 2)
+            y = F.conv2d(tile, weight[:, :, dt], bias if dt == kt // 2 else None, groups=channels)  # (M, C, S, S)
+            total = y.to(sum_dtype) if total is None else total.add_(y)
+        assert total is not None  # kt is 1 at least
+        out[part] = total.permute(0, 2, 3, 1).flatten(1, 2)[:, stored].to(x.dtype)
+    return out
 
 
 @torch.library.custom_op(
@@ -140,9 +104,38 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, or
     schema="(Tensor x, Tensor gradient, Tensor tokens, Tensor order, int[3] kernel) -> Tensor",
 )
 def _weight_gradient(x: Tensor, gradient: Tensor, tokens: Tensor, order: Tensor, kernel: list[int]) -> Tensor:
-    """`x` and the output's gradient, `(M, S², C)` -> `(C, 1, kt, kh, kw)`, float32 at least."""
+    """Return the weight's gradient `(C, 1, kt, kh, kw)`, float32 at least, of `x` and the output's, `(M, S², C)`.
+
+    One matrix product a channel, `(S², M) x (M, halo cells)`, gives for each cell i, j of a token and each cell a, b of
+    its halo the sum over the tokens of gradient times input. A tap dy, dx pairs i, j with a, b = i + dy, j + dx. With
+    S = 2 and a kernel of 3 x 3 there are 4 x 16 products; among the 16 of a cell i, j the nine of its taps are the
+    3 x 3 box with its corner at a, b = i, j, and the weight's gradient is the sum of the four boxes.
+
+    oneDNN's own takes 0.52 s for one 5x5 tap frame of 16x56x56x256 float32 (one Xeon core), which was 35% of the whole
+    step; this one over the visible tenth takes a hundredth of that.
+    """
     kt, kh, kw = kernel
-    return passes_for(x).weight_gradient(x, gradient, Neighbours(tokens, order, (kt, kh, kw))).contiguous()
+    neighbours = Neighbours(tokens, order, (kt, kh, kw))
+    if uses_triton(x):
+        return triton_depthwise.weight_gradient(x, gradient, neighbours).contiguous()
+    (_, cells, channels), side = x.shape, order.shape[0]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    padded = F.pad(x.to(dtype).reshape(-1, channels).t(), (0, cells))  # (C, (M + 1) S²)
+    by_row = order.flatten()  # the gradient's cells in order of rows and columns
+    gradient = gradient.to(dtype)[:, by_row].permute(2, 1, 0).contiguous()  # (C, S², M)
+    rows = neighbours.halo_rows()
+    halo = rows[0, 0].numel()
+    products = padded.new_zeros(kt, channels, cells, halo)
+    for part in _chunks(x, rows):
+        for dt, of_tile in enumerate(rows[:, part]):
+            tile = padded.index_select(1, of_tile.flatten()).view(channels, -1, halo)
+            products[dt].baddbmm_(gradient[:, :, part], tile)
+    products = products.view(kt, channels, side, side, side + kh - 1, side + kw - 1)
+    taps = products.new_zeros(kt, channels, kh, kw)
+    for i in range(side):
+        for j in range(side):
+            taps += products[:, :, i, j, i : i + kh, j : j + kw]
+    return taps.transpose(0, 1)[:, None].contiguous()
 
 
 @_convolve.register_fake
@@ -155,13 +148,13 @@ def _(x: Tensor, gradient: Tensor, tokens: Tensor, order: Tensor, kernel: list[i
     return x.new_empty(x.shape[2], 1, *kernel, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _keep(ctx, inputs: tuple, output: Tensor) -> None:
+def _save_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
     x, weight, _, tokens, order = inputs
     ctx.save_for_backward(x, weight, tokens, order)
 
 
 def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """The backward pass gathers again what it needs, so that of the features only `x` is kept."""
+    """Compute the gradients; the tiles are gathered again, so that of the features only `x` is kept."""
     x, weight, tokens, order = ctx.saved_tensors
     gradient = gradient.contiguous()
     of_x = of_weight = of_bias = None
@@ -174,24 +167,24 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return of_x, of_weight, of_bias, None, None
 
 
-_convolve.register_autograd(_backward, setup_context=_keep)
+_convolve.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def passes_for(x: Tensor) -> ModuleType:
-    """Triton where it runs, PyTorch elsewhere: the one place that chooses."""
-    if triton_depthwise is not None and triton_depthwise.runs(x):
-        return triton_depthwise
-    return tiles
+def uses_triton(x: Tensor) -> bool:
+    """Return True where the Triton kernels take `x`: on CUDA, or anywhere under TRITON_INTERPRET=1; not in float64."""
+    if triton_depthwise is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    return x.is_cuda or triton_depthwise.INTERPRETED
 
 
 def depthwise_reference(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Neighbours) -> Tensor:
-    """What `masked_depthwise` is tested against: one gather and one product a tap, gradients by autograd."""
+    """Compute `masked_depthwise` for tests: one gather and one product a tap, gradients by autograd."""
     batch, n, cells, channels = x.shape
     kt, kh, kw = neighbours.kernel
-    side = neighbours.side
+    side = neighbours.order.shape[0]
     padded = F.pad(x.reshape(-1, channels), (0, 0, 0, cells))
     total = bias.expand(batch * n, side, side, channels)
-    rows = neighbours.rows()
+    rows = neighbours.halo_rows()
     for dt in range(kt):
         halo = padded[rows[dt]]  # (M, S + kh - 1, S + kw - 1, C)
         for dy in range(kh):
@@ -200,7 +193,8 @@ def depthwise_reference(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Nei
     return total.flatten(1, 2)[:, neighbours.stored()].view(x.shape)
 
 
-def _positions(shape: Kernel, strides: Kernel, device: torch.device) -> Tensor:
-    """Flat positions of a box of that shape in a grid with these strides."""
-    first, second, third = (torch.arange(size, device=device) * stride for size, stride in zip(shape, strides))
-    return first[:, None, None] + second[:, None] + third
+def _chunks(x: Tensor, rows: Tensor) -> Iterator[slice]:
+    """Cut the tokens into parts whose tiles take up to `CHUNK` bytes."""
+    size = max(1, CHUNK // (rows[0, 0].numel() * x.shape[2] * x.element_size()))
+    for start in range(0, len(x), size):
+        yield slice(start, min(start + size, len(x)))

@@ -1,7 +1,9 @@
 """The passes of depthwise.py as Triton kernels: all taps in one pass, sums in float32, hidden tokens never read.
 
+Letters: M packed tokens; S cells along a token's side; C channels; kt kh kw the kernel; r tokens it reaches beyond one.
+
 Layout: features `(M, S², C)`, channels innermost, cells in nested order; neighbours `(M, kt, 2r + 1, 2r + 1)` int32,
-which fit into the first-level cache beside the features (a program reads one token's window). Weights come as
+which fit into the first-level cache beside the features (a program reads one token's box). Weights come as
 `(taps, C)`, so that a tap's channels lie side by side.
 
 `convolve`, and with it the input gradient. Tile: one token's S² cells (rounded up to a power of two) by up to 128
@@ -19,15 +21,13 @@ Unchecked on a GPU so far: tested on the CPU with TRITON_INTERPRET=1, and compil
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .depthwise import Neighbours
+from .neighbours import Neighbours
 
 CHANNELS, WARPS = 128, 4  # of a tile of `convolve`
 # Of the weight gradient: one warp, so that the sum over a token's cells needs no barrier.
@@ -36,13 +36,8 @@ PARTS = 128  # into which it cuts the tokens
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def runs(x: Tensor) -> bool:
-    """Whether the kernels take this tensor: on CUDA, or anywhere under TRITON_INTERPRET=1; not in float64."""
-    return (x.is_cuda or INTERPRETED) and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-
-
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Neighbours) -> Tensor:
-    """`(M, S², C)`, `(C, 1, kt, kh, kw)`, `(C)` -> `(M, S², C)`."""
+    """Convolve `(M, S², C)` by `(C, 1, kt, kh, kw)` and add `(C)`; return `(M, S², C)`."""
     (count, _, channels) = x.shape
     x, taps = x.contiguous(), weight.flatten(1).t().contiguous()  # (taps, C)
     out = torch.empty_like(x)
@@ -67,7 +62,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Neighbo
 
 
 def weight_gradient(x: Tensor, gradient: Tensor, neighbours: Neighbours) -> Tensor:
-    """`x` and the output's gradient, `(M, S², C)` -> `(C, 1, kt, kh, kw)` float32."""
+    """Return the weight's gradient `(C, 1, kt, kh, kw)` float32 of `x` and the output's gradient, `(M, S², C)`."""
     (count, _, channels) = x.shape
     kt, kh, kw = neighbours.kernel
     per_part = triton.cdiv(count, PARTS)
@@ -94,12 +89,12 @@ def weight_gradient(x: Tensor, gradient: Tensor, neighbours: Neighbours) -> Tens
 
 
 def _shape(neighbours: Neighbours) -> dict[str, int]:
-    """What the kernels are compiled for."""
+    """Return the constants that the kernels are compiled with."""
     kt, kh, kw = neighbours.kernel
     return {
-        "SIDE": neighbours.side,
-        "CELLS": triton.next_power_of_2(neighbours.side**2),
-        "REACH": neighbours.reach,
+        "SIDE": neighbours.order.shape[0],
+        "CELLS": triton.next_power_of_2(neighbours.order.numel()),
+        "REACH": neighbours.tokens.shape[-1] // 2,
         "KT": kt,
         "KH": kh,
         "KW": kw,
@@ -109,9 +104,9 @@ def _shape(neighbours: Neighbours) -> dict[str, int]:
 @triton.jit
 def _read(x, tokens, order, token, row, column, here, channel, inside, count, channels, dt, dy, dx,
           SIDE: tl.constexpr, REACH: tl.constexpr, KT: tl.constexpr):  # fmt: skip
-    """The cells `(dy, dx)` away in frame `dt` of the kernel: `(CELLS, CHANNELS)` float32, zero where hidden."""
+    """Load the cells `(dy, dx)` away in frame `dt` of the kernel: `(CELLS, CHANNELS)` float32, zero where hidden."""
     ACROSS: tl.constexpr = 2 * REACH + 1
-    y = row + dy + REACH * SIDE  # from the first row of the window of tokens: never negative
+    y = row + dy + REACH * SIDE  # from the first row of the box of tokens: never negative
     x_ = column + dx + REACH * SIDE
     place = ((token * KT + dt) * ACROSS + y // SIDE) * ACROSS + x_ // SIDE
     neighbour = tl.load(tokens + place, mask=here, other=count)

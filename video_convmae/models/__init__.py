@@ -1,1 +1,1 @@
-"""The encoder, and the two models that stand on it: the autoencoder and the classifier."""
+"""The encoder and the models built on it: autoencoder, classifier, probe. sizes.py has their options, without torch."""

@@ -1,33 +1,32 @@
 """The masked autoencoder: encoder, multi-scale fusion, decoder, target.
 
-Letters: B clips, N tokens, n visible tokens of a clip, D width of a token, P pixels along a token's side; pixels of a
-token run over (pt, ph, pw, c).
+Letters: B clips; t h w the token grid, N = t*h*w; n visible and k predicted tokens of a clip; D width of a token; P
+pixels along a token's side. Pixels of a token run over (pt, ph, pw, c).
 """
 
 from __future__ import annotations
 
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import positions
-from .blocks import AttentionBlock, block_multiply_adds
+from .blocks import AttentionBlock, multiply_adds
 from .encoder import Encoder, Features, init_as_convolution, init_as_transformer
-from .packing import Packing, put_patches, split_tokens, take_patches, take_tokens
-from .sizes import AutoencoderConfig, EncoderConfig, Implementation, build_options
+from .packing import Packing, put_patches, take_patches, take_tokens
+from .sizes import AutoencoderConfig, EncoderConfig, Target, apply_overrides
 
 
 class AutoencoderOutput(NamedTuple):
-    """Output of a training step.
+    """Result of a forward pass.
 
-    Attributes:
-        loss: scalar float32, mean squared error over the predicted patches: the hidden ones, or a part of them.
-        prediction, target: `(B, k, pixels of a token)` at the k predicted tokens in ascending order; N - n unless the
-            caller names fewer.
-        tokens: `(B, n, D)`, visible tokens in ascending order, after fusion and the final norm.
+    loss: scalar, float32 at least: mean squared error over the predicted patches.
+    prediction, target: `(B, k, pixels of a token)`, the predicted tokens in ascending order: all hidden ones,
+        k = N - n, unless `predicted` was given.
+    tokens: `(B, n, D)`, visible tokens in ascending order, after fusion and the final norm.
     """
 
     loss: Tensor
@@ -37,18 +36,17 @@ class AutoencoderOutput(NamedTuple):
 
 
 class Fusion(nn.Module):
-    """The multi-scale decoder (MSD): add the convolutional stages to the tokens before the final norm.
+    """Multi-scale decoder (MSD): add the outputs of stages 1 and 2 to the tokens before the final norm.
 
-    Each stage's output goes through a convolution with kernel = stride = the token, to the token's width (ConvMAE's
-    `stage1_output_decode`, `stage2_output_decode`). A plain ViT has nothing to fuse.
+    Each convolutional stage's output goes through a convolution with kernel = stride = the token, to the token's width
+    (ConvMAE's `stage1_output_decode`, `stage2_output_decode`). A plain ViT has nothing to fuse.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        *conv_widths, width = config.widths
+        *widths, width = config.widths
         self.joints = nn.ModuleList(
-            nn.Linear(channels * prod(config.cell_factors[stage]) ** 2, width)
-            for stage, channels in enumerate(conv_widths)
+            nn.Linear(channels * prod(later) ** 2, width) for channels, later in zip(widths, config.later_strides)
         )
 
     def forward(self, features: Features, packing: Packing) -> Tensor:
@@ -60,11 +58,13 @@ class Fusion(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Attention over visible tokens and mask tokens, each with its position, to the pixels of the predicted tokens.
+    """Visible tokens and mask tokens, each with its position, through attention to pixels of the predicted tokens.
 
-    With decoder masking, mask tokens stand only at the predicted positions and attention sees fewer of them: the
-    predictions are not those of the whole decoder at the same places.
+    With decoder masking (VideoMAE V2) mask tokens stand at the predicted positions alone, so attention sees fewer of
+    them: the predictions differ from those of the whole decoder at the same places.
     """
+
+    positions: Tensor  # (1, N, decoder width), a buffer
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -79,43 +79,43 @@ class Decoder(nn.Module):
         self.prediction = nn.Linear(width, config.tubelet * config.patch**2 * config.channels)
 
     def init_weights(self) -> None:
-        """Initialise as in MAE: Xavier, the mask token normal with deviation 0.02; recompute the position table."""
+        """Initialise as MAE: Xavier, the mask token normal with deviation 0.02; recompute the position table."""
         init_as_transformer(self)
         nn.init.normal_(self.mask_token, std=0.02)
         with torch.no_grad():
             table = positions.TABLES[self.config.position_table]
             self.positions.copy_(table(self.config.grid, self.mask_token.numel()))
 
-    def forward(self, tokens: Tensor, packing: Packing, predicted: Tensor) -> Tensor:
-        """Visible tokens `(B, n, D)` -> pixels of the tokens at `predicted (B, k)`, `(B, k, pixels)`.
+    def forward(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """Map visible tokens `(B, n, D)` to pixels of the predicted ones, `(B, k, pixels)`.
 
-        Attention is invariant to the order of its tokens, so the predicted ones simply follow the visible ones.
+        Attention is equivariant to the order of its tokens, so mask tokens simply follow the visible ones.
         """
         table = self.positions.expand(packing.batch, -1, -1)
         shown = self.embedding(tokens) + take_tokens(table, packing.keep)
-        hidden = self.mask_token + take_tokens(table, predicted)
-        x = torch.cat([shown, hidden.to(shown.dtype)], dim=1)
+        masked = self.mask_token + take_tokens(table, packing.predicted)
+        x = torch.cat([shown, masked.to(shown.dtype)], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.prediction(self.norm(x[:, tokens.shape[1] :]))
 
     def multiply_adds(self, visible: int, predicted: int) -> int:
-        """Count the multiply-adds of one clip."""
-        linear = visible * self.embedding.weight.numel() + predicted * self.prediction.weight.numel()
-        return linear + sum(block_multiply_adds(block, visible + predicted) for block in self.blocks)
+        """Return the multiply-adds of one clip."""
+        linear = multiply_adds(self.embedding, visible) + multiply_adds(self.prediction, predicted)
+        return linear + multiply_adds(self.blocks, visible + predicted)
 
 
 class FusedEncoder(nn.Module):
-    """Encoder, fusion and the norm over tokens: the part of an autoencoder that features are read from.
+    """Encoder, fusion and the norm over tokens.
 
-    The three were trained together, so features are read after all of them.
+    The three are trained together in pretraining, so features are read after all of them.
 
     Args:
-        config: options of the encoder.
-        msd: with the multi-scale fusion.
+        config: encoder options.
+        msd: build the multi-scale fusion.
     """
 
-    def __init__(self, config: EncoderConfig, msd: bool = True) -> None:
+    def __init__(self, config: EncoderConfig, msd: bool) -> None:
         super().__init__()
         self.encoder = Encoder(config)
         self.fusion = Fusion(config) if msd else None
@@ -123,11 +123,11 @@ class FusedEncoder(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """The token grid (t, h, w)."""
+        """Token grid (t, h, w)."""
         return self.encoder.config.grid
 
     def encode(self, clips: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return features `(B, n, D)` after fusion and final norm; `visible` None = all visible."""
+        """Return features `(B, n, D)` after fusion and final norm; `None` = all visible."""
         return self._encode(clips, self.encoder.packing(clips, visible))
 
     def _encode(self, clips: Tensor, packing: Packing) -> Tensor:
@@ -137,16 +137,15 @@ class FusedEncoder(nn.Module):
 
 
 class Autoencoder(FusedEncoder):
-    """A masked autoencoder over clips; an image is a clip of one frame.
+    """Masked autoencoder over clips; an image is a clip of one frame.
 
     Args:
-        config: options of encoder, fusion, decoder and target.
+        config: encoder, decoder and target.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__(config, config.msd)
-        self.config = config
-        self.target = config.target
+        self.target = cast(Target, config.target)  # "auto" is resolved
         self.decoder = Decoder(config)
         self.init_weights()
 
@@ -164,64 +163,58 @@ class Autoencoder(FusedEncoder):
         Args:
             clips: `(B, C, T, H, W)` float, normalised as the data is.
             visible: `(B, t, h, w)` bool, equally many True for every clip. Best left on the CPU: see `Packing`.
-            predicted: `(B, t, h, w)` bool, the hidden tokens to predict, equally many for every clip; None: all.
+            predicted: `(B, t, h, w)` bool, the hidden tokens to predict, equally many for every clip (see
+                `masking.running_cell`); `None` = all hidden.
 
         Raises:
-            ValueError: wrong shapes, unequal counts, nothing hidden, or a visible token that is predicted.
+            ValueError: wrong shapes, unequal counts, nothing hidden, or a predicted token that is visible.
         """
-        packing = self.encoder.packing(clips, visible)
+        packing = self.encoder.packing(clips, visible, predicted)
         if packing.hidden.shape[1] == 0:
             raise ValueError("nothing is hidden, so there is nothing to predict; encode() takes whole clips")
-        index = packing.hidden
-        if predicted is not None:
-            if predicted.shape != visible.shape or bool((predicted & visible).any()):
-                raise ValueError(
-                    f"predicted is {tuple(predicted.shape)}; expected hidden tokens only, in the shape of visible, "
-                    f"{tuple(visible.shape)}"
-                )
-            index = split_tokens(predicted)[0].to(packing.hidden.device, non_blocking=True)
         tokens = self._encode(clips, packing)
-        prediction = self.decoder(tokens, packing, index)
-        target = patch_target(take_patches(clips, self.config.tubelet, self.config.patch, index), self.target)
-        dtype = torch.promote_types(target.dtype, torch.float32)  # at least float32, whatever autocast did
+        prediction = self.decoder(tokens, packing)
+        config = self.encoder.config
+        target = patch_target(take_patches(clips, config.tubelet, config.patch, packing.predicted), self.target)
+        dtype = torch.promote_types(target.dtype, torch.float32)  # float32 at least, under autocast too
         loss = F.mse_loss(prediction.to(dtype), target.to(dtype))
         return AutoencoderOutput(loss, prediction, target, tokens)
 
     @torch.no_grad()
     def reconstruct(self, clips: Tensor, visible: Tensor) -> Tensor:
-        """Return clips `(B, C, T, H, W)` in which every hidden patch is the model's prediction.
+        """Return the clips `(B, C, T, H, W)` with every hidden patch replaced by the model's prediction.
 
         With a normalised target the model predicts no patch mean or variance: those of the original are put back, and
         a caption of the result must say so.
         """
         packing = self.encoder.packing(clips, visible)
-        prediction = self.decoder(self._encode(clips, packing), packing, packing.hidden)
-        everything = torch.arange(prod(self.grid), device=clips.device).expand(len(clips), -1)
-        patches = take_patches(clips, self.config.tubelet, self.config.patch, everything)
+        prediction = self.decoder(self._encode(clips, packing), packing)
+        config = self.encoder.config
+        everything = torch.arange(prod(config.grid), device=clips.device).expand(len(clips), -1)
+        patches = take_patches(clips, config.tubelet, config.patch, everything)
         hidden = undo_target(prediction, take_tokens(patches, packing.hidden), self.target)
         clip = torch.arange(len(clips), device=clips.device)[:, None]
         patches[clip, packing.hidden] = hidden.to(patches.dtype)
-        return put_patches(patches, self.grid)
+        return put_patches(patches, config.grid)
 
     def multiply_adds(self, visible: int, predicted: int | None = None) -> dict[str, int]:
-        """Count the forward multiply-adds of one clip by part.
+        """Return the forward multiply-adds of one clip, by part.
 
         Args:
-            visible: visible tokens.
-            predicted: predicted tokens; None: all hidden ones.
+            visible: number of visible tokens.
+            predicted: number of predicted tokens; `None` = all hidden.
         """
         parts = self.encoder.multiply_adds(visible)
+        tokens = prod(self.grid)
         if self.fusion is not None:
-            computed = visible if self.config.implementation == "packed" else prod(self.grid)
-            parts["fusion"] = computed * sum(joint.weight.numel() for joint in self.fusion.joints)
-        parts["decoder"] = self.decoder.multiply_adds(
-            visible, prod(self.grid) - visible if predicted is None else predicted
-        )
+            computed = visible if self.encoder.config.implementation == "packed" else tokens
+            parts["fusion"] = multiply_adds(self.fusion, computed)
+        parts["decoder"] = self.decoder.multiply_adds(visible, tokens - visible if predicted is None else predicted)
         return parts
 
 
-def patch_target(patches: Tensor, target: str) -> Tensor:
-    """Normalise pixels `(B, k, pt, P, P, C)` to the target `(B, k, pixels)` in the order (pt, ph, pw, c).
+def patch_target(patches: Tensor, target: Target) -> Tensor:
+    """Normalise the pixels `(B, k, pt, P, P, C)` of patches; return `(B, k, pixels)` in the order (pt, ph, pw, c).
 
     `patch` normalises over all values of a patch (MAE: `sqrt(var + 1e-6)`), `patch_channel` over each channel's
     (VideoMAE: `sqrt(var) + 1e-6`), both with unbiased variance; `none` leaves the pixels.
@@ -232,8 +225,8 @@ def patch_target(patches: Tensor, target: str) -> Tensor:
     return patches.flatten(2)
 
 
-def undo_target(prediction: Tensor, patches: Tensor, target: str) -> Tensor:
-    """Predictions `(B, k, pixels)` -> pixels `(B, k, pt, P, P, C)`, with mean and scale of the original `patches`."""
+def undo_target(prediction: Tensor, patches: Tensor, target: Target) -> Tensor:
+    """Scale predictions `(B, k, pixels)` back to pixels `(B, k, pt, P, P, C)`, by the statistics of `patches`."""
     pixels = prediction.view(patches.shape)
     if target == "none":
         return pixels
@@ -241,7 +234,7 @@ def undo_target(prediction: Tensor, patches: Tensor, target: str) -> Tensor:
     return pixels * scale + mean
 
 
-def _patch_statistics(patches: Tensor, target: str) -> tuple[Tensor, Tensor]:
+def _patch_statistics(patches: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     axes = (2, 3, 4, 5) if target == "patch" else (2, 3, 4)
     variance, mean = torch.var_mean(patches, dim=axes, correction=1, keepdim=True)
     return mean, (variance + 1e-6).sqrt() if target == "patch" else variance.sqrt() + 1e-6
@@ -253,24 +246,23 @@ def create_autoencoder(
     num_frames: int = 16,
     image_size: int | tuple[int, int] = 224,
     msd: bool = True,
-    implementation: Implementation = "packed",
+    implementation: Literal["packed", "dense"] = "packed",
     **overrides: Any,
 ) -> Autoencoder:
-    """Create a masked autoencoder of a named size.
+    """Build a masked autoencoder of a named size.
 
     Args:
         size: tiny, small, base, large, huge; vit_tiny .. vit_huge are plain ViTs.
         num_frames: 1 makes an image model: tubelet 1, temporal kernel 1, the image decoder, target `patch`. More make a
             video model: tubelet 2, temporal kernel 3, the video decoder, target `patch_channel`.
         image_size: pixels, one number or (height, width).
-        msd: the multi-scale fusion.
+        msd: build the multi-scale fusion.
         implementation: `packed` or `dense`.
-        **overrides: any field of `AutoencoderConfig`.
+        **overrides: any other field of `AutoencoderConfig`.
 
     Raises:
         ValueError: an unknown size or a number that does not fit.
         TypeError: an unknown override.
     """
-    overrides |= {"msd": msd, "implementation": implementation}
-    config = build_options(AutoencoderConfig, size=size, num_frames=num_frames, image_size=image_size, **overrides)
-    return Autoencoder(config)
+    given = {"size": size, "num_frames": num_frames, "image_size": image_size}
+    return Autoencoder(apply_overrides(AutoencoderConfig, overrides, msd=msd, implementation=implementation, **given))

@@ -1,6 +1,6 @@
 """The parts of the encoder and the decoder: patch embedding, masked-convolution block, attention block.
 
-Letters: B clips, m computed tokens, C channels, D width of a token; t H W a stage's grid.
+Letters: B clips, m computed tokens, C channels, N tokens, D width of a token; t H W a stage's grid.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from video_convmae.kernels import masked_depthwise
 
-from .packing import Cells
+from .packing import Cells, nest
 
 
 class PatchEmbedding(nn.Module):
     """A convolution with kernel = stride, as a Linear on the cells it covers; then LayerNorm and GELU.
 
     Args:
-        inputs: values covered by one window (pixels of a cell, or channels of the cells it joins).
-        width: channels out.
-        norm: with LayerNorm (eps 1e-5, as the published weights need) and GELU; a plain ViT has neither.
+        inputs: values that one output covers (pixels of a cell, or channels of the cells it joins).
+        width: output channels.
+        norm: add LayerNorm (eps 1e-5, as the published weights need) and GELU; a plain ViT has neither.
     """
 
     def __init__(self, inputs: int, width: int, norm: bool = True) -> None:
@@ -38,7 +38,7 @@ class PatchEmbedding(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution over (t, H, W) whose hidden cells are zeros; zero padding.
+    """Depthwise convolution over (t, H, W) that reads zeros at hidden cells; zero padding.
 
     Packed features go through kernels/depthwise.py and never see a dense grid. `dense` is the reference: the grid and
     PyTorch's own convolution.
@@ -53,7 +53,7 @@ class DepthwiseConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """PyTorch's default for convolutions, as released."""
+        """Initialise by PyTorch's default for convolutions, as released."""
         bound = 1 / math.sqrt(math.prod(self.weight.shape[2:]))
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
@@ -62,10 +62,10 @@ class DepthwiseConv(nn.Module):
         """`(B, m, cells, C)` -> the same shape."""
         if cells.neighbours is not None:
             return masked_depthwise(x, self.weight, self.bias, cells.neighbours)
-        return cells.from_grid(self._on_grid(cells.to_grid(x)))
+        return nest(self._on_grid(cells.to_grid(x)), cells.factors)
 
     def _on_grid(self, x: Tensor) -> Tensor:
-        """`(B, t, H, W, C)` -> the same shape.
+        """Convolve `(B, t, H, W, C)`; return the same shape.
 
         A kernel of kt frames is kt two-dimensional convolutions whose outputs are shifted in time and summed: 0.32 s,
         where `conv3d` takes 0.57 s, forward and backward, on 1x8x56x56x256 float32 with two cores (AMD EPYC, Zen 4).
@@ -84,6 +84,7 @@ class DepthwiseConv(nn.Module):
             if shift:
                 y = F.pad(y[:, max(shift, 0) : t + min(shift, 0)], (0,) * 6 + (max(-shift, 0), max(shift, 0)))
             total = y if total is None else total + y
+        assert total is not None  # the middle tap reads every frame
         return total
 
 
@@ -150,10 +151,15 @@ class AttentionBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def block_multiply_adds(block: ConvBlock | AttentionBlock, positions: int) -> int:
-    """Multiply-adds of one block on `positions` cells or tokens of one clip. Norms and activations are not counted."""
-    width, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
-    mlp = 2 * width * hidden
-    if isinstance(block, ConvBlock):
-        return positions * (2 * width * width + block.depthwise.weight[0].numel() * width + mlp)
-    return positions * (4 * width * width + mlp) + 2 * positions * positions * width
+def multiply_adds(module: nn.Module, positions: int) -> int:
+    """Return the multiply-adds of a module's blocks or Linear layers on `positions` cells or tokens of one clip.
+
+    Norms and activations are not counted.
+    """
+    total = 0
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, DepthwiseConv)):
+            total += positions * part.weight.numel()
+        elif isinstance(part, Attention):  # queries x keys, and weights x values
+            total += 2 * positions**2 * part.proj.in_features
+    return total

@@ -1,6 +1,6 @@
-"""The classifier, which is finetuned whole.
+"""The classifier: the encoder with nothing hidden and a linear head, finetuned whole.
 
-Letters: B clips, N tokens, n visible tokens of a clip, D width of a token.
+Letters: B clips, C T H W their channels, frames and pixels; n visible tokens of a clip, D width of a token.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .blocks import multiply_adds
 from .encoder import Encoder
-from .sizes import ClassifierConfig, build_options
+from .sizes import ClassifierConfig, apply_overrides
 
 
 class Classifier(nn.Module):
@@ -20,13 +21,19 @@ class Classifier(nn.Module):
     There is no fusion and no norm before the mean (ConvViT, VideoMAE).
 
     Args:
-        config: options of encoder and head; its positions are learnable by default.
+        config: encoder and head. `head_init_std`: finetuning starts from 2e-5 (ConvMAE; VideoMAE scales 0.02 by 0.001).
+            `head_dropout` as in VideoMAE on small data and in mae_st.
         num_classes: number of classes.
+
+    Raises:
+        ValueError: fewer than one class, or the options of a probe.
     """
 
     def __init__(self, config: ClassifierConfig, num_classes: int) -> None:
         super().__init__()
         check_num_classes(num_classes)
+        if config.probe is not None:
+            raise ValueError(f"probe is {config.probe!r}; expected none in a Classifier: build a Probe")
         self.config = config
         self.encoder = Encoder(config)
         self.norm = nn.LayerNorm(self.encoder.width, eps=1e-6)
@@ -35,17 +42,17 @@ class Classifier(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise as the autoencoder's encoder; the head normal with deviation `head_init_std`."""
+        """Initialise the encoder as an autoencoder's, and the head normal with deviation `head_init_std`."""
         self.encoder.init_weights()
         self.norm.reset_parameters()
         init_head(self.head, self.config.head_init_std)
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Clips `(B, C, T, H, W)` -> logits `(B, num_classes)`."""
+        """Map clips `(B, C, T, H, W)` to logits `(B, num_classes)`."""
         return self.head(self.dropout(self.norm(self.encode(clips).mean(dim=1))))
 
     def encode(self, clips: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return tokens `(B, n, D)` after the last attention block; `visible` None = all visible."""
+        """Return tokens `(B, n, D)` after the last attention block; `None` = all visible."""
         return self.encoder(clips, self.encoder.packing(clips, visible)).tokens
 
     def layer_scales(self, decay: float) -> dict[str, float]:
@@ -56,17 +63,20 @@ class Classifier(nn.Module):
         0.65: 0.65 ** 12 = 0.0057 for layer 0, 0.65 for the last block, 1 for the head.
         """
         last = len(self.encoder.attention_blocks) + 1
-
-        def layer(name: str) -> int:
-            if not name.startswith("encoder."):
-                return last
-            return int(name.split(".")[2]) + 1 if name.startswith("encoder.attention_blocks.") else 0
-
-        return {name: decay ** (last - layer(name)) for name, _ in self.named_parameters()}
+        return {name: decay ** (last - _layer(name, last)) for name, _ in self.named_parameters()}
 
     def multiply_adds(self) -> dict[str, int]:
-        """Count the forward multiply-adds of one clip by part."""
-        return self.encoder.multiply_adds(prod(self.config.grid)) | {"head": self.head.weight.numel()}
+        """Return the forward multiply-adds of one clip, by part."""
+        return self.encoder.multiply_adds(prod(self.encoder.config.grid)) | {"head": multiply_adds(self.head, 1)}
+
+
+def _layer(name: str, last: int) -> int:
+    """Return the layer of a classifier's parameter, 0 .. last."""
+    if not name.startswith("encoder."):
+        return last
+    if name.startswith("encoder.attention_blocks."):
+        return int(name.split(".")[2]) + 1
+    return 0
 
 
 def create_classifier(
@@ -79,23 +89,23 @@ def create_classifier(
     head_dropout: float = 0.0,
     **overrides: Any,
 ) -> Classifier:
-    """Create a classifier of a named size; arguments as in `create_autoencoder`, overrides as `ClassifierConfig`.
+    """Build a classifier of a named size; arguments as in `create_autoencoder`, overrides any field of `EncoderConfig`.
 
-    Positions are learnable, initialised with the table.
+    Positions are learnable, started from the table. `head_init_std`, `head_dropout`: see `Classifier`.
     """
-    overrides |= {"head_init_std": head_init_std, "head_dropout": head_dropout}
-    config = build_options(ClassifierConfig, size=size, num_frames=num_frames, image_size=image_size, **overrides)
-    return Classifier(config, num_classes)
+    given = {"size": size, "num_frames": num_frames, "image_size": image_size, "probe": None, "msd": True}
+    head = {"head_init_std": head_init_std, "head_dropout": head_dropout}
+    return Classifier(apply_overrides(ClassifierConfig, overrides, **given, **head), num_classes)
 
 
 def check_num_classes(num_classes: int) -> None:
-    """Raise a ValueError unless there is at least one class."""
+    """Raise a ValueError unless there is a class."""
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}; expected 1 or more")
 
 
-def init_head(linear: nn.Linear, deviation: float | None) -> None:
-    """Initialise a classifying Linear: truncated normal weights, zero bias."""
-    assert deviation is not None  # resolved by ClassifierConfig
-    nn.init.trunc_normal_(linear.weight, std=deviation)
+def init_head(linear: nn.Linear, std: float | None) -> None:
+    """Initialise the last Linear of a head: truncated normal with deviation `std` (resolved by the config), no bias."""
+    assert std is not None
+    nn.init.trunc_normal_(linear.weight, std=std)
     nn.init.zeros_(linear.bias)

@@ -1,7 +1,7 @@
 """The encoder: convolutional stages on packed cells, then attention over the visible tokens.
 
-Letters: B clips, T H W frames and pixels, t h w the token grid, N = t*h*w, n visible tokens, m tokens that the
-convolutional stages compute (n packed, N dense), D width of a token.
+Letters: B clips, C channels, T H W frames and pixels; t h w the token grid, N = t*h*w; n visible tokens; m tokens that
+the convolutional stages compute (n packed, N dense); D width of a token.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from . import positions
-from .blocks import AttentionBlock, ConvBlock, DepthwiseConv, PatchEmbedding, block_multiply_adds
-from .packing import Packing, patch_cells, take_patches, take_tokens
+from .blocks import AttentionBlock, ConvBlock, DepthwiseConv, PatchEmbedding, multiply_adds
+from .packing import Cells, Packing, patch_cells, take_patches, take_tokens
 from .sizes import EncoderConfig
 
 
 class Features(NamedTuple):
-    """What the stages leave.
+    """Outputs of the stages.
 
     pyramid: the convolutional stages' outputs, `(B, m, cells, C)` each, cells nested as packing.py says.
     tokens: `(B, n, D)` visible tokens in ascending order, after the last attention block, before any final norm.
@@ -36,6 +36,8 @@ class Encoder(nn.Module):
     Sources: ConvMAE (Gao et al., 2022) and its released code for images. The third dimension is ours: tubelets in the
     first embedding, strides (1, s, s) after it, depthwise kernels (kt, 5, 5).
     """
+
+    positions: Tensor  # (1, N, D), a parameter or a buffer
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -67,11 +69,11 @@ class Encoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """D, the width of a token."""
+        """Width of a token, D."""
         return self.config.widths[-1]
 
     def init_weights(self) -> None:
-        """As released: PyTorch's convolution default in stages 1 and 2, Xavier in the last one, tables recomputed."""
+        """Initialise as released: stages 1 and 2 as PyTorch convolutions, the last by Xavier; fill in the positions."""
         for embedding in self.embeddings[:-1]:
             init_as_convolution(embedding)
         init_as_convolution(self.conv_stages)
@@ -80,11 +82,11 @@ class Encoder(nn.Module):
         with torch.no_grad():
             self.positions.copy_(positions.TABLES[self.config.position_table](self.config.grid, self.width))
 
-    def packing(self, clips: Tensor, visible: Tensor | None) -> Packing:
-        """Check a batch against the configuration and find its visible tokens.
+    def packing(self, clips: Tensor, visible: Tensor | None, predicted: Tensor | None = None) -> Packing:
+        """Check a batch against the configuration and find its visible and predicted tokens.
 
         Raises:
-            ValueError: clips or visible do not have the shape that this encoder was built for.
+            ValueError: clips or visible do not have the shape that this encoder was built for; see also `Packing`.
         """
         expected = self.config.clip_shape
         if clips.ndim != 5 or tuple(clips.shape[1:]) != expected:
@@ -95,22 +97,23 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"visible is {tuple(visible.shape)}; expected (B, t, h, w) = {(clips.shape[0], *self.config.grid)}"
             )
-        return Packing(visible, clips.device, self.config.implementation)
+        return Packing(visible, clips.device, self.config.implementation, predicted)
 
     def forward(self, clips: Tensor, packing: Packing) -> Features:
-        """Clips `(B, C, T, H, W)` -> the pyramid and the visible tokens."""
-        config, last = self.config, len(self.conv_stages)
+        """Map clips `(B, C, T, H, W)` to the pyramid and the visible tokens."""
+        config = self.config
         patches = take_patches(clips, config.tubelet, config.patch, packing.computed)
-        x = patch_cells(patches, config.cell_factors[0])
+        x = patch_cells(patches, config.later_strides[0])
         pyramid = []
         for stage, blocks in enumerate(self.conv_stages):
             x = self.embeddings[stage](x)
-            cells = packing.cells(config.cell_factors[stage], config.kernel)
-            for block in blocks:
+            cells = Cells(packing, config.later_strides[stage], config.kernel)
+            for block in blocks.children():
                 x = block(x, cells)
             pyramid.append(x)
-            x = self._join_cells(x, stage + 1)
-        x = self.projection(self.embeddings[last](x)).squeeze(2)
+            # Join the s x s cells that one of the next stage covers: (B, m, cells, C) -> (B, m, cells / s², s² C).
+            x = x.flatten(2).unflatten(2, (-1, config.strides[stage + 1] ** 2 * x.shape[3]))
+        x = self.projection(self.embeddings[-1](x)).squeeze(2)
         x = packing.visible_of_computed(x)
         x = x + take_tokens(self.positions.expand(packing.batch, -1, -1), packing.keep)
         for block in self.attention_blocks:
@@ -125,7 +128,7 @@ class Encoder(nn.Module):
         *,
         intermediates_only: bool = False,
     ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
-        """The tokens and the feature pyramid as dense grids; name and arguments are timm's.
+        """Return the tokens and the feature pyramid as dense grids; name and arguments are timm's.
 
         A stage's grid is `(B, C, t, H, W)`, at strides (4, 2, 2) 1/4, 1/8 and 1/16 of the pixels. An image is a clip of
         one frame, here too: t = 1 stays. The last grid holds the tokens, before any final norm and without fusion.
@@ -133,15 +136,15 @@ class Encoder(nn.Module):
         Args:
             clips: `(B, C, T, H, W)`.
             visible: `(B, t, h, w)`; grids are zero where a token is hidden. `None` = all visible.
-            indices: the stages whose grids are returned: the last so many, those named (counted from 0, or back from
-                -1), or all. They come in the order of the stages.
+            indices: stages to return: the last so many, a list of stages (from 0, or back from -1), or `None` = all.
+                They come in the order of the stages.
             intermediates_only: leave out the tokens.
 
         Returns:
             The visible tokens `(B, n, D)` and the grids, or the grids alone.
 
         Raises:
-            ValueError: clips or visible do not have the encoder's shape; a stage that there is not.
+            ValueError: clips or visible do not have the encoder's shape; a stage that does not exist.
         """
         chosen = _stages(len(self.config.widths), indices)
         packing = self.packing(clips, visible)
@@ -150,33 +153,27 @@ class Encoder(nn.Module):
         return grids if intermediates_only else (features.tokens, grids)
 
     def multiply_adds(self, visible: int) -> dict[str, int]:
-        """Multiply-adds of one clip with `visible` visible tokens, by part, as the implementation computes them."""
+        """Return the multiply-adds of one clip with `visible` visible tokens, by part, as `implementation` has it."""
         config, last = self.config, len(self.conv_stages)
         computed = visible if config.implementation == "packed" else prod(config.grid)
-        cells = [computed * prod(config.cell_factors[stage]) ** 2 for stage in range(last + 1)]
-        parts = {"embeddings": sum(e.linear.weight.numel() * count for e, count in zip(self.embeddings, cells))}
-        if last:
-            parts["embeddings"] += computed * self.projection.weight.numel()
+        cells = [computed * prod(later) ** 2 for later in config.later_strides]
+        embeddings = sum(multiply_adds(embedding, count) for embedding, count in zip(self.embeddings, cells))
+        parts = {"embeddings": embeddings + multiply_adds(self.projection, computed)}
         for stage, blocks in enumerate(self.conv_stages):
-            parts[f"stage {stage + 1}"] = sum(block_multiply_adds(block, cells[stage]) for block in blocks)
-        parts[f"stage {last + 1}"] = sum(block_multiply_adds(block, visible) for block in self.attention_blocks)
+            parts[f"stage {stage + 1}"] = multiply_adds(blocks, cells[stage])
+        parts[f"stage {last + 1}"] = multiply_adds(self.attention_blocks, visible)
         return parts
 
     def _grid(self, features: Features, packing: Packing, stage: int) -> Tensor:
-        """What a stage left as `(B, t, H, W, C)`, hidden positions zero."""
-        cells = packing.cells(self.config.cell_factors[stage])
+        """Return a stage's output as `(B, t, H, W, C)`, hidden positions zero."""
+        cells = Cells(packing, self.config.later_strides[stage])
         if stage == len(features.pyramid):
             return cells.visible_to_grid(features.tokens[:, :, None])
         return cells.to_grid(features.pyramid[stage])
 
-    def _join_cells(self, x: Tensor, stage: int) -> Tensor:
-        """Join the cells under each window of embedding `stage`: `(B, m, cells, C)` -> `(B, m, cells / s², s² C)`."""
-        window = self.config.strides[stage] ** 2
-        return x.reshape(*x.shape[:2], x.shape[2] // window, window * x.shape[3])
-
 
 def _stages(count: int, indices: int | Sequence[int] | None) -> list[int]:
-    """timm's `indices` as stages 0 .. count - 1, ascending."""
+    """Return timm's `indices` as stages 0 .. count - 1, ascending."""
     if indices is None:
         return list(range(count))
     if isinstance(indices, int):
@@ -192,14 +189,14 @@ def _stages(count: int, indices: int | Sequence[int] | None) -> list[int]:
 
 
 def init_as_convolution(root: nn.Module) -> None:
-    """Every module's PyTorch default; a Linear's is that of a convolution with kernel = stride."""
+    """Reset every module to PyTorch's default; a Linear's is that of a convolution with kernel = stride."""
     for module in root.modules():
         if isinstance(module, (nn.Linear, nn.LayerNorm, DepthwiseConv)):
             module.reset_parameters()
 
 
 def init_as_transformer(root: nn.Module) -> None:
-    """Xavier-uniform Linear layers with zero bias, LayerNorm at one and zero (MAE)."""
+    """Initialise Linear layers Xavier-uniform with zero bias, LayerNorm at one and zero (MAE)."""
     for module in root.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -1,7 +1,7 @@
-"""Visible cells <-> dense grid: what makes the masked convolutions exact at the price of the visible tokens alone.
+"""Visible cells <-> dense grid: masked convolutions that are exact and cost the visible tokens alone.
 
-Letters: B clips; t h w the token grid, N = t*h*w; n visible tokens of a clip; m tokens that the convolutional stages
-compute (n packed, N dense); P pixels along a token's side; C channels.
+Letters: B clips, C channels, T H W frames and pixels of a clip; t h w the token grid, N = t*h*w; n visible and k chosen
+tokens of a clip; m tokens that the convolutional stages compute (n packed, N dense); P pixels along a token's side.
 
 Every operation of stages 1 and 2 but the depthwise convolution works inside one cell, so features are kept as
 `(B, m, cells, C)`: for each computed token, its cells. Cells are *nested*: with strides (4, 2, 2) a token holds 2x2
@@ -12,7 +12,8 @@ stage-2 cells and each of those 2x2 stage-1 cells, stored in that order. Row and
     column     0  1  0  1 |  2  3  2  3 |  0  1  0  1 |  2  3  2  3
 
 Then a convolution with kernel = stride is a Linear on a plain reshape, `(B, m, 16, C) -> (B, m, 4, 4 C)`, and nothing
-moves between stages. Only the depthwise convolution looks at neighbours: it goes through the dense grid.
+moves between stages. Only the depthwise convolution looks at neighbours: packed, through a table of them
+(kernels/neighbours.py); dense, on the grid.
 """
 
 from __future__ import annotations
@@ -24,62 +25,76 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from video_convmae.kernels import Neighbours, find_neighbours
+from video_convmae.kernels import find_neighbours
 from video_convmae.masking import Grid
 
 from .sizes import Implementation
 
 
 class Packing:
-    """Where the visible tokens of one batch lie, worked out once and used by every stage.
+    """Token indices of one batch, worked out once and used by every stage.
+
+    keep: `(B, n)` visible tokens; hidden: `(B, N - n)`; predicted: `(B, k)`; computed: `(B, m)` tokens that the
+    convolutional stages compute. All ascending.
 
     Args:
         visible: `(B, t, h, w)` bool with equally many True for every clip. On the CPU, finding the indices makes no
             accelerator wait.
-        device: where the features are.
+        device: of the features.
         implementation: `packed` computes the visible tokens alone, `dense` all of them and masks the convolutions'
             input, as the released ConvMAE does. Both give the same tokens.
+        predicted: `(B, t, h, w)` bool, hidden tokens that the decoder predicts, equally many for every clip;
+            `None` = all hidden.
 
     Raises:
-        ValueError: the clips have different numbers of visible tokens, or one has none.
+        ValueError: a wrong type or shape; the clips have different numbers of visible or predicted tokens, or one has
+            none; a predicted token is visible.
     """
 
-    def __init__(self, visible: Tensor, device: torch.device, implementation: Implementation = "packed") -> None:
+    def __init__(
+        self,
+        visible: Tensor,
+        device: torch.device,
+        implementation: Implementation = "packed",
+        predicted: Tensor | None = None,
+    ) -> None:
         if visible.ndim != 4 or visible.dtype != torch.bool:
             raise ValueError(f"visible is {visible.dtype} {tuple(visible.shape)}; expected bool (B, t, h, w)")
-        batch, *grid = visible.shape
-        self.batch, self.grid = batch, (grid[0], grid[1], grid[2])
+        self.batch, *grid = visible.shape
+        self.grid: Grid = (grid[0], grid[1], grid[2])
         self.keep, self.hidden = (index.to(device, non_blocking=True) for index in split_tokens(visible))
+        self.predicted = self.hidden
+        if predicted is not None:
+            if predicted.shape != visible.shape or predicted.dtype != torch.bool:
+                raise ValueError(
+                    f"predicted is {predicted.dtype} {tuple(predicted.shape)}; expected bool {tuple(visible.shape)}, "
+                    "as visible"
+                )
+            if (predicted & visible).any():
+                raise ValueError("a predicted token is visible; expected hidden tokens alone")
+            self.predicted = split_tokens(predicted, "predicted")[0].to(device, non_blocking=True)
         self.packed = implementation == "packed"
-        self.all_computed = not self.packed or self.hidden.shape[1] == 0
-        # Dense only: which computed tokens the convolutions may see, (B, N, 1, 1).
-        masked = self.all_computed and self.hidden.shape[1] > 0
-        self.shown = visible.flatten(1)[..., None, None].to(device, non_blocking=True) if masked else None
-
-    @cached_property
-    def computed(self) -> Tensor:
-        """`(B, m)` indices of the tokens that the convolutional stages compute."""
-        if not self.all_computed:
-            return self.keep
-        tokens = prod(self.grid)
-        return torch.arange(tokens, device=self.keep.device).expand(self.batch, tokens)
+        # Dense only: the computed tokens that the convolutions may see, (B, N, 1, 1).
+        self.shown: Tensor | None = None
+        self.computed = self.keep
+        if not self.packed and self.hidden.shape[1]:
+            self.shown = visible.flatten(1)[..., None, None].to(device, non_blocking=True)
+            self.computed = torch.arange(prod(grid), device=device).expand(self.batch, -1)
 
     def visible_of_computed(self, x: Tensor) -> Tensor:
-        """`(B, m, ...)` over the computed tokens -> `(B, n, ...)` over the visible ones."""
+        """Take the visible tokens, `(B, n, ...)`, of the computed ones, `(B, m, ...)`."""
         return x if self.shown is None else take_tokens(x, self.keep)
-
-    def cells(self, factors: tuple[int, ...], kernel: Grid | None = None) -> Cells:
-        """The cells of a stage whose later strides are `factors`, for depthwise convolutions of one kernel."""
-        return Cells(self, factors, kernel)
 
 
 class Cells:
-    """One stage's cells: packed `(B, m, cells, C)` <-> dense `(B, t, H, W, C)`, hidden positions zero.
+    """Cells of one stage: packed `(B, m, cells, C)` <-> dense `(B, t, H, W, C)`, hidden positions zero.
+
+    grid: (t, H, W) of the stage; neighbours: table for the packed depthwise convolution, None where there is none.
 
     Args:
         packing: of the batch.
         factors: strides of the later stages.
-        kernel: of the stage's depthwise convolutions, which find in `neighbours` who lies around each visible token.
+        kernel: of the stage's depthwise convolutions; `None`: there are none.
     """
 
     def __init__(self, packing: Packing, factors: tuple[int, ...], kernel: Grid | None = None) -> None:
@@ -88,21 +103,20 @@ class Cells:
         side = prod(factors)
         t, h, w = packing.grid
         self.grid: Grid = (t, h * side, w * side)
-        self.count = side * side
-        self.neighbours = self._neighbours(kernel) if packing.packed and kernel else None
-
-    def _neighbours(self, kernel: Grid) -> Neighbours:
-        side, device = prod(self.factors), self.packing.keep.device
-        places = torch.arange(self.count, device=device).view(1, 1, side, side, 1)
-        order = nest(places, self.factors).flatten().argsort().view(side, side)
-        return find_neighbours(self.packing.keep, self.packing.grid, order, kernel)
+        self.neighbours = None
+        if packing.packed and kernel is not None:
+            # Nesting the numbers 0, 1, 2, ... of one token's cells, row by row, shows the cell at each stored place;
+            # argsort inverts that to the stored place of each row and column.
+            cells = torch.arange(side * side, device=packing.keep.device).view(1, 1, side, side, 1)
+            order = nest(cells, factors).flatten().argsort().view(side, side)
+            self.neighbours = find_neighbours(packing.keep, packing.grid, order, kernel)
 
     @cached_property
     def rows(self) -> Tensor:
-        """`(B * n * cells)`: the row of every visible cell in the dense grid flattened to `(B * t * H * W, C)`."""
+        """`(B * n * cells)`: row of every visible cell in the dense grid flattened to `(B * t * H * W, C)`."""
         device, size = self.packing.keep.device, prod(self.grid)
         table = torch.arange(size, device=device).view(1, *self.grid, 1)
-        within = nest(table, self.factors).view(-1, self.count)[self.packing.keep]  # (B, n, cells)
+        within = nest(table, self.factors).squeeze(0).squeeze(-1)[self.packing.keep]  # (B, n, cells)
         start = torch.arange(self.packing.batch, device=device)[:, None, None] * size
         return (within + start).flatten()
 
@@ -121,24 +135,23 @@ class Cells:
         dense = x.new_zeros(self.packing.batch * prod(self.grid), channels)
         return dense.index_copy(0, self.rows, x.reshape(-1, channels)).view(-1, *self.grid, channels)
 
-    def from_grid(self, x: Tensor) -> Tensor:
-        """`(B, t, H, W, C)` -> `(B, m, cells, C)`."""
-        if self.packing.all_computed:
-            return nest(x, self.factors)
-        channels = x.shape[-1]
-        return x.reshape(-1, channels).index_select(0, self.rows).view(self.packing.batch, -1, self.count, channels)
-
 
 def nest(x: Tensor, factors: tuple[int, ...]) -> Tensor:
-    """Grid `(B, t, H, W, C)` -> nested cells `(B, N, cells, C)`; `factors` are the strides of the later stages."""
+    """Grid `(B, t, H, W, C)` -> nested cells `(B, N, cells, C)`; `factors` are the strides of the later stages.
+
+    Rows and columns of a token are split into one digit a stage, outermost first, and the digits of a cell stored in
+    turn. With factors (2, 2), row 1 = digits 0 1 and column 2 = digits 1 0 make 0 1 | 1 0: stored at 0b0110 = 6.
+    """
     batch, t, height, width, channels = x.shape
     side, k = prod(factors), len(factors)
     h, w = height // side, width // side
     outermost_first = factors[::-1]
+    # Axes: 0 B, 1 t, 2 h, the k digits of the row, 3 + k w, the k digits of the column, 4 + 2 k C. With k = 2:
+    # (B, t, h, r1, r0, w, c1, c0, C) -> (B, t, h, w, r1, c1, r0, c0, C).
     x = x.reshape(batch, t, h, *outermost_first, w, *outermost_first, channels)
     rows, columns = range(3, 3 + k), range(4 + k, 4 + 2 * k)
-    nesting = [axis for pair in zip(rows, columns) for axis in pair]
-    return x.permute(0, 1, 2, 3 + k, *nesting, 4 + 2 * k).reshape(batch, t * h * w, side * side, channels)
+    digits = [axis for pair in zip(rows, columns) for axis in pair]
+    return x.permute(0, 1, 2, 3 + k, *digits, 4 + 2 * k).reshape(batch, t * h * w, side * side, channels)
 
 
 def unnest(x: Tensor, factors: tuple[int, ...], grid: Grid) -> Tensor:
@@ -146,19 +159,20 @@ def unnest(x: Tensor, factors: tuple[int, ...], grid: Grid) -> Tensor:
     batch, channels = x.shape[0], x.shape[-1]
     side, k = prod(factors), len(factors)
     t, h, w = grid[0], grid[1] // side, grid[2] // side
+    # With k = 2: (B, t, h, w, r1, c1, r0, c0, C) -> (B, t, h, r1, r0, w, c1, c0, C).
     x = x.reshape(batch, t, h, w, *(f for factor in factors[::-1] for f in (factor, factor)), channels)
     rows, columns = range(4, 4 + 2 * k, 2), range(5, 4 + 2 * k, 2)
     return x.permute(0, 1, 2, *rows, 3, *columns, 4 + 2 * k).reshape(batch, *grid, channels)
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """`(B, N, ...)` and indices `(B, k)` -> `(B, k, ...)`."""
+    """Take the tokens at `index (B, k)` of `x (B, N, ...)`; return `(B, k, ...)`."""
     start = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, (index + start).flatten()).view(*index.shape, *x.shape[2:])
 
 
 def take_patches(clips: Tensor, tubelet: int, side: int, index: Tensor) -> Tensor:
-    """Pixels of the tokens at `index`, gathered before any arithmetic.
+    """Gather the pixels of the tokens at `index`, before any arithmetic.
 
     Args:
         clips: `(B, C, T, H, W)`.
@@ -191,13 +205,17 @@ def patch_cells(patches: Tensor, factors: tuple[int, ...]) -> Tensor:
     return nest(cells, factors).view(*patches.shape[:2], side * side, -1)
 
 
-def split_tokens(visible: Tensor) -> tuple[Tensor, Tensor]:
-    """`(B, t, h, w)` bool -> indices of the visible `(B, n)` and of the hidden `(B, N - n)` tokens, ascending."""
-    visible = visible.flatten(1)
-    counts = visible.sum(1).tolist()
+def split_tokens(mask: Tensor, name: str = "visible") -> tuple[Tensor, Tensor]:
+    """Return the indices where `mask (B, t, h, w)` is True, `(B, n)`, and where it is False, `(B, N - n)`, ascending.
+
+    Raises:
+        ValueError: the clips have different counts of True, or none. `name` stands in the message.
+    """
+    mask = mask.flatten(1)
+    counts = mask.sum(1).tolist()
     if min(counts) != max(counts) or counts[0] == 0:
         raise ValueError(
-            f"the clips have {counts} visible tokens; expected the same number, at least one, for every clip of a batch"
+            f"the clips have {counts} {name} tokens; expected the same number, at least one, for every clip of a batch"
         )
-    order = torch.sort((~visible).to(torch.uint8), dim=1, stable=True).indices
+    order = torch.sort((~mask).to(torch.uint8), dim=1, stable=True).indices
     return order[:, : counts[0]], order[:, counts[0] :]

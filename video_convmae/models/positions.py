@@ -10,7 +10,7 @@ from video_convmae.masking import Grid
 
 
 def sincos(grid: Grid, width: int) -> Tensor:
-    """The table of MAE over (h, w), the column in the first half of the channels; for t > 1 a table over t is added.
+    """Return MAE's table over (h, w), columns in the first half of the channels; for t > 1 a table over t is added.
 
     At t = 1 it is MAE's image table exactly.
 
@@ -27,12 +27,12 @@ def sincos(grid: Grid, width: int) -> Tensor:
 
 
 def time(t: int, width: int) -> Tensor:
-    """What `sincos` adds for each of `t` token frames, `(t, width)` float32; nothing for one frame."""
+    """Return the part of `sincos` over `t` token frames, `(t, width)` float32; zeros for one frame."""
     return _time(t, width).float()
 
 
 def flat(grid: Grid, width: int) -> Tensor:
-    """VideoMAE's table: tokens numbered through, sine on even and cosine on odd columns."""
+    """Return VideoMAE's table: one axis over all N tokens, sine on even and cosine on odd channels."""
     t, h, w = grid
     column = torch.arange(width, dtype=torch.float64)
     frequency = 10000.0 ** (-2 * (column // 2) / width)
@@ -44,7 +44,7 @@ TABLES = {"sincos": sincos, "flat": flat}
 
 
 def resize(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """A table `(N, D)` over one grid to another: bicubic over (h, w) as in MAE and DeiT, then linear over t.
+    """Resize a table `(N, D)` from one grid to another: bicubic over (h, w) as in MAE and DeiT, then linear over t.
 
     Equal sizes are left as they are, bit for bit.
 
@@ -69,7 +69,7 @@ def _time(t: int, width: int) -> Tensor:
 
 
 def _sincos_axis(length: int, width: int) -> Tensor:
-    """Positions 0 .. length-1 as `(length, width)`: sines in the first half, cosines in the second."""
+    """Encode positions 0 .. length-1 as `(length, width)`: sines in the first half, cosines in the second."""
     frequency = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)

@@ -1,6 +1,7 @@
-"""Probes: a frozen pretrained encoder and a head on its features.
+"""The probe: a head on a frozen pretrained encoder. Heads: linear, attentive, k nearest neighbours.
 
-Letters: B clips, N tokens, n visible tokens of a clip, D width of a token, R stored records.
+Letters: B clips, C T H W their channels, frames and pixels; N tokens, n visible ones, D width of a token; R stored
+features.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ from torch import Tensor, nn
 from .autoencoder import FusedEncoder
 from .classifier import check_num_classes, init_head
 from .encoder import init_as_convolution, init_as_transformer
-from .sizes import ClassifierConfig, ProbeKind, build_options
+from .sizes import ClassifierConfig, ProbeKind, apply_overrides
 
 
 class Probe(FusedEncoder):
-    """Frozen pretrained encoder, fusion and norm, and a head on their features.
+    """A head on pretrained features: encoder, fusion and norm stay frozen, only the head is trained.
 
     The features are an autoencoder's, after fusion and the norm over tokens; `load_weights` fills those parts by their
-    names. Only the head learns. The rest has no gradients, keeps no activations, and stays in evaluation mode.
+    names. The frozen part has no gradients, keeps no activations, and stays in evaluation mode.
 
     Two traps of the released ConvMAE probe are not here. Its documented command lacks --global_pool and so reads the
     top-left token alone; with it, the trained norm is dropped and an untrained, frozen `fc_norm` is read.
 
     Args:
-        config: options of encoder and head, `config.probe` names the head. Positions that were learnt need
-            `learnable_positions`; they are frozen too.
+        config: encoder, `probe` (the head's kind), `msd` as in pretraining, and `head_init_std` of the head's last
+            Linear. Positions that were learnt need `learnable_positions`; they are frozen too.
         num_classes: number of classes.
+
+    Raises:
+        ValueError: fewer than one class, or the options of a classifier.
     """
 
     def __init__(self, config: ClassifierConfig, num_classes: int) -> None:
@@ -46,12 +50,12 @@ class Probe(FusedEncoder):
         elif config.probe == "knn":
             self.head = KNNHead(width, num_classes)
         else:
-            raise ValueError(f"probe is {config.probe!r}; expected linear, attentive or knn")
+            raise ValueError("probe is none; expected linear, attentive or knn in a Probe, or build a Classifier")
         self.init_weights()
         self.train()
 
     def init_weights(self) -> None:
-        """Initialise the frozen part as an autoencoder's, and the head."""
+        """Initialise the frozen part as an autoencoder's, to be loaded over, and the head."""
         self.encoder.init_weights()
         self.norm.reset_parameters()
         if self.fusion is not None:
@@ -59,7 +63,7 @@ class Probe(FusedEncoder):
         self.head.init_weights()
 
     def train(self, mode: bool = True) -> Probe:
-        """Switch the head alone: drop path stays off in the frozen part."""
+        """Switch the head alone: in the frozen part drop path stays off."""
         super().train(False)
         self.training = mode
         self.head.train(mode)
@@ -67,11 +71,11 @@ class Probe(FusedEncoder):
 
     @torch.no_grad()
     def encode(self, clips: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return the autoencoder's features `(B, n, D)`, without gradients; `visible` None = all visible."""
+        """Return the autoencoder's features `(B, n, D)`, without gradients; `None` = all visible."""
         return super().encode(clips, visible)
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Clips `(B, C, T, H, W)` -> logits `(B, num_classes)`."""
+        """Map clips `(B, C, T, H, W)` to logits `(B, num_classes)`."""
         return self.head(self.encode(clips))
 
 
@@ -79,7 +83,7 @@ class LinearHead(nn.Module):
     """The mean over tokens, standardised over the batch, then Linear (the probe of MAE and ConvMAE).
 
     BatchNorm without affine parameters puts features of any scale under one learning rate. Training needs two clips a
-    batch. Several processes share its statistics (engine/distributed.py).
+    batch. Several processes share its statistics (engine/parallel.py).
     """
 
     def __init__(self, width: int, num_classes: int, head_init_std: float | None) -> None:
@@ -89,7 +93,7 @@ class LinearHead(nn.Module):
         self.linear = nn.Linear(width, num_classes)
 
     def init_weights(self) -> None:
-        """Initialise the Linear with deviation `head_init_std`; reset the running statistics."""
+        """Initialise the Linear, normal with deviation `head_init_std`, and reset the running statistics."""
         self.norm.reset_running_stats()
         init_head(self.linear, self.head_init_std)
 
@@ -105,7 +109,7 @@ class AttentiveHead(nn.Module):
         x = x + mlp(norm2(x))
 
     As V-JEPA's attentive probes: one pre-norm block, no projection behind the attention. The LayerNorm before the
-    Linear is ours: it is what reads a pre-norm block everywhere else here.
+    Linear is ours: pre-norm blocks are read through a norm everywhere else here.
     """
 
     def __init__(self, width: int, heads: int, num_classes: int, head_init_std: float | None) -> None:
@@ -122,27 +126,23 @@ class AttentiveHead(nn.Module):
         self.linear = nn.Linear(width, num_classes)
 
     def init_weights(self) -> None:
-        """Initialise as an attention block; the query with deviation 0.02, the last Linear with `head_init_std`."""
+        """Xavier as an attention block; the query normal with deviation 0.02, the last Linear with `head_init_std`."""
         init_as_transformer(self)
         nn.init.normal_(self.query, std=0.02)
         init_head(self.linear, self.head_init_std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`(B, N, D)` -> `(B, num_classes)`."""
-        x = self.query + self._attention(self.norm1(tokens))
+        batch, count, width = tokens.shape
+        q = self.q(self.query).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
+        k, v = self.kv(self.norm1(tokens)).view(batch, count, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        x = self.query + F.scaled_dot_product_attention(q, k, v).reshape(batch, width)
         x = x + self.mlp(self.norm2(x))
         return self.linear(self.norm(x))
 
-    def _attention(self, tokens: Tensor) -> Tensor:
-        """`(B, N, D)` -> the query's output, `(B, D)`."""
-        batch, count, width = tokens.shape
-        q = self.q(self.query).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
-        k, v = self.kv(tokens).view(batch, count, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).reshape(batch, width)
-
 
 class KNNHead(nn.Module):
-    """Nearest neighbours: each votes for its class with exp(cosine / temperature).
+    """k nearest neighbours: each of the nearest stored features votes for its class, by exp(cosine / temperature).
 
     A feature is the mean over tokens, scaled to length 1. Nothing is trained: `fit` stores the features of a labelled
     list. 20 neighbours and a temperature of 0.07 are those of the probes of DINO (Caron et al., 2021).
@@ -157,22 +157,26 @@ class KNNHead(nn.Module):
         self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
 
     def init_weights(self) -> None:
-        """Forget the stored features."""
+        """Remove the stored features."""
         self.fit(self.features[:0], self.labels[:0])
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens `(B, N, D)` -> features `(B, D)` of length 1."""
+        """Return the features `(B, D)`, of length 1, of tokens `(B, N, D)`."""
         return F.normalize(tokens.float().mean(dim=1), dim=1)
 
     def fit(self, features: Tensor, labels: Tensor) -> None:
-        """Store labelled features, `(R, D)` of length 1 and `(R,)`, in place of earlier ones."""
+        """Store labelled features, `(R, D)` of length 1 and `(R,)`, in place of those before."""
         self.features, self.labels = features, labels
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """`(B, N, D)` -> `(B, num_classes)`, whose softmax is each class's share of the votes."""
+        """`(B, N, D)` -> `(B, num_classes)`; their softmax is each class's share of the votes.
+
+        Raises:
+            RuntimeError: no features are stored.
+        """
         if not len(self.features):
-            raise RuntimeError("no features are stored yet; `video-convmae finetune` with model.probe knn stores them")
-        with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 cannot separate near neighbours
+            raise RuntimeError("no features are stored yet: call fit(), or finetune with model.probe knn")
+        with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 cannot tell near neighbours apart
             cosines = self.embed(tokens) @ self.features.T
             nearest = cosines.topk(min(self.neighbours, len(self.features)), dim=1)
             votes = torch.zeros(len(tokens), self.num_classes, device=tokens.device)
@@ -180,7 +184,7 @@ class KNNHead(nn.Module):
             return votes.log()  # minus infinity where no neighbour is of the class
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        """Resize the buffers to the checkpoint's."""
+        """Resize the buffers to the checkpoint's, then load."""
         for name in ("features", "labels"):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
@@ -198,10 +202,10 @@ def create_probe(
     head_init_std: float = 0.01,
     **overrides: Any,
 ) -> Probe:
-    """Create a probe of a named size; arguments as in `create_autoencoder`, overrides as `ClassifierConfig`.
+    """Build a probe of a named size; arguments as in `create_autoencoder`, overrides any field of `EncoderConfig`.
 
-    Positions are fixed, as in an autoencoder. kind: the head.
+    Positions are fixed, as in an autoencoder. `kind` is the head's (linear, attentive, knn); see `Probe`.
     """
-    overrides |= {"msd": msd, "probe": kind, "head_init_std": head_init_std}
-    config = build_options(ClassifierConfig, size=size, num_frames=num_frames, image_size=image_size, **overrides)
-    return Probe(config, num_classes)
+    given = {"size": size, "num_frames": num_frames, "image_size": image_size, "msd": msd}
+    head = {"probe": kind, "head_init_std": head_init_std, "head_dropout": 0.0}
+    return Probe(apply_overrides(ClassifierConfig, overrides, **given, **head), num_classes)

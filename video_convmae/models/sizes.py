@@ -1,16 +1,21 @@
-"""Named sizes and the options of the models: numbers only, read without importing torch."""
+"""Sizes and options of the models, without torch: named sizes and the dataclasses that `Autoencoder`, `Classifier` and
+`Probe` are built from. They are the fields `--model.*` of the command line.
+
+Letters: C channels, T H W frames and pixels of a clip; t h w the token grid.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import prod
 from typing import Any, Literal, TypeVar, get_args
 
 Implementation = Literal["packed", "dense"]
 PositionTable = Literal["sincos", "flat"]
-Target = Literal["patch", "patch_channel", "none"]
 ProbeKind = Literal["linear", "attentive", "knn"]
+Target = Literal["patch", "patch_channel", "none"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,7 @@ SIZES = {
 
 
 def size_named(name: str) -> Size:
-    """Return the numbers of a size.
-
-    Raises:
-        ValueError: an unknown name; the message has the choices.
-    """
+    """Return the numbers of a named size. Raises ValueError with the choices."""
     if name not in SIZES:
         raise ValueError(f"size is {name!r}; expected one of {', '.join(SIZES)}")
     return SIZES[name]
@@ -55,71 +56,64 @@ def size_named(name: str) -> Size:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Options of an encoder. A field left empty, 0 or auto is resolved from size and num_frames on construction.
+    """Encoder options. A field left at its default of (), 0 or None is set from `size` and `num_frames`.
 
-    The last stage is attention, those before it are convolutional; a plain ViT is one stage with one stride. An image
-    encoder has one frame, tubelet 1 and temporal kernel 1. An instance holds resolved numbers, so that
-    `dataclasses.replace(config, size=...)` does not resolve them again: build a new one.
+    That happens once, on construction, so an instance always holds the numbers and `type(c)(**asdict(c)) == c`.
+    `dataclasses.replace(config, size=...)` therefore keeps the old size's widths: construct a new one instead. Nor can
+    a run's dataclass have an instance as its default: jsonargparse would take its numbers for those of every size.
+
+    A plain ViT is one stage with one stride. An image encoder has one frame, tubelet 1 and temporal kernel 1.
+
+    Raises:
+        ValueError: an unknown size or numbers that do not fit together.
     """
 
-    size: str = "base"
+    size: str = field(default="base", compare=False)  # equal numbers are equal models, under any name
     """tiny, small, base, large, huge; vit_tiny to vit_huge are plain ViTs."""
     num_frames: int = 16
-    """Frames of a clip; 1 makes an image model."""
+    """Frames per clip; 1 makes an image model."""
     image_size: int | tuple[int, int] = 224
-    """Pixels: one number, or height and width."""
+    """Input pixels: one number, or height and width."""
     widths: tuple[int, ...] = ()
-    """Channels per stage."""
+    """Channels of each stage; the last stage is attention, those before it are convolutional."""
     depths: tuple[int, ...] = ()
-    """Blocks per stage."""
+    """Blocks of each stage."""
     heads: int = 0
     """Number of attention heads."""
     strides: tuple[int, ...] = ()
-    """Spatial stride per stage; 4, 2, 2 by default, 16 pixels a token."""
+    """Spatial stride of each stage; 4, 2, 2 by default, 16 pixels a token."""
     tubelet: int = 0
-    """Frames of a token; 2 by default, 1 for images."""
+    """Frames per token."""
     temporal_kernel: int = 0
-    """Frames of a depthwise kernel; 3 by default, 1 for images."""
+    """Depthwise kernel size over frames, odd."""
     spatial_kernel: int = 5
-    """Cells along a side of a depthwise kernel."""
+    """Depthwise kernel size over rows and columns, odd."""
     mlp_ratio: float = 4
-    """Hidden width of an MLP divided by its width."""
+    """Hidden channels of an MLP over its input channels."""
     channels: int = 3
-    """Channels of a pixel."""
+    """Input channels."""
     drop_path: float = 0.0
-    """Stochastic depth of the last block; it rises linearly from 0."""
+    """Stochastic depth rate of the last block; it rises linearly from 0."""
     position_table: PositionTable = "sincos"
     """sincos over (t, h, w), or VideoMAE's flat table over the numbered tokens."""
     learnable_positions: bool | None = None
-    """Learn the positions, from the table on; none: in a finetuned classifier."""
+    """Train the encoder's positions, starting from the table; by default only in finetuning."""
     implementation: Implementation = "packed"
     """Compute the visible cells alone (packed), or all of them (dense); the result is the same."""
 
     def __post_init__(self) -> None:
-        named, is_image = size_named(self.size), self.num_frames == 1
-        defaults: dict[str, Any] = {
-            "widths": named.widths,
-            "depths": named.depths,
-            "heads": named.heads,
-            "strides": named.strides,
-            "tubelet": 1 if is_image else 2,
-            "temporal_kernel": 1 if is_image else 3,
-        }
-        for name, default in defaults.items():
-            if not getattr(self, name):
-                object.__setattr__(self, name, default)
-        if self.learnable_positions is None:
-            object.__setattr__(self, "learnable_positions", self._learns_positions())
-        for name in ("widths", "depths", "strides"):  # lists, as a configuration file has them
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        size = self.image_size
-        object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
-        self._check()
-
-    def _learns_positions(self) -> bool:
-        return False
-
-    def _check(self) -> None:
+        named, image = size_named(self.size), self.num_frames == 1
+        self._resolve(
+            widths=named.widths,
+            depths=named.depths,
+            heads=named.heads,
+            strides=named.strides,
+            tubelet=1 if image else 2,
+            temporal_kernel=1 if image else 3,
+            learnable_positions=False,
+        )
+        if isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", (self.image_size, self.image_size))
         if not len(self.widths) == len(self.depths) == len(self.strides) >= 1:
             raise ValueError(
                 f"widths {self.widths}, depths {self.depths} and strides {self.strides} differ in length; "
@@ -127,19 +121,23 @@ class EncoderConfig:
             )
         if self.num_frames % self.tubelet:
             raise ValueError(f"num_frames is {self.num_frames}; expected a multiple of the tubelet, {self.tubelet}")
-        if any(size % self.patch for size in self.frame_size):
+        if any(pixels % self.patch for pixels in self.clip_shape[2:]):
             raise ValueError(
                 f"image_size is {self.image_size}; expected multiples of the spatial stride {self.patch} "
                 f"(strides {self.strides})"
             )
-        _check_choice("implementation", self.implementation, Implementation)
-        _check_choice("position_table", self.position_table, PositionTable)
+        if self.implementation not in get_args(Implementation):
+            raise ValueError(f"implementation is {self.implementation!r}; expected 'packed' or 'dense'")
+        if self.position_table not in get_args(PositionTable):
+            raise ValueError(f"position_table is {self.position_table!r}; expected sincos or flat")
 
-    @cached_property
-    def frame_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        assert not isinstance(self.image_size, int)  # resolved in __post_init__
-        return self.image_size
+    def _resolve(self, **defaults: Any) -> None:
+        """Set the named fields that were left at their class defaults, and turn lists (from JSON, YAML) into tuples."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in defaults and value == option.default:
+                value = defaults[option.name]
+            object.__setattr__(self, option.name, tuple(value) if isinstance(value, list) else value)
 
     @cached_property
     def patch(self) -> int:
@@ -148,96 +146,91 @@ class EncoderConfig:
 
     @cached_property
     def grid(self) -> tuple[int, int, int]:
-        """The token grid (t, h, w)."""
-        height, width = self.frame_size
-        return self.num_frames // self.tubelet, height // self.patch, width // self.patch
+        """Token grid (t, h, w)."""
+        _, frames, height, width = self.clip_shape
+        return frames // self.tubelet, height // self.patch, width // self.patch
 
     @cached_property
     def kernel(self) -> tuple[int, int, int]:
-        """Depthwise kernel (kt, kh, kw)."""
+        """Depthwise kernel size (kt, kh, kw)."""
         return self.temporal_kernel, self.spatial_kernel, self.spatial_kernel
 
     @cached_property
     def clip_shape(self) -> tuple[int, int, int, int]:
-        """(C, T, H, W) of one clip."""
-        return (self.channels, self.num_frames, *self.frame_size)
+        """Shape (C, T, H, W) of one clip."""
+        assert isinstance(self.image_size, tuple)  # since __post_init__
+        return (self.channels, self.num_frames, *self.image_size)
 
     @cached_property
-    def cell_factors(self) -> tuple[tuple[int, ...], ...]:
-        """Strides of the stages after each stage: the nesting of its cells in a token."""
+    def later_strides(self) -> tuple[tuple[int, ...], ...]:
+        """For each stage, the strides of the stages after it: the nesting of its cells in a token."""
         return tuple(self.strides[stage + 1 :] for stage in range(len(self.strides)))
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig(EncoderConfig):
-    """Options of a masked autoencoder. A field left empty, 0 or auto is resolved from size and num_frames."""
+    """Autoencoder options. The decoder and the target, too, are set from `size` and `num_frames` by default."""
 
     msd: bool = True
-    """Multi-scale decoder: the convolutional stages are fused into the tokens before the final norm."""
-    decoder: tuple[int, int, int] | tuple[()] = ()
+    """Multi-scale decoder (MSD): fuse the convolutional stages into the tokens before the final norm."""
+    decoder: tuple[int, ...] = ()
     """Width, depth and heads of the decoder."""
     decoder_mlp_ratio: float = 4
-    """Hidden width of a decoder MLP divided by its width."""
-    target: Literal["auto"] | Target = "auto"
-    """Normalisation of a patch's pixels: patch, patch_channel, none; auto: patch for images, else patch_channel."""
+    """Hidden channels of a decoder MLP over its input channels."""
+    target: Target | Literal["auto"] = "auto"
+    """Normalisation of a target patch: patch, patch_channel or none; auto: patch for images, else patch_channel."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        named, is_image = size_named(self.size), self.num_frames == 1
-        if not self.decoder:
-            object.__setattr__(self, "decoder", named.image_decoder if is_image else named.video_decoder)
-        object.__setattr__(self, "decoder", tuple(self.decoder))
-        if self.target == "auto":
-            object.__setattr__(self, "target", "patch" if is_image else "patch_channel")
-        _check_choice("target", self.target, Target)
+        named, image = size_named(self.size), self.num_frames == 1
+        self._resolve(
+            decoder=named.image_decoder if image else named.video_decoder,
+            target="patch" if image else "patch_channel",
+        )
+        if len(self.decoder) != 3:
+            raise ValueError(f"decoder is {self.decoder}; expected (width, depth, heads)")
+        if self.target not in get_args(Target):
+            raise ValueError(f"target is {self.target!r}; expected one of {', '.join(get_args(Target))}")
 
 
 @dataclass(frozen=True)
 class ClassifierConfig(EncoderConfig):
-    """Options of a classifier, or with `probe` of a probe."""
+    """Classifier options and, with `probe`, those of a probe. Positions are learnable in a classifier alone."""
 
     probe: ProbeKind | None = None
-    """Freeze the encoder and train this head on its features: linear, attentive, or knn, which stores the features of
-    the training list and trains nothing; none: finetune everything."""
+    """Freeze the encoder and train this head on its features: linear, attentive, or knn, which stores the training
+    features and trains nothing; none: finetune everything."""
     msd: bool = True
     """Probes read the tokens after fusion and norm, as pretrained. A finetuned classifier has no fusion."""
     head_init_std: float | None = None
-    """Deviation of the head's initial weights; none: 2e-5 to finetune (ConvMAE; VideoMAE scales 0.02 by 0.001), 0.01 to
-    probe."""
+    """Standard deviation of the head's initial weights; none: 2e-5 to finetune (ConvMAE; VideoMAE scales 0.02 by
+    0.001), 0.01 to probe."""
     head_dropout: float = 0.0
-    """Dropout before the head of a finetuned classifier."""
+    """Dropout rate before the head of a finetuned classifier."""
 
     def __post_init__(self) -> None:
+        finetuned = self.probe is None
+        self._resolve(learnable_positions=finetuned, head_init_std=2e-5 if finetuned else 0.01)
         super().__post_init__()
-        if self.probe is not None:
-            _check_choice("probe", self.probe, ProbeKind)
-        if self.head_init_std is None:
-            object.__setattr__(self, "head_init_std", 2e-5 if self.probe is None else 0.01)
-        elif not self.head_init_std > 0:
+        if self.probe not in (None, *get_args(ProbeKind)):
+            raise ValueError(f"the probe's kind is {self.probe!r}; expected one of {', '.join(get_args(ProbeKind))}")
+        if self.head_init_std is None or not self.head_init_std > 0:
             raise ValueError(f"head_init_std is {self.head_init_std}; expected a deviation above 0")
         if not 0 <= self.head_dropout < 1:
-            raise ValueError(f"head_dropout is {self.head_dropout}; expected a fraction, 0 or more and less than 1")
-
-    def _learns_positions(self) -> bool:
-        return self.probe is None
+            raise ValueError(f"head_dropout is {self.head_dropout}; expected a share, 0 or more and less than 1")
 
 
-Options = TypeVar("Options", bound=EncoderConfig)
+Config = TypeVar("Config", bound=EncoderConfig)
 
 
-def build_options(kind: type[Options], **options: Any) -> Options:
-    """Build a configuration from keyword arguments.
+def apply_overrides(kind: type[Config], overrides: Mapping[str, Any], **given: Any) -> Config:
+    """Return `kind(**given, **overrides)` of a `create_*` function.
 
     Raises:
-        TypeError: an option that is no field; the message has the known ones.
-        ValueError: values that do not fit together.
+        ValueError: a value that does not fit.
+        TypeError: an override that is no field, or one that the function fixes; the message lists the known ones.
     """
-    known = [field.name for field in fields(kind)]
-    if unknown := sorted(set(options) - set(known)):
+    known = [option.name for option in fields(kind) if option.name not in given]
+    if unknown := sorted(set(overrides) - set(known)):
         raise TypeError(f"unknown overrides: {', '.join(unknown)}; known: {', '.join(known)}")
-    return kind(**options)
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(get_args(choices))}")
+    return kind(**given, **overrides)

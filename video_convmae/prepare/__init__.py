@@ -1,1 +1,1 @@
-"""What is done to files once, before training: lists, checking, packing."""
+"""Preparation of files, done once before training: lists, checking, packing."""

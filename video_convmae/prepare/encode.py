@@ -1,124 +1,83 @@
-"""One video packed: decoded, scaled, encoded as the settings say, and compared with what it was made from.
+"""Pack one video: decode, scale, encode as the settings say, and compare the result with its source.
 
-What makes a video slow to read at random places is that its frames lean on each other: here no chain of them is longer
-than the distance of two keyframes, three of four frames have no other lean on them (the loader leaves those undecoded
-that it does not need), and the costly parts of the codec, arithmetic coding and deblocking, are off. The table over
-these settings: `python tools/benchmark.py packing`. The tool that packs a list is pack_videos.py.
+Reading a video at random places is slow because its frames refer to each other. Here no chain of references is longer
+than the distance between keyframes; three of four frames are referred to by no other, so the loader need not decode
+those that it does not show; and the expensive parts of the codec, arithmetic coding and deblocking, are off.
+`video-convmae benchmark packing` measures the settings. pack.py packs a list.
 """
 
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from video_convmae.data.decoding import DecodeError, open_frames
+from video_convmae.data.decoding.pyav_reader import PyAVReader
 from video_convmae.data.records import Record
+from video_convmae.prepare.options import ENCODERS, PackSettings
 
-PSNR_FRAMES = 32  # of each video, spread over it
-FRAMES_A_SIGN = 25  # a sign of life comes so often
-LOWEST_MSE = 1e-4  # no difference at all is given as 88 dB
-ENCODERS = {"h264": "libx264", "hevc": "libx265"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a video is packed."""
-
-    short_side: int = 256
-    """Pixels; smaller videos are not enlarged."""
-    fps: float | None = None
-    """Frames a second, of videos that have more; none: all frames."""
-    keyframe_every: int = 16
-    """Frames."""
-    codec: Literal["h264", "hevc"] = "h264"
-    tune: Literal["fastdecode", "none"] = "fastdecode"
-    """fastdecode: no arithmetic coding, no deblocking, no weighted prediction."""
-    crf: int = 22
-    """The encoder's quality: 6 more are half of the bytes."""
-    b_frames: int = 3
-    """Frames in a row that no other leans on."""
-    speed: str = "medium"
-    """The encoder's preset."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("short_side", 16), ("keyframe_every", 1), ("crf", 0), ("b_frames", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
-        if self.fps is not None and not self.fps > 0:
-            raise ValueError(f"fps is {self.fps}; expected more than 0")
-
-    def size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of the packed video: even numbers, as its pixel format wants."""
-        scale = min(1.0, self.short_side / min(width, height))
-        return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
-
-    def encoder_options(self) -> dict[str, str]:
-        """Options of libx264 and libx265; they differ in how they are spelled."""
-        tune = {} if self.tune == "none" else {"tune": self.tune}
-        common = {"preset": self.speed, "crf": str(self.crf), "g": str(self.keyframe_every), **tune}
-        if self.codec == "hevc":
-            frames = f"keyint={self.keyframe_every}:bframes={self.b_frames}:b-adapt=0:b-pyramid=0:open-gop=0"
-            return common | {"x265-params": f"log-level=none:pools=1:frame-threads=1:{frames}"}
-        # mbtree would give other bytes in every second run (0.5 dB for it); packed again, a video stays the same.
-        return common | {"bf": str(self.b_frames), "b_strategy": "0", "mbtree": "0", "x264-params": "b-pyramid=none"}
-
-
-PRESETS = {
-    "fast": Settings(),
-    "fastest": Settings(short_side=192),
-    "small": Settings(tune="none", crf=23),
-    "uniform": Settings(keyframe_every=8),
-    "keyframes": Settings(keyframe_every=1, b_frames=0),
-}
+PSNR_FRAMES = 32  # of each video, spread over its length
+HEARTBEAT_EVERY = 25  # frames
+MIN_MSE = 1e-4  # limits the PSNR of identical frames to 88 dB
+DEFAULT_RATE = 25  # frames per second, FFmpeg's default, of a file that states no frame rate
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A packed video and what became of it."""
+class PackedVideo:
+    """A packed video.
+
+    Attributes:
+        data: the mp4 file.
+        frames: number of frames in it.
+        source_frames: number of frames in the source.
+        width, height: pixels.
+        psnr: dB against the decoded and scaled source, in RGB.
+    """
 
     data: bytes
     frames: int
+    source_frames: int
     width: int
     height: int
     psnr: float
 
 
-def pack(record: Record, settings: Settings, sign: Any = lambda: None) -> tuple[Packed, int]:
+def pack_video(record: Record, settings: PackSettings, progress: Callable[[], None] = lambda: None) -> PackedVideo:
     """Pack a video.
 
     Args:
         record: the video.
-        settings: how.
-        sign: called every few frames.
-
-    Returns:
-        The packed video, and how many frames the source has.
+        settings: size, frame rate and codec.
+        progress: called every `HEARTBEAT_EVERY` frames.
 
     Raises:
-        DecodeError: the source does not decode, from first to last frame, or the packed one does not hold its frames.
+        DecodeError: the source does not decode from first to last frame, or the packed video lacks frames.
     """
     with open_frames(record, "pyav") as reader:
+        assert isinstance(reader, PyAVReader)
         times, rate = frame_times(reader.scan, len(reader))
         kept, ticks, tick, rate = resample(times, reader.scan.tick, rate, settings.fps)
         compared = set(np.unique(np.linspace(0, len(kept) - 1, PSNR_FRAMES).astype(int)).tolist())
-        wanted = {int(index): place for place, index in enumerate(kept)}
+        place_of = {int(index): place for place, index in enumerate(kept)}
         buffer, references, converter = io.BytesIO(), {}, None
         with av.open(buffer, "w", format="mp4") as container:
             for index, frame in enumerate(reader.pictures()):
-                if index % FRAMES_A_SIGN == 0:
-                    sign()
+                if index % HEARTBEAT_EVERY == 0:
+                    progress()
                 if converter is None:
                     first_size, converter = (frame.width, frame.height), _Converter(frame, settings)
-                    stream = _stream(container, converter.size, settings, tick, rate)
+                    stream = _add_stream(container, converter.size, settings, tick, rate)
                 if (frame.width, frame.height) != first_size:
-                    raise DecodeError(f"{record.path}: the size of the picture changes at frame {index}")
-                place = wanted.get(index)
+                    raise DecodeError(f"{record.path}: the frame size changes at frame {index}")
+                place = place_of.get(index)
                 if place is not None:
                     picture = converter(frame, "yuv420p")
                     if place in compared:
@@ -126,16 +85,27 @@ def pack(record: Record, settings: Settings, sign: Any = lambda: None) -> tuple[
                     picture.pts, picture.time_base = int(ticks[place]), tick
                     picture.pict_type = 0  # else the encoder would copy the source's keyframes
                     container.mux(stream.encode(picture))
+            if converter is None:
+                raise DecodeError(f"{record.path}: no frame was decoded")
             container.mux(stream.encode())
         source_frames = len(reader)
     data = buffer.getvalue()
-    psnr = _compare(record.path, data, references, len(kept), sign)
-    return Packed(data, len(kept), *converter.size, psnr), source_frames
+    psnr = _measure_psnr(record.path, data, references, len(kept), progress)
+    return PackedVideo(data, len(kept), source_frames, *converter.size, psnr)
 
 
 def frame_times(scan: Any, count: int) -> tuple[np.ndarray, Fraction]:
-    """When each frame is shown in ticks from the first one on, and the frame rate (25 where nothing says it)."""
-    rate = Fraction(scan.rate or 25)
+    """Return the display time of each frame and the frame rate.
+
+    Args:
+        scan: `PyAVReader.scan` of the video.
+        count: number of frames.
+
+    Returns:
+        `(count,)` int64 ticks of `scan.tick` seconds, from 0; frames per second. Frames of a file without reliable
+        times are spread evenly: frame i is shown at i / rate seconds.
+    """
+    rate = Fraction(scan.rate or DEFAULT_RATE)
     if scan.timed:
         return scan.times - scan.times[0], rate
     return np.round(np.arange(count) / float(rate * scan.tick)).astype(np.int64), rate
@@ -144,34 +114,60 @@ def frame_times(scan: Any, count: int) -> tuple[np.ndarray, Fraction]:
 def resample(
     times: np.ndarray, tick: Fraction, rate: Fraction, fps: float | None
 ) -> tuple[np.ndarray, np.ndarray, Fraction, Fraction]:
-    """Which frames are kept.
+    """Choose the frames to keep.
+
+    At a lower frame rate the k-th output frame is the one on screen k / fps seconds after the first. 5 frames at 5 per
+    second reduced to 2 per second:
+
+        source frame    0    1    2    3    4
+        shown at        0.0  0.2  0.4  0.6  0.8
+        asked at        0.0       0.5              duration 5 / 5 = 1 s, so 1 s x 2 per second = 2 frames
+        kept            0         2
+
+    Args:
+        times: `(N,)` int64 display times in ticks, ascending from 0.
+        tick: seconds.
+        rate: frames per second.
+        fps: highest frame rate of the output; None keeps every frame, as does a source that is not faster.
 
     Returns:
-        Their indices, their times in ticks, the tick and the frame rate of the packed video.
+        `(n,)` indices of the kept frames, their times in ticks of the output, its tick in seconds and its frame rate.
     """
     if fps is None or rate <= fps:
         return np.arange(len(times)), times, tick, rate
-    rate = Fraction(fps).limit_denominator(1001)
+    rate = Fraction(fps).limit_denominator(1001)  # a float's own denominator is up to 2**52; NTSC's rates have 1001
     seconds = times * float(tick)
-    count = max(1, round(len(times) / float(len(times) - 1) * seconds[-1] * float(rate))) if len(times) > 1 else 1
-    asked = np.arange(count) / float(rate)
-    kept = np.clip(np.searchsorted(seconds, asked + 1e-6, side="right") - 1, 0, None)
-    return kept[np.r_[True, np.diff(kept) > 0]], np.flatnonzero(np.r_[True, np.diff(kept) > 0]), 1 / rate, rate
+    # The last frame is shown for as long as the others on average, so N frames last N / (N - 1) times the time from
+    # the first to the last.
+    duration = seconds[-1] * len(times) / (len(times) - 1) if len(times) > 1 else 0.0
+    asked = np.arange(max(1, round(duration * float(rate)))) / float(rate)
+    # The last frame that is shown at or before each time asked for; 1e-6 s for rounding.
+    shown = np.clip(np.searchsorted(seconds, asked + 1e-6, side="right") - 1, 0, None)
+    # A frame that stays on screen for several of them (a variable frame rate) is kept once, at the first: the output's
+    # tick is 1 / rate, so its time is the position of that.
+    first = np.flatnonzero(np.diff(shown, prepend=-1))
+    return shown[first], first, 1 / rate, rate
 
 
 class _Converter:
-    """Decoded frames, scaled and upright, in another pixel format; colours as BT.601 in limited range, which is what
-    untagged files are read as."""
+    """Conversion of decoded frames: upright, scaled, in another pixel format.
 
-    def __init__(self, frame: Any, settings: Settings) -> None:
-        self.turns = frame.rotation // 90 % 4
+    YUV of any matrix and range is converted to BT.601 in limited range ("MPEG": luma 16 to 235). The packed file has no
+    colour tags, and readers interpret untagged YUV as exactly that, so they show the RGB of the source. In the
+    conversion to RGB (for the PSNR) swscale applies the tags of the source.
+    """
+
+    def __init__(self, frame: Any, settings: PackSettings) -> None:
+        self.turns = frame.rotation // 90 % 4  # quarter turns counterclockwise
         width, height = (frame.height, frame.width) if self.turns % 2 else (frame.width, frame.height)
         self.size = settings.size(width, height)
+        # A reformatter keeps the tables of its last conversion: one for each size.
         self._scaler, self._turner = VideoReformatter(), VideoReformatter()
 
     def __call__(self, frame: Any, format: str) -> Any:
-        if self.turns:
-            upright = np.rot90(self._turner.reformat(frame, format="rgb24", threads=1).to_ndarray(), self.turns)
+        """Return a new frame in the pixel format "yuv420p" or "rgb24"."""
+        if self.turns:  # in RGB, one array; the planes of YUV 4:2:0 have two sizes
+            upright: Any = np.rot90(self._turner.reformat(frame, format="rgb24", threads=1).to_ndarray(), self.turns)
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(upright), format="rgb24")
         target = {} if format == "rgb24" else {"dst_colorspace": Colorspace.ITU601, "dst_color_range": ColorRange.MPEG}
         return self._scaler.reformat(
@@ -179,7 +175,7 @@ class _Converter:
         )
 
 
-def _stream(container: Any, size: tuple[int, int], settings: Settings, tick: Fraction, rate: Fraction) -> Any:
+def _add_stream(container: Any, size: tuple[int, int], settings: PackSettings, tick: Fraction, rate: Fraction) -> Any:
     stream = container.add_stream(ENCODERS[settings.codec], rate=rate, options=settings.encoder_options())
     stream.width, stream.height = size
     stream.pix_fmt = "yuv420p"
@@ -189,17 +185,25 @@ def _stream(container: Any, size: tuple[int, int], settings: Settings, tick: Fra
     return stream
 
 
-def _compare(path: str, data: bytes, references: dict[int, np.ndarray], count: int, sign: Any) -> float:
-    """PSNR in dB over the reference frames; raises DecodeError unless the video holds `count` frames."""
-    errors, place = [], -1
+def _measure_psnr(
+    path: str, data: bytes, references: dict[int, np.ndarray], count: int, progress: Callable[[], None]
+) -> float:
+    """Decode a packed video; returns the PSNR over its reference frames.
+
+    Raises:
+        DecodeError: it does not hold `count` frames.
+    """
+    errors: list[float] = []
+    decoded = 0
     with av.open(io.BytesIO(data)) as container:
         container.streams.video[0].thread_type = "NONE"
         for place, frame in enumerate(container.decode(video=0)):
-            if place % FRAMES_A_SIGN == 0:
-                sign()
+            if place % HEARTBEAT_EVERY == 0:
+                progress()
             if place in references:
                 difference = frame.to_ndarray(format="rgb24").astype(np.float32) - references[place]
                 errors.append(float(np.square(difference).mean()))
-    if place + 1 != count:
-        raise DecodeError(f"{path}: packed, it holds {place + 1} frames of {count}")
-    return float(10 * np.log10(255**2 / max(LOWEST_MSE, np.mean(errors))))
+            decoded += 1
+    if decoded != count:
+        raise DecodeError(f"{path}: the packed video holds {decoded} frames; expected {count}")
+    return 10 * math.log10(255**2 / max(MIN_MSE, sum(errors) / len(errors)))

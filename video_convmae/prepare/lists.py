@@ -1,46 +1,47 @@
-"""Make a data list from a data set's own annotation and the folder its files lie in.
+"""Make a data list from a data set's own annotation and the folder that holds its files.
 
-    python tools/make_list.py kinetics400 --annotation train.csv --root videos --out k400_train.txt
-    python tools/make_list.py ssv2 --annotation train.json --root 20bn-something-something-v2 --out ssv2_train.txt
-    python tools/make_list.py ucf101 --splits ucfTrainTestlist --part train --root UCF-101 --out ucf_train.txt
-    python tools/make_list.py hmdb51 --splits testTrainMulti_7030_splits --part train --root hmdb51 --out hmdb_train.txt
-    python tools/make_list.py folders --root my_videos --out mine.txt
-
-Written: LIST (`path label`, paths relative to --root), beside it the label names (train.txt -> train.labels.txt), and,
-if there are any, the annotated videos that are not on the disk (train.missing.txt). Files are found by name anywhere
-under --root, so flat folders and class folders both do. No video is opened: tools/check_videos.py does that.
+The list is written with the names of its classes (train.txt -> train.labels.txt) and, if there are any, the annotated
+files that are not on the disk (train.missing.txt). Files are found by name anywhere under the folder, so flat folders
+and class folders both work. No video is opened: check.py does that.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, Literal, NoReturn, TextIO
 
 import numpy as np
 
-from video_convmae.data.options import IMAGE_SUFFIXES
+from video_convmae.atomic import replacing
+from video_convmae.data.options import IMAGE_SUFFIXES, ListFormat
 from video_convmae.data.records import ListError, read_list
+from video_convmae.prepare.options import LIST_TEXT
+from video_convmae.shipped import shipped_labels
 
-DATA_LISTS = Path(__file__).parents[1] / "data_lists"
-SUFFIXES = {
+FileKind = Literal["video", "image"]
+SUFFIXES: dict[FileKind, tuple[str, ...]] = {
     "video": (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp"),
     "image": IMAGE_SUFFIXES,
 }
-SHOWN = 3  # names in a message, so that it stays a message
+EXAMPLES = 3  # names quoted in a message
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One annotated video: the names its file may have (without suffix), best first, and its class, if it has one."""
+    """One annotated file.
+
+    Attributes:
+        names: possible file names without suffix, in order of preference.
+        label: class name; None in a test split.
+    """
 
     names: tuple[str, ...]
     label: str | None = None
@@ -48,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Annotation:
-    """What a data set says of one split. A class's number is its place in `labels`."""
+    """Annotation of one split; the number of a class is its index in `labels`."""
 
     entries: list[Entry]
     labels: list[str]
@@ -56,9 +57,17 @@ class Annotation:
 
 @dataclass
 class Tree:
-    """The files under a folder: by name without suffix, and how many others there are of each suffix."""
+    """Files under a folder.
+
+    Attributes:
+        root: the folder.
+        kind: files that are listed.
+        files: paths relative to `root`, by file name without suffix.
+        others: number of files of other kinds, by suffix.
+    """
 
     root: Path
+    kind: FileKind = "video"
     files: dict[str, list[str]] = field(default_factory=dict)
     others: Counter[str] = field(default_factory=Counter)
 
@@ -67,34 +76,52 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class Matches:
-    """Rows of a list (path, class number), and what did not become one."""
+class Listing:
+    """Contents of a list, and the files and annotations that are not in it.
+
+    Attributes:
+        rows: path relative to the root, and class number; None without a label.
+        labels: class names.
+        missing: names of annotated files that are not on the disk.
+        unlisted: number of files that have no row.
+        repeated: paths of rows whose file exists more than once.
+    """
 
     rows: list[tuple[str, int | None]]
-    missing: list[str]
-    unlisted: int
-    repeated: list[str]
+    labels: list[str]
+    missing: list[str] = field(default_factory=list)
+    unlisted: int = 0
+    repeated: list[str] = field(default_factory=list)
 
 
-# What the data sets' annotations say
+# ---- annotations of the data sets ------------------------------------------------------------------------------------
 
 
-def kinetics400(annotation: Path, labels: Path | None = None) -> Annotation:
-    """The csv of Kinetics-400: label, youtube_id, time_start, time_end; the official test split has no label.
+def read_kinetics400(annotation: Path, labels: Path | None = None) -> Annotation:
+    """Read a CSV file of Kinetics-400: label, youtube_id, time_start, time_end; the official test split has no label.
 
-    The names in use are `<id>_000010_000020.mp4` (CVDF, the official crawler) and `<id>.mp4`.
+    Files are named `<id>_000010_000020.mp4` (CVDF, the official crawler) or `<id>.mp4`.
+
+    Args:
+        annotation: the CSV file.
+        labels: file for `read_labels`; by default the shipped names.
+
+    Raises:
+        ListError: a file cannot be read, or a row holds an unknown class or no times.
     """
-    names = read_labels(labels or DATA_LISTS / "kinetics400.txt")
-    plain = {_plain(name): name for name in names}
+    names = read_labels(labels or shipped_labels("kinetics400"))
+    by_simple_name = {_simplify(name): name for name in names}
     entries = []
-    with _reading(annotation, newline="") as file:
+    with _open_text(annotation, newline="") as file:
         rows = csv.DictReader(file)
         _expect_columns(annotation, rows.fieldnames, ("youtube_id", "time_start", "time_end"))
         for row in rows:
             where = f"{annotation}, line {rows.line_num}"
-            label = plain.get(_plain(row["label"])) if row.get("label") else None
+            label = by_simple_name.get(_simplify(row["label"])) if row.get("label") else None
             if row.get("label") and label is None:
-                raise ListError(f"{where}: the class {row['label']!r} is none of the {len(names)} known; give --labels")
+                raise ListError(
+                    f"{where}: the class {row['label']!r} is not among the {len(names)} known; give --labels"
+                )
             try:
                 span = f"_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
             except (TypeError, ValueError):
@@ -105,51 +132,77 @@ def kinetics400(annotation: Path, labels: Path | None = None) -> Annotation:
     return Annotation(entries, names)
 
 
-def ssv2(annotation: Path, labels: Path | None = None) -> Annotation:
-    """A json of Something-Something V2: [{"id", "template"}], the template being the class with [brackets].
+def read_ssv2(annotation: Path, labels: Path | None = None) -> Annotation:
+    """Read a JSON file of Something-Something V2: [{"id", "template"}]; the template is the class with [brackets].
 
-    `labels`: the official json of {class: number}; by default the names in data_lists/, which are in that order.
+    Args:
+        annotation: the JSON file.
+        labels: file for `read_labels`, such as the official labels.json; by default the shipped names, in its order.
+
+    Raises:
+        ListError: a file cannot be read, or an object has no "id" or an unknown class.
     """
-    names = read_labels(labels or DATA_LISTS / "something_something_v2.txt")
+    names = read_labels(labels or shipped_labels("something_something_v2"))
     known = set(names)
     entries = []
     for number, video in enumerate(_read_json(annotation, list), start=1):
         where = f"{annotation}, video {number}"
         if not isinstance(video, dict) or "id" not in video:
-            raise ListError(f"{where}: it is {video!r:.80}; expected an object with an 'id'")
+            raise ListError(f"{where}: found {video!r:.80}; expected an object with an 'id'")
         label = video.get("template")
         if label is not None:
             label = label.replace("[", "").replace("]", "")
             if label not in known:
-                raise ListError(f"{where}: the class {label!r} is none of the {len(names)} known; give --labels")
+                raise ListError(f"{where}: class {label!r} is not among the {len(names)} known; give --labels")
         entries.append(Entry((str(video["id"]),), label))
     return Annotation(entries, names)
 
 
-def ucf101(splits: Path, part: str, fold: int = 1) -> Annotation:
-    """The official lists of UCF101: classInd.txt, trainlist01.txt, testlist01.txt and so on."""
-    names = []
+def read_ucf101(splits: Path, part: Literal["train", "test"], fold: int = 1) -> Annotation:
+    """Read the official lists of UCF101: classInd.txt and trainlist01.txt, testlist01.txt, trainlist02.txt, ...
+
+    Args:
+        splits: folder of these files, ucfTrainTestlist.
+        part: train or test.
+        fold: official split, 1 to 3.
+
+    Raises:
+        ListError: a file is missing, or a line has another form.
+    """
+    names: list[str] = []
     for where, line in _lines(splits / "classInd.txt"):
         number, _, name = line.partition(" ")
         if number != str(len(names) + 1) or not name:
-            raise ListError(f"{where}: it is {line!r}; expected '{len(names) + 1} ClassName'")
+            raise ListError(f"{where}: found {line!r}; expected '{len(names) + 1} ClassName'")
         names.append(name)
     entries = []
     for where, line in _lines(splits / f"{part}list{fold:02d}.txt"):
         label, slash, file = line.partition("/")
         if not slash or label not in names:
-            raise ListError(f"{where}: it is {line!r}; expected 'ClassName/v_ClassName_g01_c01.avi' of a known class")
-        file = re.sub(r"\s+\d+$", "", file)  # training lists repeat the class's number
+            raise ListError(f"{where}: found {line!r}; expected 'ClassName/v_ClassName_g01_c01.avi' of a known class")
+        file = re.sub(r"\s+\d+$", "", file)  # only training lists end with the class number
         entries.append(Entry((os.path.splitext(file)[0],), label))
     return Annotation(entries, names)
 
 
-def hmdb51(splits: Path, part: str, fold: int = 1) -> Annotation:
-    """The official splits of HMDB51: `<class>_test_split1.txt` with lines 'file.avi 0|1|2'; 1 = train, 2 = test."""
+def read_hmdb51(splits: Path, part: Literal["train", "test"], fold: int = 1) -> Annotation:
+    """Read the official splits of HMDB51: `<class>_test_split1.txt` with lines 'file.avi 0|1|2'; 1 = train, 2 = test.
+
+    Args:
+        splits: folder of these files, testTrainMulti_7030_splits.
+        part: train or test.
+        fold: official split, 1 to 3.
+
+    Raises:
+        ListError: the files are missing, or a line has another form.
+    """
     ending = f"_test_split{fold}.txt"
-    files = sorted(path for path in _listing(splits) if path.name.endswith(ending))
+    try:
+        files = sorted(path for path in splits.iterdir() if path.name.endswith(ending))
+    except OSError as error:
+        _raise_unreadable(error)
     if not files:
-        raise ListError(f"no files named <class>{ending} in {splits}; expected those of testTrainMulti_7030_splits")
+        raise ListError(f"no files named <class>{ending} in {splits}; expected the folder testTrainMulti_7030_splits")
     names = [path.name.removesuffix(ending) for path in files]
     wanted = {"train": "1", "test": "2"}[part]
     entries = []
@@ -157,14 +210,18 @@ def hmdb51(splits: Path, part: str, fold: int = 1) -> Annotation:
         for where, line in _lines(path):
             file, _, flag = line.rpartition(" ")
             if flag not in ("0", "1", "2"):
-                raise ListError(f"{where}: it is {line!r}; expected 'file.avi' and 0, 1 (train) or 2 (test)")
+                raise ListError(f"{where}: found {line!r}; expected 'file.avi' and 0, 1 (train) or 2 (test)")
             if flag == wanted:
                 entries.append(Entry((os.path.splitext(file.strip())[0],), label))
     return Annotation(entries, names)
 
 
 def read_labels(path: Path) -> list[str]:
-    """Class names in the order of their numbers: a text file with one a line, or a json of {name: number}."""
+    """Return class names in the order of their numbers, from a text file of one a line or a JSON file {name: number}.
+
+    Raises:
+        ListError: the file cannot be read, or its numbers are not 0 to n - 1.
+    """
     if path.suffix != ".json":
         return [line for _, line in _lines(path)]
     numbers = {name: int(number) for name, number in _read_json(path, dict).items()}
@@ -173,59 +230,82 @@ def read_labels(path: Path) -> list[str]:
     return sorted(numbers, key=numbers.__getitem__)
 
 
-# What is on the disk
+# ---- files on the disk -----------------------------------------------------------------------------------------------
 
 
-def scan(root: Path, suffixes: Iterable[str] = SUFFIXES["video"]) -> Tree:
-    """Every file under a folder, links followed; hidden files and folders are passed over."""
+def scan_folder(root: Path, kind: FileKind = "video") -> Tree:
+    """Find every file under a folder. Links are followed; hidden files and folders are skipped.
+
+    Raises:
+        ListError: `root` or a folder below it cannot be read.
+    """
     if not root.is_dir():
         raise ListError(f"--root {root} is not a folder")
-    suffixes = tuple(suffixes)
-    tree, entered = Tree(root), set()
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise):
-        identity = os.stat(folder)
-        if (identity.st_dev, identity.st_ino) in entered:  # a link to a folder above would never end
+    tree, entered = Tree(root, kind), set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise_unreadable):
+        status = os.stat(folder)
+        identity = status.st_dev, status.st_ino
+        if identity in entered:  # a link to a parent folder is an endless loop
             folders.clear()
             continue
-        entered.add((identity.st_dev, identity.st_ino))
+        entered.add(identity)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in files if not name.startswith(".")):
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() in suffixes:
+            if suffix.lower() in SUFFIXES[kind]:
                 path = os.path.relpath(os.path.join(folder, name), root)
-                tree.files.setdefault(_composed(stem), []).append(path)
+                tree.files.setdefault(_normalise_accents(stem), []).append(path)
             else:
                 tree.others[suffix.lower() or "no suffix"] += 1
     return tree
 
 
-def match(annotation: Annotation, tree: Tree) -> Matches:
-    """Find each annotated video on the disk. Of several files of one name, that in the folder of its class is taken."""
+def match_files(annotation: Annotation, tree: Tree) -> Listing:
+    """Find each annotated file in a tree. Among files of the same name, one in the folder of its class is preferred.
+
+    Raises:
+        ListError: none of them is there.
+    """
     numbers = {label: number for number, label in enumerate(annotation.labels)}
-    rows, missing, repeated = [], [], []
+    rows: list[tuple[str, int | None]] = []
+    missing, repeated = [], []
     for entry in annotation.entries:
-        paths = next((paths for name in entry.names if (paths := tree.files.get(_composed(name)))), [])
+        paths = next((paths for name in entry.names if (paths := tree.files.get(_normalise_accents(name)))), [])
         if not paths:
             missing.append(entry.names[0])
             continue
-        in_class = [path for path in paths if entry.label and _plain(Path(path).parent.name) == _plain(entry.label)]
+        label = entry.label
+        in_class = [path for path in paths if label and _simplify(Path(path).parent.name) == _simplify(label)]
         candidates = in_class or paths
         if len(candidates) > 1:
             repeated.append(candidates[0])
-        rows.append((candidates[0], None if entry.label is None else numbers[entry.label]))
+        rows.append((candidates[0], None if label is None else numbers[label]))
+    if not rows:
+        _raise_empty(tree, f"the annotation has {quote_names([entry.names[0] for entry in annotation.entries])}")
     unlisted = len(tree) - len({path for path, _ in rows})
-    return Matches(rows, missing, unlisted, repeated)
+    return Listing(rows, annotation.labels, missing, unlisted, repeated)
 
 
-def folders(tree: Tree, part: str, fraction: float, seed: int) -> tuple[Matches, list[str]]:
-    """A tree of one folder a class: every file of the part, and the class names (the folders' names, sorted).
+def list_folders(
+    tree: Tree, part: Literal["all", "train", "validation"] = "all", fraction: float = 0.0, seed: int = 0
+) -> Listing:
+    """List a tree of class folders; class names are the sorted names of the folders.
 
-    `fraction` of each class, drawn by `seed`, is the part "validation", the others are "train"; the part "all" is both.
+    Args:
+        tree: the files.
+        part: "validation" is a random `fraction` of each class, "train" the rest, "all" both.
+        fraction: 0 if and only if `part` is "all".
+        seed: seed of the split.
+
+    Raises:
+        ListError: `fraction` does not fit, or no file is in a class folder.
     """
     if not 0 <= fraction < 1:
         raise ListError(f"--validation-fraction is {fraction}; expected 0 or more and less than 1")
     if (part == "all") != (fraction == 0):
-        raise ListError(f"--part {part} with --validation-fraction {fraction}: a split needs both, the whole tree none")
+        raise ListError(
+            f"--part {part} with --validation-fraction {fraction}: a split needs both, the whole tree neither"
+        )
     classes: dict[str, list[str]] = {}
     for paths in tree.files.values():
         for path in paths:
@@ -237,88 +317,70 @@ def folders(tree: Tree, part: str, fraction: float, seed: int) -> tuple[Matches,
         order = np.random.default_rng([seed, number]).permutation(len(paths))
         held_out = set(order[: round(fraction * len(paths))].tolist())
         rows += [
-            (path, number) for i, path in enumerate(paths) if part == "all" or (i in held_out) == (part != "train")
+            (path, number) for i, path in enumerate(paths) if part == "all" or (i in held_out) == (part == "validation")
         ]
-    listable = sum(len(paths) for paths in classes.values())
-    return Matches(rows, [], len(tree) - listable, []), sorted(classes)
+    if not rows:
+        _raise_empty(tree, "expected a folder a class with files in it")
+    in_classes = sum(len(paths) for paths in classes.values())
+    return Listing(rows, sorted(classes), unlisted=len(tree) - in_classes)
 
 
-# What is written
+# ---- files written ---------------------------------------------------------------------------------------------------
 
 
-def write(out: Path, rows: list[tuple[str, int | None]], labels: list[str], format: str = "video") -> None:
-    """Write the list and its label names; the list appears only if `read_list` reads these same rows back from it."""
+def write_listing(out: Path, listing: Listing, kind: FileKind = "video") -> None:
+    """Write the list, its class names and the names of missing files, and remove those names if none is missing.
+
+    Raises:
+        ListError: as `write_list`.
+    """
+    write_list(out, listing.rows, listing.labels, kind)
+    if listing.missing:
+        with replacing(missing_file(out), **LIST_TEXT) as file:
+            file.writelines(f"{name}\n" for name in listing.missing)
+    else:
+        missing_file(out).unlink(missing_ok=True)
+
+
+def write_list(
+    out: Path, rows: Sequence[tuple[str, int | None]], labels: Sequence[str], format: ListFormat = "video"
+) -> None:
+    """Write a list and its class names; the list is replaced only if `read_list` reads the same rows back.
+
+    Raises:
+        ListError: the list cannot hold one of the paths.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    _write_lines(partial, [path if label is None else f"{path} {label}" for path, label in rows])
-    try:
-        _check_read_back(partial, rows, format)
-        _write_lines(labels_file(out), labels)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(out, **LIST_TEXT) as file:
+        file.writelines(f"{path}\n" if label is None else f"{path} {label}\n" for path, label in rows)
+        file.flush()
+        _check_read_back(Path(file.name), rows, format)
+        with replacing(labels_file(out), **LIST_TEXT) as names:
+            names.writelines(f"{label}\n" for label in labels)
 
 
 def labels_file(out: Path) -> Path:
-    """Where the label names of a list lie: train.txt -> train.labels.txt."""
+    """Return the path of a list's class names: train.txt -> train.labels.txt."""
     return _beside(out, "labels")
 
 
 def missing_file(out: Path) -> Path:
-    """Where the annotated videos lie that were not found: train.txt -> train.missing.txt."""
+    """Return the path of the names of annotated files that were not found: train.txt -> train.missing.txt."""
     return _beside(out, "missing")
 
 
-def report(out: Path, matches: Matches, labels: list[str], tree: Tree) -> str:
-    """What was listed and what was not, for the reader of the terminal."""
-    used = {label for _, label in matches.rows if label is not None}
-    lines = [f"{len(matches.rows):,} listed in {out}, of {len(used)} classes (names: {labels_file(out)})"]
-    if used and len(used) < len(labels):
-        lines.append(f"{len(labels) - len(used)} of the {len(labels)} classes have no video here")
-    if matches.missing:
-        names = f"their names: {missing_file(out)}"
-        lines.append(f"{len(matches.missing):,} in the annotation are missing under {tree.root} ({names})")
-    else:
-        lines.append("0 missing")
-    lines.append(f"{matches.unlisted:,} files under {tree.root} were not listed")
-    if matches.repeated:
-        lines.append(
-            f"{len(matches.repeated):,} are there more than once, the first was taken: {_few(matches.repeated)}"
-        )
-    if tree.others:
-        others = ", ".join(f"{suffix} {count:,}" for suffix, count in tree.others.most_common(8))
-        lines.append(f"{sum(tree.others.values()):,} files of other kinds were passed over ({others})")
-    return "\n".join(lines)
+def quote_names(names: Sequence[str]) -> str:
+    """Quote the first few names for a message."""
+    return ", ".join(repr(name) for name in names[:EXAMPLES]) + (", ..." if len(names) > EXAMPLES else "") or "none"
 
 
-def make_list(arguments: argparse.Namespace) -> str:
-    """Do what the command line asks; returns the report."""
-    format = getattr(arguments, "format", "video")
-    tree = scan(arguments.root, SUFFIXES[format])
-    if arguments.dataset == "folders":
-        matches, labels = folders(tree, arguments.part, arguments.validation_fraction, arguments.seed)
-        expected = "expected a folder a class with files in it"
-    else:
-        annotation = arguments.read(arguments)
-        matches, labels = match(annotation, tree), annotation.labels
-        expected = f"the annotation has {_few([entry.names[0] for entry in annotation.entries])}"
-    if not matches.rows:
-        found = [paths[0] for paths in list(tree.files.values())[:SHOWN]]
-        raise ListError(f"nothing to list: {len(tree)} {format} files under {tree.root} ({_few(found)}); {expected}")
-    write(arguments.out, matches.rows, labels, format)
-    missing_file(arguments.out).unlink(missing_ok=True)
-    if matches.missing:
-        _write_lines(missing_file(arguments.out), matches.missing)
-    return report(arguments.out, matches, labels, tree)
-
-
-def _beside(out: Path, what: str) -> Path:
+def _beside(out: Path, kind: str) -> Path:
     name = out.stem if out.suffix in (".txt", ".csv", ".list") else out.name  # k400.train and k400.val are two lists
-    return out.with_name(f"{name}.{what}.txt")
+    return out.with_name(f"{name}.{kind}.txt")
 
 
-def _check_read_back(path: Path, rows: list[tuple[str, int | None]], format: str) -> None:
-    """Hold what was written against what is read. Which names a list cannot hold, only its reader knows."""
+def _check_read_back(path: Path, rows: Sequence[tuple[str, int | None]], format: ListFormat) -> None:
+    """Compare a written list with its rows. Only the reader of lists knows the names that a list cannot hold."""
     try:
         records = list(read_list(path, format))
         problem = ""
@@ -334,28 +396,25 @@ def _check_read_back(path: Path, rows: list[tuple[str, int | None]], format: str
             )
 
 
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    """`surrogateescape`: names that are not UTF-8 are written as the bytes they are."""
-    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        file.writelines(f"{line}\n" for line in lines)
+# ---- reading annotations ---------------------------------------------------------------------------------------------
 
 
-def _reading(path: Path, **options: str) -> TextIO:
+def _open_text(path: Path, newline: str | None = None) -> TextIO:
     try:
-        return open(path, encoding="utf-8-sig", errors="surrogateescape", **options)
+        return open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
     except OSError as error:
         raise ListError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _lines(path: Path) -> list[tuple[str, str]]:
-    """The lines of a file that hold something, each with its place for messages: ('classInd.txt, line 3', 'text')."""
-    with _reading(path) as file:
+    """Return the lines that are not empty, each after its place for messages: ('classInd.txt, line 3', 'text')."""
+    with _open_text(path) as file:
         lines = [(f"{path}, line {number}", line.strip()) for number, line in enumerate(file, start=1)]
     return [(where, line) for where, line in lines if line]
 
 
-def _read_json(path: Path, kind: type) -> list | dict:
-    with _reading(path) as file:
+def _read_json(path: Path, kind: type) -> Any:
+    with _open_text(path) as file:
         try:
             value = json.load(file)
         except ValueError as error:
@@ -365,83 +424,26 @@ def _read_json(path: Path, kind: type) -> list | dict:
     return value
 
 
-def _listing(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError as error:
-        raise ListError(f"cannot read the folder {folder}: {error.strerror or error}") from error
-
-
 def _expect_columns(path: Path, columns: Iterable[str] | None, expected: Iterable[str]) -> None:
     absent = [name for name in expected if name not in (columns or ())]
     if absent:
         raise ListError(f"{path} has the columns {list(columns or ())}; expected also {', '.join(absent)}")
 
 
-def _composed(name: str) -> str:
-    """One form of a name with accents, which macOS writes in two characters and most others in one."""
+def _normalise_accents(name: str) -> str:
+    """Return a name in Unicode's form NFC: macOS stores an accent as a character of its own, others do not."""
     return unicodedata.normalize("NFC", name)
 
 
-def _plain(name: str) -> str:
-    """Class names as folders spell them: 'air_drumming' is 'air drumming'."""
-    return _composed(name).replace("_", " ").casefold()
+def _simplify(name: str) -> str:
+    """Return a class name in the form that folder names are compared in: 'air_drumming' equals 'air drumming'."""
+    return _normalise_accents(name).replace("_", " ").casefold()
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "") or "none"
+def _raise_empty(tree: Tree, expected: str) -> NoReturn:
+    found = quote_names([paths[0] for paths in list(tree.files.values())[:EXAMPLES]])
+    raise ListError(f"nothing to list: {len(tree)} {tree.kind} files under {tree.root} ({found}); {expected}")
 
 
-def _raise(error: OSError) -> None:
-    raise ListError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    datasets = parser.add_subparsers(dest="dataset", required=True, metavar="DATASET")
-
-    def add(name: str, help: str, read: Callable[[argparse.Namespace], Annotation] | None) -> argparse.ArgumentParser:
-        dataset = datasets.add_parser(name, help=help, description=help)
-        dataset.set_defaults(read=read)
-        dataset.add_argument("--root", type=Path, required=True, help="folder the files lie in, at any depth")
-        dataset.add_argument("--out", type=Path, required=True, help="the list to write")
-        return dataset
-
-    for name, read, files, order in (
-        ("kinetics400", kinetics400, "the csv of the split (train.csv, val.csv)", "a class a line"),
-        (
-            "ssv2",
-            ssv2,
-            "the json of the split (train.json, validation.json)",
-            "the official labels.json, or a class a line",
-        ),
-    ):
-        dataset = add(name, f"from {files}", lambda a, read=read: read(a.annotation, a.labels))
-        dataset.add_argument("--annotation", type=Path, required=True, help=files)
-        dataset.add_argument("--labels", type=Path, help=f"{order}; the default is in data_lists/")
-    for name, read, files in (
-        ("ucf101", ucf101, "ucfTrainTestlist"),
-        ("hmdb51", hmdb51, "testTrainMulti_7030_splits"),
-    ):
-        dataset = add(name, f"from the folder {files}", lambda a, read=read: read(a.splits, a.part, a.fold))
-        dataset.add_argument("--splits", type=Path, required=True, help=f"the folder {files}")
-        dataset.add_argument("--part", choices=("train", "test"), required=True, help="which part to list")
-        dataset.add_argument("--fold", type=int, choices=(1, 2, 3), default=1, help="official split (default 1)")
-    dataset = add("folders", "any tree of one folder a class", None)
-    dataset.add_argument("--format", choices=tuple(SUFFIXES), default="video", help="kind of files (default video)")
-    dataset.add_argument(
-        "--part", choices=("all", "train", "validation"), default="all", help="which part (default all)"
-    )
-    dataset.add_argument("--validation-fraction", type=float, default=0.0, help="of each class, kept out of train")
-    dataset.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    try:
-        print(make_list(arguments))
-    except ListError as error:
-        parser.exit(1, f"make_list: {error}\n")
+def _raise_unreadable(error: OSError) -> NoReturn:
+    raise ListError(f"cannot read the folder {error.filename}: {error.strerror or error}") from error

@@ -1,506 +1,359 @@
-"""Re-encode the videos of a list once, so that training reads them several times as fast.
+"""Pack a list: re-encode its videos once, so that training reads them several times as fast (encode.py says why).
 
-    python tools/pack_videos.py LIST --root DIR --out DIR               # --preset fast: 256 pixels, a keyframe every 16
-    python tools/pack_videos.py LIST --root DIR --out DIR --preset small --short-side 320
-    python tools/pack_videos.py LIST --root DIR --out DIR --tar 1000    # shards of 1,000 videos
+Written to the output folder:
 
-What is done to a video, and why that is fast: encode_video.py. The table over its settings:
-`python tools/benchmark.py packing`. In the --out folder:
-
-    NAME.txt       the rows of LIST with their new paths, relative to --out; same labels, order and line numbers (so a
-                   record shows the same samples); bad ones as comments. Beside it NAME.labels.txt, if LIST has one
-    videos/        the packed videos, or shards/ with --tar
+    NAME.txt       the rows of the list NAME with new paths, relative to the folder; labels, order and line numbers stay
+                   (so a record shows the same samples), and bad rows become comments. Beside it NAME.labels.txt, if the
+                   list has one
+    videos/        the packed videos; or shards/, tar archives
     faults.csv     line, record, error
     summary.json   bytes and frames before and after; PSNR against the decoded source at the packed size, in RGB
-    packed.jsonl   a line a video, written as they are done: after an interruption, and that may be a kill, the same
-                   command goes on from here
+    settings.json  the settings: one folder holds videos of one kind
+    packed.jsonl   one line a video, written as videos are done (job.py)
 
-Every packed video is decoded once to see that it holds the frames it should. Frames keep their times, and all of them
-are kept, unless --fps asks for fewer: then data.stride means more seconds.
+Every packed video is decoded once to verify its number of frames. Frames keep their times, and all are kept, unless a
+lower frame rate is asked for: then data.stride covers more time.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
-import multiprocessing
 import os
-import shutil
-import signal
 import tarfile
-import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from statistics import median
-from typing import Any
+from typing import Any, BinaryIO
 
-from tqdm import tqdm
-
+from video_convmae.atomic import replacing, write_text
 from video_convmae.data.decoding import DecodeError
-from video_convmae.data.records import ListError, Record, parse_line
-from video_convmae.data.shards import file_of, read_member, split
-from video_convmae.prepare.check import Row, appending, read_rows, replacing, stamp
-from video_convmae.prepare.encode import ENCODERS, PRESETS, Packed, Settings, pack
-
-START_SECONDS = 300.0  # to import the encoder, from a slow disk if need be
+from video_convmae.data.decoding.errors import decode_errors
+from video_convmae.data.decoding.process import ChildDied, ChildProcess, ChildTimeout, Handler
+from video_convmae.data.records import ListError, Record
+from video_convmae.data.shards import file_of, read_member, split_path
+from video_convmae.prepare.encode import PackedVideo, pack_video
+from video_convmae.prepare.job import RecordResult, ResumableJob, Row, first_rows, read_rows, write_report
+from video_convmae.prepare.options import LIST_TEXT, PackSettings
 
 
 @dataclass(frozen=True)
-class Result:
-    """What packed.jsonl says of a video. `stamp` is that of its source; `end`: where it ends in its shard."""
+class PackResult(RecordResult):
+    """Place and properties of a packed video.
 
-    path: str
-    stamp: list[int] | None
-    error: str | None = None
-    target: str | None = None
-    source_bytes: int | None = None
-    bytes: int | None = None
+    Attributes:
+        target: path relative to the output folder.
+        end: bytes from the start of its shard to its end; None for a file of its own.
+        source_bytes, bytes: size before and after.
+        source_frames, frames: number before and after.
+        width, height: pixels.
+        psnr: dB.
+    """
+
+    target: str = ""
     end: int | None = None
-    frames: int | None = None
-    source_frames: int | None = None
-    width: int | None = None
-    height: int | None = None
-    psnr: float | None = None
+    source_bytes: int = 0
+    bytes: int = 0
+    source_frames: int = 0
+    frames: int = 0
+    width: int = 0
+    height: int = 0
+    psnr: float = 0.0
 
 
-# ---- workers: processes that can be killed --------------------------------------------------------------------------
+# ---- child processes -------------------------------------------------------------------------------------------------
 
 
-class _Worker:
-    """A process that packs videos one after the other; a hang or a crash costs the video, not the run."""
+class PackingProcess:
+    """`pack_video` in a child process, which is started when first needed and again after it was lost.
 
-    def __init__(self, settings: Settings, timeout: float) -> None:
+    Args:
+        settings: as for `pack_video`.
+        timeout: seconds without progress after which the child is killed.
+    """
+
+    def __init__(self, settings: PackSettings, timeout: float) -> None:
         self.settings, self.timeout = settings, timeout
-        self._process: Any = None
+        self._child: ChildProcess | None = None
 
-    def pack(self, record: Record) -> tuple[Packed, int]:
-        """As `pack`; DecodeError also where no sign came for `timeout` seconds, or the process ended."""
-        if self._process is None or not self._process.is_alive():
-            self._start()
+    def pack(self, record: Record) -> PackedVideo:
+        """Pack a video as `pack_video` does; a hang or a crash of the codec raises DecodeError too."""
+        if self._child is None or not self._child.is_alive():
+            self._child = ChildProcess(serve_packing, self.settings)
         try:
-            self._line.send(record)
-            while self._line.poll(self.timeout):
-                kind, value = self._line.recv()
-                if kind == "error":
-                    raise DecodeError(value)
-                if kind == "packed":
-                    return value
-        except (EOFError, OSError):
-            self.close()
-            raise DecodeError(f"{record.path}: the packing process ended (the codec crashed, or no memory)") from None
-        self.close()
-        raise DecodeError(f"{record.path}: nothing was decoded within {self.timeout:g} s; the process was killed")
+            return self._child.ask(record, self.timeout)
+        except ChildTimeout:
+            message = f"{record.path}: nothing was decoded within {self.timeout:g} s; the process was killed"
+            raise DecodeError(message) from None
+        except ChildDied as error:
+            raise DecodeError(f"{record.path}: the packing process {error}") from None
 
     def close(self) -> None:
-        """Kill the process."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.join(5.0)
-            self._line.close()
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._line, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.settings), daemon=True)
-        self._process.start()
-        theirs.close()
-        try:
-            ready = self._line.poll(START_SECONDS) and self._line.recv()
-        except EOFError:
-            ready = False
-        if not ready:  # no video is to blame
-            self.close()
-            raise RuntimeError(
-                f"a packing process did not start within {START_SECONDS:g} s; what it wrote stands above"
-            )
+        """End the child process."""
+        if self._child is not None:
+            self._child.kill()
 
 
-def _serve(line: Any, settings: Settings) -> None:
-    """What a worker process does until its parent is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # of the terminal; the parent answers it
+def serve_packing(progress: Callable[[], None], settings: PackSettings) -> Handler:
+    """Return the handler of a packing process: from a record to its packed video."""
 
-    def sign() -> None:
-        try:
-            line.send(("alive", None))
-        except OSError:  # nobody waits for the video any more
-            os._exit(1)
+    def handle(record: Record) -> PackedVideo:
+        with decode_errors(record.path):
+            return pack_video(record, settings, progress)
 
-    with suppress(EOFError, OSError):
-        line.send(True)
-        while True:
-            record = line.recv()
-            try:
-                reply = "packed", pack(record, settings, sign)
-            except DecodeError as error:
-                reply = "error", str(error)
-            except Exception as error:
-                reply = "error", f"{record.path}: {type(error).__name__}: {error}"
-            line.send(reply)
+    return handle
 
 
-# ---- where packed videos go ------------------------------------------------------------------------------------------
+# ---- stores of packed videos -----------------------------------------------------------------------------------------
 
 
-class Folder:
-    """A file for each video, written beside and renamed."""
+class FolderStore:
+    """A file for each video, under videos/."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
 
-    def is_there(self, result: Result) -> bool:
-        """Whether the video of this result is still in its place."""
+    def holds(self, result: PackResult) -> bool:
+        """Return whether the video of a result is still in its place."""
         path = self.out / result.target
         return path.is_file() and path.stat().st_size == result.bytes
 
-    def add(self, row: Row, packed: Packed) -> dict[str, Any]:
-        """Store a video; returns what its result says of the place."""
-        path = self.out / "videos" / own_name(row)
+    def add(self, row: Row, video: PackedVideo) -> dict[str, Any]:
+        """Store a video; returns the fields `target` and `end` of its result."""
+        path = self.out / "videos" / packed_name(row)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(packed.data)
-        os.replace(partial, path)
+        with replacing(path, "wb") as file:
+            file.write(video.data)
         return {"target": path.relative_to(self.out).as_posix()}
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
-class Shards:
-    """Tar archives of `count` videos in the list's order; webdataset's layout: KEY.mp4, and KEY.cls with the label.
+class ShardStore:
+    """Tar archives under shards/ in webdataset's layout: KEY.mp4, and KEY.cls with the label.
 
-    An interrupted run goes on in the last archive, behind the last video that its results tell of.
+    A resumed run appends to the last archive, after the last video that has a result. An archive ends with two empty
+    blocks; they are written by `close` and overwritten by the next `add`.
+
+    Args:
+        out: the output folder.
+        count: number of videos in each archive, in the list's order.
+        results: results of earlier runs.
     """
 
-    def __init__(self, out: Path, count: int, results: Sequence[Result]) -> None:
+    def __init__(self, out: Path, count: int, results: Iterable[PackResult]) -> None:
         self.out, self.count = out, count
         (out / "shards").mkdir(parents=True, exist_ok=True)
-        self._file = None
-        stored = [(Path(file_of(result.target)), result.end) for result in results if self.is_there(result)]
+        self._file: BinaryIO | None = None
+        stored = [(Path(file_of(result.target)), result.end or 0) for result in results if self.holds(result)]
         last = max((shard for shard, _ in stored), default=None)
         ends = [end for shard, end in stored if shard == last]
-        self.number, self.held, self._end = 0 if last is None else int(last.stem), len(ends), max(ends, default=0)
+        self._number = 0 if last is None else int(last.stem)
+        self._videos, self._end = len(ends), max(ends, default=0)
 
-    def is_there(self, result: Result) -> bool:
-        """Whether the archive of this result reaches to its end."""
-        path = self.out / file_of(result.target or "")
+    def holds(self, result: PackResult) -> bool:
+        """Return whether the archive of a result reaches to the video's end."""
+        path = self.out / file_of(result.target)
         return result.end is not None and path.is_file() and path.stat().st_size >= result.end
 
-    def add(self, row: Row, packed: Packed) -> dict[str, Any]:
-        """Append a video; returns what its result says of the place."""
-        if self.held >= self.count:
+    def add(self, row: Row, video: PackedVideo) -> dict[str, Any]:
+        """Append a video; returns the fields `target` and `end` of its result."""
+        if self._videos >= self.count:
             self.close()
-            self.number, self.held, self._end = self.number + 1, 0, 0
-        self._open()
-        stem = PurePosixPath(own_name(row)).stem.replace(".", "_")  # webdataset's keys end at the first dot
+            self._number, self._videos, self._end = self._number + 1, 0, 0
+        file = self._open()
+        stem = PurePosixPath(packed_name(row)).stem.replace(".", "_")  # webdataset's keys end at the first dot
         key = f"{row.line:08d}_{stem}".replace("#", "_")[:80]
         if row.record.label is not None:
-            self._append(f"{key}.cls", str(row.record.label).encode())
-        self._append(f"{key}.mp4", packed.data)
-        self._file.flush()
-        self.held, self._end = self.held + 1, self._file.tell()
+            _append_member(file, f"{key}.cls", str(row.record.label).encode())
+        _append_member(file, f"{key}.mp4", video.data)
+        file.flush()
+        self._videos, self._end = self._videos + 1, file.tell()
         return {"target": f"{self._name}#{key}.mp4", "end": self._end}
 
     def close(self) -> None:
-        """End the archive as tar wants it, unless that was done."""
-        path, closing = self.out / self._name, bytes(2 * tarfile.BLOCKSIZE)
-        if self.held and path.stat().st_size != self._end + len(closing):
+        """Write the end of the last archive, unless it is there."""
+        path, ending = self.out / self._name, bytes(2 * tarfile.BLOCKSIZE)
+        if self._videos and path.stat().st_size != self._end + len(ending):
             self._open()
         if self._file is not None:
-            self._file.write(closing)
+            self._file.write(ending)
             self._file.close()
             self._file = None
 
     @property
     def _name(self) -> str:
-        return f"shards/{self.number:06d}.tar"
+        return f"shards/{self._number:06d}.tar"
 
-    def _open(self) -> None:
-        """Behind the last video whose result was written; what a kill left behind that is cut off."""
+    def _open(self) -> BinaryIO:
+        """Open the last archive after its last video with a result; bytes behind it, left by a kill, are cut off."""
         if self._file is None:
             path = self.out / self._name
-            self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+            self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115, closed in close()
             self._file.truncate(self._end)
             self._file.seek(self._end)
-
-    def _append(self, name: str, data: bytes) -> None:
-        entry = tarfile.TarInfo(name)
-        entry.size = len(data)
-        self._file.write(entry.tobuf() + data + bytes(-len(data) % tarfile.BLOCKSIZE))
+        return self._file
 
 
-def own_name(row: Row) -> str:
-    """The path of a packed video below its folder: as the list has it, without what would lead out of the folder."""
-    written = parse_line(row.text.strip(), row.record.format).path
-    parts = [part for part in PurePosixPath(written.replace(".tar#", ".tar/")).parts if part not in ("/", "..", ".")]
-    name = "/".join(parts)
+def packed_name(row: Row) -> str:
+    """Return the path of a packed video under videos/: as written in the list, without parts that lead elsewhere."""
+    written = row.written_path.replace(".tar#", ".tar/")
+    name = "/".join(part for part in PurePosixPath(written).parts if part not in ("/", "..", "."))
     return name if name.endswith(".mp4") else f"{name}.mp4"
+
+
+def _append_member(file: BinaryIO, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    file.write(entry.tobuf() + data + bytes(-len(data) % tarfile.BLOCKSIZE))
 
 
 # ---- the whole list --------------------------------------------------------------------------------------------------
 
 
+class PackJob(ResumableJob[PackingProcess, PackedVideo, PackResult]):
+    """Packing of videos into a folder of files or of shards.
+
+    Args:
+        out: the output folder.
+        settings: as for `pack_video`.
+        tar: number of videos in a shard; 0: a file for each.
+        timeout: as for `PackingProcess`.
+    """
+
+    result_type = PackResult
+    title = "packing"
+
+    def __init__(self, out: Path, settings: PackSettings, tar: int, timeout: float) -> None:
+        super().__init__(out / "packed.jsonl", in_order=tar > 0)
+        self.settings, self.timeout = settings, timeout
+        self.store = ShardStore(out, tar, self.earlier.values()) if tar else FolderStore(out)
+
+    def start_worker(self) -> PackingProcess:
+        """Return a process that packs."""
+        return PackingProcess(self.settings, self.timeout)
+
+    def work_on(self, record: Record, worker: PackingProcess) -> PackedVideo:
+        """Pack a video."""
+        return worker.pack(record)
+
+    def store_outcome(self, row: Row, outcome: PackedVideo) -> dict[str, Any]:
+        """Write a packed video to the store; returns the fields of its result."""
+        facts = {name: getattr(outcome, name) for name in ("source_frames", "frames", "width", "height", "psnr")}
+        sizes = {"source_bytes": _size_of(row.record.path), "bytes": len(outcome.data)}
+        return {**self.store.add(row, outcome), **sizes, **facts}
+
+    def is_valid(self, result: PackResult) -> bool:
+        """Return whether an earlier result still holds: source and packed video are unchanged."""
+        return super().is_valid(result) and self.store.holds(result)
+
+
 def pack_videos(
-    path: Path, root: Path, out: Path, settings: Settings, tar: int = 0, workers: int = 1, timeout: float = 60.0
+    path: Path, root: Path, out: Path, settings: PackSettings, tar: int = 0, workers: int = 1, timeout: float = 60.0
 ) -> dict[str, Any]:
-    """Pack a whole list; see the head of this file. Returns the summary.
+    """Pack a list and write the files named at the head of this module.
+
+    Args:
+        path: the list.
+        root: folder that its paths are relative to.
+        out: folder to write to.
+        settings: as for `pack_video`.
+        tar: number of videos in a shard; 0: a file for each.
+        workers: number of videos that are packed at the same time.
+        timeout: seconds without a decoded frame after which a video is given up.
+
+    Returns:
+        The contents of summary.json.
 
     Raises:
-        ListError: the list cannot be used, or `out` holds videos that were packed otherwise.
+        ListError: the list cannot be used, or `out` holds videos packed with other settings.
     """
-    rows = [_plain(row) for row in read_rows(path, "video", root)]
-    first = {row.record.path: row for row in reversed(rows)}  # a video that is listed twice is packed once
-    _check_names(sorted(first.values(), key=lambda row: row.line), tar)
-    out.mkdir(parents=True, exist_ok=True)
-    _keep_settings(out, {**asdict(settings), "tar": tar})
+    rows = [_normalise_path(row) for row in read_rows(path, "video", root)]
+    if not tar:
+        _check_names(first_rows(rows).values())
     written = out / f"{path.stem}.txt"
     if written.resolve() == path.resolve():
         raise ListError(f"{path} lies in --out {out} and would be overwritten; choose another folder")
-    for stale in (written, out / "faults.csv", out / "summary.json"):
-        stale.unlink(missing_ok=True)
-    results = pack_all([first[row.record.path] for row in rows], out, settings, tar, workers, timeout)
-    summary = summarize(rows, results, settings)
-    write_outputs(path, written, rows, results, summary)
+    out.mkdir(parents=True, exist_ok=True)
+    _check_settings(out / "settings.json", {**asdict(settings), "tar": tar})
+    job = PackJob(out, settings, tar, timeout)
+    with closing(job.store):
+        results = job.run(rows, workers)
+    summary = {"settings": asdict(settings), **summarize_packing([results[row.record.path] for row in rows])}
+    _write_packed_list(path, written, rows, results)
+    write_report(out, rows, results, summary)
     return summary
 
 
-def _plain(row: Row) -> Row:
-    """A path has one spelling: ./a.mp4 is a.mp4."""
-    return replace(row, record=replace(row.record, path=os.path.normpath(row.record.path)))
-
-
-def _check_names(rows: Sequence[Row], tar: int) -> None:
-    names: dict[str, Row] = {}
-    for row in () if tar else rows:
-        other = names.setdefault(own_name(row), row)
-        if other is not row:
-            raise ListError(
-                f"lines {other.line} and {row.line} would both be packed into videos/{own_name(row)}: rename one, or "
-                "pack into shards (--tar 1000)"
-            )
-
-
-def _keep_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Write them down; one folder holds videos of one kind."""
-    path = out / "settings.json"
-    if path.exists():
-        held = json.loads(path.read_text())
-        if held != settings:
-            changed = ", ".join(f"{name} {held.get(name)}" for name in settings if held.get(name) != settings[name])
-            raise ListError(f"{out} holds videos packed with other settings ({changed}); choose another --out")
-        return
-    with replacing(path) as file:
-        file.write(json.dumps(settings, indent=2) + "\n")
-
-
-def pack_all(
-    rows: Sequence[Row], out: Path, settings: Settings, tar: int, workers: int, timeout: float
-) -> dict[str, Result]:
-    """The result of every row by its path: taken over from packed.jsonl if it still holds, else as it comes."""
-    log = out / "packed.jsonl"
-    held = read_results(log)
-    store = Shards(out, tar, list(held.values())) if tar else Folder(out)
-    rows = list({row.record.path: row for row in rows}.values())
-    results = {
-        row.record.path: result
-        for row in rows
-        if (result := held.get(row.record.path)) is not None
-        and result.error is None
-        and result.stamp == stamp(row.record.path)
-        and store.is_there(result)
-    }
-    missing = [row for row in rows if row.record.path not in results]
-    bad = 0
-    with (
-        appending(log) as file,
-        closing(store),
-        tqdm(total=len(rows), initial=len(results), desc="packing", unit="video", smoothing=0.05) as progress,
-        closing(_in_parallel(missing, settings, workers, timeout)) as packed,
-    ):
-        for row, outcome in packed:
-            result = _store(row, outcome, store)
-            file.write(json.dumps(asdict(result)) + "\n")
-            file.flush()
-            results[result.path] = result
-            bad += result.error is not None
-            progress.set_postfix(bad=bad, refresh=False)
-            progress.update()
-    return results
-
-
-def _store(row: Row, outcome: tuple[Packed, int] | DecodeError, store: Folder | Shards) -> Result:
-    path = row.record.path
-    if isinstance(outcome, DecodeError):
-        return Result(path, stamp(path), error=str(outcome))
-    packed, source_frames = outcome
-    facts = {name: getattr(packed, name) for name in ("frames", "width", "height", "psnr")}
-    return Result(
-        path,
-        stamp(path),
-        source_bytes=source_bytes(path),
-        bytes=len(packed.data),
-        source_frames=source_frames,
-        **store.add(row, packed),
-        **facts,
-    )
-
-
-def source_bytes(path: str) -> int:
-    """Size of a video, be it a file or in an archive."""
-    parts = split(path)
-    return os.path.getsize(path) if parts is None else len(read_member(*parts))
-
-
-def _in_parallel(
-    rows: Sequence[Row], settings: Settings, workers: int, timeout: float
-) -> Iterator[tuple[Row, tuple[Packed, int] | DecodeError]]:
-    """Outcomes in the order of the rows; a few are kept while one before them is in the making."""
-    own = threading.local()
-    processes: list[_Worker] = []
-
-    def start() -> None:
-        own.worker = _Worker(settings, timeout)
-        processes.append(own.worker)
-
-    def work(record: Record) -> tuple[Packed, int] | DecodeError:
-        try:
-            return own.worker.pack(record)
-        except DecodeError as error:
-            return error
-
-    pool = ThreadPoolExecutor(workers, initializer=start)
-    waiting: deque[tuple[Row, Future]] = deque()
-    try:
-        for row in rows:
-            waiting.append((row, pool.submit(work, row.record)))
-            while waiting and (len(waiting) >= 3 * workers or waiting[0][1].done()):
-                row, future = waiting.popleft()
-                yield row, future.result()
-        for row, future in waiting:
-            yield row, future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.close()
-        pool.shutdown()
-
-
-def read_results(path: Path) -> dict[str, Result]:
-    """The results so far by path, the last of each; a line that an interruption cut off is passed over."""
-    results = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(ValueError, TypeError):
-            result = Result(**json.loads(line))
-            results[result.path] = result
-    return results
-
-
-def write_outputs(
-    path: Path, written: Path, rows: Sequence[Row], results: dict[str, Result], summary: dict[str, Any]
-) -> None:
-    """The list, its class names, faults.csv and summary.json, each whole or not at all."""
-    out = written.parent
-    by_line = {row.line: row for row in rows}
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    with replacing(written) as file:
-        for number, text in enumerate(lines, start=1):
-            row = by_line.get(number)
-            if row is not None:
-                result = results[row.record.path]
-                bad = result.error is not None
-                text = f"# left out, see faults.csv: {text.strip()}" if bad else _moved(row, result.target)
-            file.write(text + ("\n" if number < len(lines) or text else ""))
-    names = path.with_suffix(".labels.txt")
-    if names.is_file():
-        shutil.copyfile(names, written.with_suffix(".labels.txt"))
-    with replacing(out / "faults.csv") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["line", "record", "error"])
-        for row in rows:
-            if (error := results[row.record.path].error) is not None:
-                table.writerow([row.line, parse_line(row.text.strip(), "video").path, error])
-    with replacing(out / "summary.json") as file:
-        file.write(json.dumps(summary, indent=2) + "\n")
-
-
-def _moved(row: Row, target: str) -> str:
-    """The row with another path; what stands behind the path stays."""
-    text = row.text.strip()
-    old = parse_line(text, "video").path
-    if not text.startswith(old):  # several spaces in front of a number that belongs to the path
-        return target if row.record.label is None else f"{target} {row.record.label}"
-    return target + text[len(old) :]
-
-
-def summarize(rows: Sequence[Row], results: dict[str, Result], settings: Settings) -> dict[str, Any]:
-    """What summary.json holds. A video that is listed twice counts once in bytes, frames and PSNR."""
-    bad = sum(results[row.record.path].error is not None for row in rows)
-    videos = {row.record.path: results[row.record.path] for row in rows}
-    good = [result for result in videos.values() if result.error is None]
-    summary: dict[str, Any] = {"rows": len(rows), "good": len(rows) - bad, "bad": bad, "settings": asdict(settings)}
+def summarize_packing(results: Sequence[PackResult]) -> dict[str, Any]:
+    """Return totals over the results of all rows. A video that is listed twice counts once in bytes, frames, PSNR."""
+    bad = sum(result.error is not None for result in results)
+    videos = {result.path: result for result in results if result.error is None}.values()
+    summary: dict[str, Any] = {"rows": len(results), "good": len(results) - bad, "bad": bad}
     for name in ("source_bytes", "bytes", "source_frames", "frames"):
-        summary[name] = sum(getattr(result, name) for result in good)
-    if good:
-        psnr = [round(result.psnr, 2) for result in good]
+        summary[name] = sum(getattr(result, name) for result in videos)
+    if videos:
+        psnr = [round(result.psnr, 2) for result in videos]
         summary["psnr"] = {"min": min(psnr), "median": median(psnr), "max": max(psnr)}
     return summary
 
 
-def describe(summary: dict[str, Any], out: Path, name: str) -> str:
-    """The summary for the reader of the terminal."""
-    text = f"{summary['rows']:,} rows: {summary['good']:,} packed ({out / name}), {summary['bad']:,} bad"
-    text += f" ({out / 'faults.csv'})" if summary["bad"] else ""
-    if psnr := summary.get("psnr"):
-        before, after = summary["source_bytes"], summary["bytes"]
-        text += f"\n{before / 1e6:,.1f} MB became {after / 1e6:,.1f} MB ({after / before:.2f} of it), "
-        text += f"{summary['source_frames']:,} frames {summary['frames']:,}"
-        text += f"\nPSNR {psnr['min']} to {psnr['max']} dB, median {psnr['median']}, against the source at this size"
-    return text
+def _normalise_path(row: Row) -> Row:
+    """Return a row whose record has one spelling of its path: ./a.mp4 is a.mp4."""
+    return replace(row, record=replace(row.record, path=os.path.normpath(row.record.path)))
 
 
-def settings_of(given: argparse.Namespace) -> Settings:
-    """The preset, and what the command line says otherwise."""
-    edits = {field.name: getattr(given, field.name) for field in fields(Settings)}
-    return replace(PRESETS[given.preset], **{name: value for name, value in edits.items() if value is not None})
+def _check_names(rows: Iterable[Row]) -> None:
+    names: dict[str, Row] = {}
+    for row in rows:
+        other = names.setdefault(packed_name(row), row)
+        if other is not row:
+            raise ListError(
+                f"lines {other.line} and {row.line} would both be packed into videos/{packed_name(row)}: rename one, "
+                "or pack into shards (--tar 1000)"
+            )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("list", type=Path, metavar="LIST", help="the list of videos")
-    parser.add_argument("--root", type=Path, default=Path(), help="folder that its paths are relative to")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the packed videos and their list")
-    parser.add_argument("--preset", choices=PRESETS, default="fast", help="settings that go together (default fast)")
-    parser.add_argument("--short-side", type=int, help="pixels (256); smaller videos are not enlarged")
-    parser.add_argument("--fps", type=float, help="at most so many frames a second (default: all)")
-    parser.add_argument("--keyframe-every", type=int, help="frames (16)")
-    parser.add_argument("--codec", choices=ENCODERS, help="(h264)")
-    parser.add_argument("--tune", choices=["fastdecode", "none"], help="(fastdecode)")
-    parser.add_argument("--crf", type=int, help="quality; 6 more are half of the bytes (22)")
-    parser.add_argument("--b-frames", type=int, help="frames in a row that no other leans on (3)")
-    parser.add_argument("--speed", help="the encoder's preset (medium)")
-    parser.add_argument("--tar", type=int, default=0, metavar="N", help="write tar shards of N videos")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="videos at once (default: one a core)")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds without a decoded frame (%(default)g)")
-    return parser
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Compare the settings with those of an earlier run, or write them."""
+    if not path.exists():
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+        return
+    earlier = json.loads(path.read_text())
+    if earlier != settings:
+        changed = ", ".join(f"{name} {earlier.get(name)}" for name in settings if earlier.get(name) != settings[name])
+        raise ListError(f"{path.parent} holds videos packed with other settings ({changed}); choose another --out")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    parser = _parser()
-    given = parser.parse_args(argv)
-    if given.workers < 1 or given.tar < 0 or not given.timeout > 0:
-        parser.error(f"--workers {given.workers} --tar {given.tar} --timeout {given.timeout}: expected 1, 0, above 0")
-    try:
-        settings = settings_of(given)
-        summary = pack_videos(given.list, given.root, given.out, settings, given.tar, given.workers, given.timeout)
-    except (ListError, ValueError, RuntimeError) as error:
-        parser.exit(1, f"pack_videos: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "pack_videos: interrupted; the same command goes on from here\n")
-    print(describe(summary, given.out, f"{given.list.stem}.txt"))
+def _write_packed_list(path: Path, written: Path, rows: Sequence[Row], results: Mapping[str, PackResult]) -> None:
+    """Write the list with new paths, and its class names."""
+    labels, written_labels = path.with_suffix(".labels.txt"), written.with_suffix(".labels.txt")
+    if labels.is_file():
+        write_text(written_labels, labels.read_text(encoding="utf-8"))
+    else:
+        written_labels.unlink(missing_ok=True)  # of another list
+    row_at = {row.line: row for row in rows}
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    with replacing(written, **LIST_TEXT) as file:
+        for number, text in enumerate(lines, start=1):
+            if row := row_at.get(number):
+                result = results[row.record.path]
+                bad = result.error is not None
+                text = f"# left out, see faults.csv: {text.strip()}" if bad else _with_path(row, result.target)
+            file.write(text + ("\n" if number < len(lines) or text else ""))
+
+
+def _with_path(row: Row, target: str) -> str:
+    """Return the text of a row with another path; the fields behind the path stay."""
+    text, old = row.text.strip(), row.written_path
+    if not text.startswith(old):  # the path ends in numbers, with several spaces before them
+        return target if row.record.label is None else f"{target} {row.record.label}"
+    return target + text[len(old) :]
+
+
+def _size_of(path: str) -> int:
+    """Return the bytes of a video, a file or a member of an archive."""
+    parts = split_path(path)
+    return os.path.getsize(path) if parts is None else len(read_member(*parts))

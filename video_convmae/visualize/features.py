@@ -3,9 +3,9 @@
 Rows: the frames; the features of each stage as colours (their first three principal components as red, green and blue,
 one basis for all frames of a row, so a colour means the same at all times); for a pretrained encoder the tokens after
 fusion and norm; for a classifier the evidence: the contribution of each token to the logit of a class, less the mean
-over the tokens (red: more, blue: less). After attention the tokens share most of their content; their mean contribution
-stands above the picture, for it would paint the row in one colour. For the same reason a token's evidence is not that
-of its pixels alone.
+over the tokens (red: more, blue: less). After attention the tokens share most of their content; their mean
+contribution is printed above the picture, since it would paint the row in one colour. For the same reason a token's
+evidence is not that of its pixels alone.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Decoding in a child process that can be killed: a hang or a crash of a codec library costs one record, not the run.
+"""Reading in a child process that can be killed: a hang or a crash of a codec library costs one record, not the run.
 
-    decoder = IsolatedDecoder("pyav", timeout=60.0)
-    with decoder.open(record) as reader:
+    process = ReaderProcess("pyav", timeout=60.0)
+    with process.open(record) as reader:
         frames = reader.read([0, 4, 8])
 
-The child is a fresh interpreter (no fork), so this works inside daemonic DataLoader workers under every start method.
-It ends with its parent, however that ends and whatever the child does at that moment.
+`ChildProcess` is the general part; packing (prepare/pack.py) uses it too. A child is a fresh interpreter (no fork), so
+it can be started inside daemonic DataLoader workers under every start method. It ends with its parent, however that
+ends and whatever the child does at that moment.
 
 Measured (2 cores, Python 3.11): a child starts in 0.3 s and takes 60 MB (27 of them its own) with PyAV, 0.3 s and 76 MB
 with decord, but 4.6 s and 690 MB (370 its own) with torchcodec, which loads torch. Sixteen 340x256 frames (4.2 MB) come
@@ -20,25 +21,22 @@ import os
 import pickle
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import time
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 
-from video_convmae.data.decoding import DecodeError, FrameReader, open_frames, resolve_reader
+from video_convmae.data.decoding import DecodeError, DecodeTimeout, FrameReader, open_frames, resolve_reader
 from video_convmae.data.options import ReaderName
 from video_convmae.data.records import Record
+from video_convmae.errors import UserError
 
-_START_SECONDS = 300.0  # to import the decoder, from a slow disk if need be; no record is to blame for it
-_KILL_SECONDS = 5.0  # a killed process that waits for a dead file server goes only when that answers
-_LENGTH = struct.Struct("!Q")
+_START_SECONDS = 300.0  # to import the libraries, perhaps from a slow disk; no record is to blame for it
+_KILL_SECONDS = 5.0  # a killed process that waits for a dead file server ends only when that answers
 
-
-class DecodeTimeout(DecodeError):
-    """A record whose decoder did not return in time. The decoding process was killed."""
+Handler = Callable[[Any], Any]  # from a request to its reply
 
 
 class ReaderProcess:
@@ -48,70 +46,40 @@ class ReaderProcess:
     pickled, and copied by a fork: the copy starts a child of its own.
 
     Args:
-        decoder: a name that `decoding.resolve` takes.
+        reader: a name that `resolve_reader` takes.
         timeout: seconds that one open or one read may take.
     """
 
-    def __init__(self, decoder: str = "auto", timeout: float = 60.0) -> None:
-        if decoder not in get_args(ReaderName):
-            raise ValueError(f"data.decoder is {decoder!r}; expected one of {', '.join(get_args(ReaderName))}")
-        self.decoder = decoder
+    def __init__(self, reader: ReaderName = "auto", timeout: float = 60.0) -> None:
+        if reader not in get_args(ReaderName):
+            raise ValueError(f"data.reader is {reader!r}; expected one of {', '.join(get_args(ReaderName))}")
+        self.reader = reader
         self.timeout = timeout
-        self._child: _Child | None = None
-        self._open = 0  # the number of the record that is open; 0: none
-        self._opened = 0  # how many were opened before it, and it
+        self._child: ChildProcess | None = None
+        self._opened: RemoteReader | None = None
 
-    def open(self, record: Record) -> FrameReader:
-        """A reader of `record`, as `open_frames` returns it; it also raises the errors below when it reads.
+    def open(self, record: Record) -> RemoteReader:
+        """Open a record in the child, as `open_frames` does.
 
         Raises:
-            DecodeTimeout: the decoder did not return in time.
-            DecodeError: the record cannot be read, or the decoder crashed on it.
-            ImportError, RuntimeError: the decoder is not installed; the child does not start. No record is to blame.
+            DecodeTimeout: the reader did not return in time.
+            DecodeError: the record cannot be read, or the reader crashed on it.
+            ImportError, RuntimeError: the reader is not installed; the child does not start. No record is to blame.
         """
-        if self._child is not None and not self._child.is_usable():
-            self.close()
-        if self._child is None:
-            self._child = _Child(self.decoder)
-        self._open = 0
-        count, decoder = self._ask(("open", record), record.path)
-        self._opened += 1
-        self._open = self._opened
-        return _Reader(self, self._open, record.path, count, decoder)
+        if self._opened is not None:
+            self._opened.close()
+        if self._child is None or not self._child.is_alive():
+            self._child = ChildProcess(serve_frames, self.reader)
+        self._opened = RemoteReader(self._child, record, self.timeout)
+        return self._opened
 
     def close(self) -> None:
         """End the child process. The next `open` starts another."""
-        child, self._child, self._open = self._child, None, 0
-        if child is not None:
-            child.end()
-
-    def _read(self, reader: _Reader, indices: np.ndarray) -> np.ndarray:
-        if reader.number != self._open:
-            raise DecodeError(f"{reader.path}: is no longer open for reading")
-        frames, reader.decoder = self._ask(("read", indices), reader.path)
-        return frames
-
-    def _ask(self, request: tuple[str, Any], path: str) -> Any:
-        """Send a request and return the reply. Whatever goes wrong, the child is never left with a reply to give."""
-        deadline = time.monotonic() + self.timeout
-        try:
-            send(self._child.line, request, deadline)
-            kind, reply = receive(self._child.line, deadline)
-        except TimeoutError:
-            self.close()
-            raise DecodeTimeout(
-                f"{path}: the decoder did not return within {self.timeout:g} s and was killed"
-            ) from None
-        except (EOFError, OSError):
-            fate = self._child.fate()
-            self.close()
-            raise DecodeError(f"{path}: the decoding process {fate}") from None
-        except BaseException:  # an interrupt while waiting
-            self.close()
-            raise
-        if kind == "error":
-            raise DecodeError(reply)
-        return reply
+        if self._opened is not None:
+            self._opened.close()
+        if self._child is not None:
+            self._child.kill()
+        self._child = self._opened = None
 
     def __enter__(self) -> ReaderProcess:
         return self
@@ -119,54 +87,110 @@ class ReaderProcess:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # half-made, or the interpreter is going
-            self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"decoder": self.decoder, "timeout": self.timeout}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+    def __reduce__(self) -> tuple[type[ReaderProcess], tuple[str, float]]:
+        return ReaderProcess, (self.reader, self.timeout)
 
 
-class _Reader(FrameReader):
-    """The parent's side of a record that is open in the child."""
+class RemoteReader(contextlib.AbstractContextManager["RemoteReader"]):
+    """The parent's side of a record that is open in the child; used like a `FrameReader`.
 
-    def __init__(self, owner: ReaderProcess, number: int, path: str, count: int, decoder: str) -> None:
-        self.number = number
-        self.path = path
-        self.decoder = decoder
-        self._owner = owner
-        self._count = count
+    Attributes:
+        path: path of the record.
+        name: library that decodes, as in `FrameReader`.
+    """
+
+    def __init__(self, child: ChildProcess, record: Record, timeout: float) -> None:
+        self.path = record.path
+        self._child: ChildProcess | None = child
+        self._timeout = timeout
+        self._length, self.name = self._ask(record)
 
     def __len__(self) -> int:
-        return self._count
+        return self._length
 
-    def _read_ascending(self, indices: np.ndarray) -> np.ndarray:
-        return self._owner._read(self, indices)
+    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return frames as `FrameReader.read` does, whose checks run in the child; also raises DecodeTimeout."""
+        frames, self.name = self._ask(indices)
+        return frames
 
-    def close(self) -> None:
-        if self._owner._open == self.number:
-            self._owner._open = 0
+    def close(self, *exception: object) -> None:
+        """Forbid further reads. The child closes the file when the next record is opened."""
+        self._child = None
+
+    __exit__ = close
+
+    def _ask(self, request: Any) -> Any:
+        if self._child is None:
+            raise DecodeError(f"{self.path}: is no longer open for reading")
+        try:
+            return self._child.ask(request, self._timeout)
+        except ChildTimeout:
+            self._child = None
+            message = f"{self.path}: the reader did not return within {self._timeout:g} s and was killed"
+            raise DecodeTimeout(message) from None
+        except ChildDied as error:
+            self._child = None
+            raise DecodeError(f"{self.path}: the reader process {error}") from None
 
 
-# ---- the child, seen from the parent --------------------------------------------------------------------------------
+def serve_frames(progress: Callable[[], None], reader: ReaderName) -> Handler:
+    """Return the handler of a reader process: a record opens it, anything else is indices of frames to read."""
+    reader = resolve_reader(reader)
+    opened: FrameReader | None = None
+
+    def handle(request: Record | Sequence[int] | np.ndarray) -> tuple[int | np.ndarray, str]:
+        nonlocal opened
+        if isinstance(request, Record):
+            if opened is not None:
+                opened.close()
+                opened = None  # opening the next may fail
+            opened = open_frames(request, reader)
+            return len(opened), opened.name
+        assert opened is not None  # the parent reads only what it has opened
+        frames = np.ascontiguousarray(opened.read(request))  # first: a failure of its library changes the name
+        return frames, opened.name
+
+    return handle
 
 
-class _Child:
-    """A running decoding process and the line to it (a socket pair: the child sees its end when the parent dies)."""
+# ---- any child, seen from the parent --------------------------------------------------------------------------------
 
-    def __init__(self, decoder: str) -> None:
-        self.owner = os.getpid()
-        self.line, theirs = socket.socketpair()
+
+class ChildTimeout(Exception):
+    """Nothing came from the child in time; it was killed."""
+
+
+class ChildDied(Exception):
+    """The child ended instead of replying. The message says how: "was ended by SIGSEGV"."""
+
+
+class ChildProcess:
+    """A fresh interpreter that answers requests, one at a time; started here, and not again once it has ended.
+
+    The two are connected by a socket pair, so the child sees the end of its parent. A fork's copy of this object is not
+    alive and leaves the child to the process that started it.
+
+    Args:
+        make_handler: a module's function, called in the child with `progress` and the arguments: returns a function
+            from a request to its reply. `progress()` tells the parent that the child still works.
+        arguments: picklable, as are requests and replies. Arrays are sent without a copy and arrive writeable.
+
+    Raises:
+        ImportError: raised by `make_handler`.
+        RuntimeError: the child did not start.
+    """
+
+    def __init__(self, make_handler: Callable[..., Handler], *arguments: Any) -> None:
+        self._owner = os.getpid()
+        self._line, theirs = socket.socketpair()
+        self._replies = self._line.makefile("rb")
         program = (
             f"import sys; sys.path[:] = {sys.path!r}\n"
-            f"from {__name__} import serve; serve({theirs.fileno()}, {self.owner}, {decoder!r})"
+            f"from {__name__} import serve_requests; serve_requests({theirs.fileno()}, {self._owner})"
         )
         one_thread = dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"], "1")
         with theirs:
-            self.process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [sys.executable, "-c", program],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -174,28 +198,76 @@ class _Child:
                 env=os.environ | one_thread,
             )
         try:
-            missing = receive(self.line, time.monotonic() + _START_SECONDS)
-            if missing:
-                raise ImportError(missing)
-        except (EOFError, OSError) as error:
-            fate = f"did not start in {_START_SECONDS:g} s" if isinstance(error, TimeoutError) else self.fate()
-            self.end()
-            raise RuntimeError(f"the process for data.decoder {decoder!r} {fate} ({sys.executable})") from error
+            self.ask((make_handler, arguments), _START_SECONDS)
+        except (ChildTimeout, ChildDied) as error:
+            fate = f"did not start within {_START_SECONDS:g} s" if isinstance(error, ChildTimeout) else error
+            raise RuntimeError(
+                f"the process for {make_handler.__module__}.{make_handler.__name__}{arguments} {fate} "
+                f"({sys.executable}); its own error messages are above"
+            ) from error
         except BaseException:
-            self.end()
+            self.kill()
             raise
 
-    def is_usable(self) -> bool:
-        """Whether it lives and is ours: not that of the process we were forked from.
+    @property
+    def pid(self) -> int:
+        """Process ID of the child."""
+        return self._process.pid
 
-        It may have died while idle: the kernel ends it with the thread that started it, and that may be gone.
+    def is_alive(self) -> bool:
+        """Return whether it can be asked: it runs, and was started by this process, not by the one that forked it.
+
+        A child may die while idle: the kernel ends it with the thread that started it, which may be gone.
         """
-        return self.owner == os.getpid() and self.process.poll() is None
+        return self._owner == os.getpid() and self._process.poll() is None
 
-    def fate(self) -> str:
-        """How it ended, after its end of the line was closed."""
+    def ask(self, request: Any, timeout: float) -> Any:
+        """Send a request and return the reply. On any failure but the handler's own, the child is killed.
+
+        Args:
+            request: passed to the child's handler.
+            timeout: seconds to wait for the reply, or for the next report of progress.
+
+        Raises:
+            ChildTimeout: nothing came in time.
+            ChildDied: the child has ended.
+            UserError: raised by the handler.
+        """
         try:
-            code = self.process.wait(_KILL_SECONDS)
+            self._line.settimeout(timeout)
+            send(self._line, request)
+            while (message := receive(self._replies)) is None:  # progress
+                pass
+        except TimeoutError:
+            self.kill()
+            raise ChildTimeout(f"no reply within {timeout:g} s") from None
+        except (EOFError, OSError):
+            fate = self._fate()
+            self.kill()
+            raise ChildDied(fate) from None
+        except BaseException:  # an interrupt: a late reply must not be taken for that to the next request
+            self.kill()
+            raise
+        succeeded, reply = message
+        if not succeeded:
+            raise reply
+        return reply
+
+    def kill(self) -> None:
+        """Kill and reap the child, unless it belongs to the process that forked this one."""
+        if self._owner == os.getpid():
+            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # subprocess reaps it later, when another is started
+                self._process.wait(_KILL_SECONDS)
+        else:
+            self._process.returncode = 0  # not ours to wait for
+        with contextlib.suppress(OSError):  # closed before
+            os.close(self._line.detach())  # closing `_replies` would wait for a thread that still reads from it
+
+    def _fate(self) -> str:
+        """Say how the child ended, after it closed its end of the line."""
+        try:
+            code = self._process.wait(_KILL_SECONDS)
         except subprocess.TimeoutExpired:
             return "closed its line"
         if code >= 0:
@@ -203,90 +275,66 @@ class _Child:
         hint = " (out of memory?)" if -code == signal.SIGKILL else ""
         return f"was ended by {signal.Signals(-code).name}{hint}"
 
-    def end(self) -> None:
-        """Kill and reap it, unless it belongs to the process that we were forked from."""
-        self.line.close()
-        if self.owner == os.getpid():
-            self.process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # subprocess reaps it later, when another is started
-                self.process.wait(_KILL_SECONDS)
-        else:
-            self.process.returncode = 0  # not ours to wait for
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # half-made, or the interpreter is ending
+            self.kill()
 
 
-# ---- messages: a pickled object; arrays follow it as they are --------------------------------------------------------
+# ---- messages: a pickled object; its arrays follow as they are in memory ---------------------------------------------
 
 
-def send(line: socket.socket, message: Any, deadline: float | None = None) -> None:
-    """Send an object. Raises TimeoutError after `deadline` (of the monotonic clock), OSError if nobody reads."""
+def send(line: socket.socket, message: Any) -> None:
+    """Send an object. Raises TimeoutError after the socket's timeout, OSError if the other side has ended."""
     arrays: list[pickle.PickleBuffer] = []
     body = pickle.dumps(message, protocol=5, buffer_callback=arrays.append)
-    parts = [memoryview(body), *[array.raw() for array in arrays]]
-    for part in [_LENGTH.pack(len(parts)), *[_LENGTH.pack(len(part)) for part in parts], *parts]:
-        _set_timeout(line, deadline)
+    parts = [array.raw() for array in arrays]
+    line.sendall(pickle.dumps((body, [len(part) for part in parts])))
+    for part in parts:
         line.sendall(part)
 
 
-def receive(line: socket.socket, deadline: float | None = None) -> Any:
-    """Receive an object. Raises TimeoutError after `deadline`, EOFError or OSError if the other side is gone."""
-    (count,) = _LENGTH.unpack(_receive_bytes(line, _LENGTH.size, deadline))
-    sizes = [_LENGTH.unpack(_receive_bytes(line, _LENGTH.size, deadline))[0] for _ in range(count)]
-    body, *arrays = [_receive_bytes(line, size, deadline) for size in sizes]
+def receive(file: BinaryIO) -> Any:
+    """Receive an object from a socket's file. Raises TimeoutError, EOFError or OSError (the other side has ended)."""
+    try:
+        body, sizes = pickle.load(file)
+    except pickle.UnpicklingError as error:
+        raise EOFError("the message is cut off") from error
+    arrays = [np.empty(size, dtype=np.uint8) for size in sizes]  # unlike bytearrays they are not zeroed first
+    for array in arrays:
+        if file.readinto(array) < len(array):  # type: ignore[attr-defined]  # BinaryIO lacks it; buffered files have it
+            raise EOFError("the message is cut off")
     return pickle.loads(body, buffers=arrays)
 
 
-def _receive_bytes(line: socket.socket, size: int, deadline: float | None) -> np.ndarray:
-    data = np.empty(size, dtype=np.uint8)  # unlike a bytearray it is not zeroed first
-    view = memoryview(data)
-    while len(view):
-        _set_timeout(line, deadline)
-        received = line.recv_into(view)
-        if not received:
-            raise EOFError
-        view = view[received:]
-    return data
+# ---- any child, its own side ----------------------------------------------------------------------------------------
 
 
-def _set_timeout(line: socket.socket, deadline: float | None) -> None:
-    if deadline is not None:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        line.settimeout(left)
-
-
-# ---- the child ------------------------------------------------------------------------------------------------------
-
-
-def serve(descriptor: int, parent: int, decoder: str) -> None:
-    """What the child process does: open and read as it is asked to, until the parent is gone."""
+def serve_requests(descriptor: int, parent: int) -> None:
+    """Run the child: answer requests until the parent ends. None is progress; a pair is (succeeded, reply or error)."""
     _end_with(parent)
-    # What a terminal or a scheduler sends to all processes of a run is for the run to answer.
+    # A terminal or a scheduler signals all processes of a run; the parent alone answers.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    reader: FrameReader | None = None
-    with socket.socket(fileno=descriptor) as line, contextlib.suppress(EOFError, OSError):
+    with (
+        socket.socket(fileno=descriptor) as line,
+        line.makefile("rb") as requests,
+        contextlib.suppress(EOFError, OSError),
+    ):
+        make_handler, arguments = receive(requests)
         try:
-            decoder = resolve_reader(decoder)
+            handle = make_handler(lambda: send(line, None), *arguments)
         except ImportError as error:
-            send(line, str(error))
+            send(line, (False, error))
             return
-        send(line, "")
+        send(line, (True, None))
         while True:
-            action, argument = receive(line)
+            request = receive(requests)
             try:
-                if action == "open":
-                    if reader is not None:
-                        reader.close()
-                    reader = None
-                    reader = open_frames(argument, decoder)
-                    reply = "opened", (len(reader), reader.decoder)
-                else:
-                    reply = "frames", (np.ascontiguousarray(reader.read(argument)), reader.decoder)
-            except DecodeError as error:
-                reply = "error", str(error)
-            send(line, reply)
-            del reply  # not held while the next clip is decoded
+                message = True, handle(request)
+            except UserError as error:
+                message = False, error
+            send(line, message)
+            del request, message  # not held while the next clip is decoded
 
 
 def _end_with(parent: int) -> None:

@@ -1,6 +1,6 @@
-"""A decoder that hangs, crashes or is orphaned costs one record and leaves nothing behind.
+"""A reader that hangs, crashes or is orphaned costs one record and leaves nothing behind.
 
-A FIFO named .mp4 is the hang: opening it waits for a writer that never comes, whatever the decoder.
+A FIFO named .mp4 is the hang: opening it waits for a writer that never comes, whatever the reader.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,10 +22,10 @@ import clips
 import numpy as np
 import pytest
 
-from video_convmae.data.decoding import DecodeError, decode, open_frames
-from video_convmae.data.decoding import process as isolation
-from video_convmae.data.decoding.process import DecodeTimeout, ReaderProcess
+from video_convmae.data.decoding import DecodeError, DecodeTimeout, open_frames, read_record
+from video_convmae.data.decoding.process import ChildDied, ChildProcess, ChildTimeout, ReaderProcess, receive, send
 from video_convmae.data.records import Record
+from video_convmae.errors import UserError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with FIFOs")
 
@@ -41,9 +42,9 @@ def hang(tmp_path: Path) -> Record:
 
 
 @pytest.fixture
-def decoder() -> Iterator[ReaderProcess]:
-    with ReaderProcess("pyav", timeout=30.0) as decoder:
-        yield decoder
+def process() -> Iterator[ReaderProcess]:
+    with ReaderProcess("pyav", timeout=30.0) as process:
+        yield process
 
 
 def exists(pid: int) -> bool:
@@ -55,7 +56,7 @@ def exists(pid: int) -> bool:
 
 
 def is_gone(pid: int, seconds: float = 10.0) -> bool:
-    """Whether a process ends within this time; a zombie of another parent counts as ended."""
+    """Return whether a process ends within this time; a zombie of another parent counts as ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         status = Path(f"/proc/{pid}/stat")
@@ -74,10 +75,10 @@ def in_half_a_second(action: Callable[[], None]) -> threading.Timer:
 # ---- the same frames and errors as without --------------------------------------------------------------------------
 
 
-def test_frames_are_the_same(clip: Record, decoder: ReaderProcess) -> None:
-    with open_frames(clip, "pyav") as direct, decoder.open(clip) as reader:
+def test_frames_are_the_same(clip: Record, process: ReaderProcess) -> None:
+    with open_frames(clip, "pyav") as direct, process.open(clip) as reader:
         assert len(reader) == len(direct) == 60
-        assert reader.decoder == "pyav"
+        assert reader.name == "pyav"
         for indices in ([0], [59, 3, 3, 17], np.arange(60)):
             frames = reader.read(indices)
             assert (frames == direct.read(indices)).all()
@@ -85,30 +86,30 @@ def test_frames_are_the_same(clip: Record, decoder: ReaderProcess) -> None:
             assert frames.flags.writeable
 
 
-def test_errors_pass_through(clip: Record, decoder: ReaderProcess, tmp_path: Path) -> None:
+def test_errors_pass_through(clip: Record, process: ReaderProcess, tmp_path: Path) -> None:
     with pytest.raises(DecodeError, match=r"gone.mp4: .*No such file"):
-        decoder.open(Record(str(tmp_path / "gone.mp4")))
-    child = decoder._child.process.pid
-    with decoder.open(clip) as reader:
+        process.open(Record(str(tmp_path / "gone.mp4")))
+    child = process._child.pid
+    with process.open(clip) as reader:
         with pytest.raises(DecodeError, match="frame 60 was asked for"):
             reader.read([60])
         assert reader.read([59]).shape == (1, 48, 64, 3)
-    assert decoder._child.process.pid == child  # an error is no reason for a new one
+    assert process._child.pid == child  # an error is no reason for a new one
 
 
-def test_pictures_and_odd_names(decoder: ReaderProcess, tmp_path: Path) -> None:
+def test_pictures_and_odd_names(process: ReaderProcess, tmp_path: Path) -> None:
     from PIL import Image
 
     image = clips.pictures(1)[0]
     path = os.fsdecode(os.fsencode(tmp_path) + b"/a caf\xe9, '1' \xff.png")
     Image.fromarray(image).save(path)
-    with decoder.open(Record(path, format="image")) as reader:
+    with process.open(Record(path, format="image")) as reader:
         assert (reader.read([0, 0]) == image).all()
 
 
-def test_only_the_latest_record_is_open(clip: Record, decoder: ReaderProcess) -> None:
-    first = decoder.open(clip)
-    second = decoder.open(clip)
+def test_only_the_latest_record_is_open(clip: Record, process: ReaderProcess) -> None:
+    first = process.open(clip)
+    second = process.open(clip)
     with pytest.raises(DecodeError, match="no longer open"):
         first.read([0])
     first.close()
@@ -118,7 +119,7 @@ def test_only_the_latest_record_is_open(clip: Record, decoder: ReaderProcess) ->
         second.read([1])
 
 
-def test_unknown_and_missing_decoders(clip: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_missing_readers(clip: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="expected one of auto"):
         ReaderProcess("opencv")
     (tmp_path / "decord.py").write_text("raise ImportError('not here')")
@@ -140,24 +141,24 @@ def test_a_child_that_does_not_start(clip: Record, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", ["pyav", "decord"])
 def test_a_hang_is_ended(name: str, clip: Record, hang: Record) -> None:
     pytest.importorskip({"pyav": "av"}.get(name, name))
-    with ReaderProcess(name, timeout=0.5) as decoder:
-        assert decoder.open(clip).read([0]).shape == (1, 48, 64, 3)
-        child = decoder._child.process.pid
+    with ReaderProcess(name, timeout=0.5) as process:
+        assert process.open(clip).read([0]).shape == (1, 48, 64, 3)
+        child = process._child.pid
         start = time.monotonic()
-        with pytest.raises(DecodeTimeout, match=r"hang.mp4: the decoder did not return within 0.5 s and was killed"):
-            decoder.open(hang)
+        with pytest.raises(DecodeTimeout, match=r"hang.mp4: the reader did not return within 0.5 s and was killed"):
+            process.open(hang)
         assert 0.4 < time.monotonic() - start < 3
         assert not exists(child)  # ended and reaped
-        decoder.timeout = 30.0
-        assert decoder.open(clip).read([0]).shape == (1, 48, 64, 3)
+        process.timeout = 30.0
+        assert process.open(clip).read([0]).shape == (1, 48, 64, 3)
 
 
 def test_a_hang_while_reading(clip: Record, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     os.mkfifo(folder / "1.png")
-    with ReaderProcess("pyav", timeout=0.5) as decoder:
-        reader = decoder.open(Record(str(folder), 0, 1, "frames"))
+    with ReaderProcess("pyav", timeout=0.5) as process:
+        reader = process.open(Record(str(folder), 0, 1, "frames"))
         with pytest.raises(DecodeTimeout, match="folder: "):
             reader.read([0])
         with pytest.raises(DecodeError, match="folder: is no longer open"):
@@ -165,56 +166,56 @@ def test_a_hang_while_reading(clip: Record, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL])
-def test_a_crash_is_named(number: signal.Signals, clip: Record, hang: Record, decoder: ReaderProcess) -> None:
-    decoder.open(clip)
-    child = decoder._child.process.pid
+def test_a_crash_is_named(number: signal.Signals, clip: Record, hang: Record, process: ReaderProcess) -> None:
+    process.open(clip)
+    child = process._child.pid
     in_half_a_second(lambda: os.kill(child, number))
-    with pytest.raises(DecodeError, match=f"hang.mp4: the decoding process was ended by {number.name}") as caught:
-        decoder.open(hang)
+    with pytest.raises(DecodeError, match=f"hang.mp4: the reader process was ended by {number.name}") as caught:
+        process.open(hang)
     assert ("out of memory?" in str(caught.value)) == (number == signal.SIGKILL)
     assert not exists(child)
-    assert len(decoder.open(clip)) == 60
+    assert len(process.open(clip)) == 60
 
 
-def test_death_while_idle_costs_nothing(clip: Record, decoder: ReaderProcess) -> None:
-    decoder.open(clip).close()
-    os.kill(decoder._child.process.pid, signal.SIGKILL)
-    decoder._child.process.wait()
-    assert decoder.open(clip).read([7]).shape == (1, 48, 64, 3)
+def test_death_while_idle_costs_nothing(clip: Record, process: ReaderProcess) -> None:
+    process.open(clip).close()
+    os.kill(process._child.pid, signal.SIGKILL)
+    process._child._process.wait()
+    assert process.open(clip).read([7]).shape == (1, 48, 64, 3)
 
 
-def test_a_child_outlives_the_signals_of_a_scheduler(clip: Record, decoder: ReaderProcess) -> None:
-    decoder.open(clip)
-    child = decoder._child.process.pid
+def test_a_child_outlives_the_signals_of_a_scheduler(clip: Record, process: ReaderProcess) -> None:
+    process.open(clip)
+    child = process._child.pid
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         os.kill(child, number)
-    assert len(decoder.open(clip)) == 60
-    assert decoder._child.process.pid == child
+    assert len(process.open(clip)) == 60
+    assert process._child.pid == child
 
 
-def test_an_interrupt_while_waiting(clip: Record, hang: Record, decoder: ReaderProcess) -> None:
+def test_an_interrupt_while_waiting(clip: Record, hang: Record, process: ReaderProcess) -> None:
     """The reply that comes too late must not be taken for that to the next request."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in a background job Python starts with it ignored
-    decoder.open(clip)
-    child = decoder._child.process.pid
+    process.open(clip)
+    child = process._child.pid
     in_half_a_second(lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        decoder.open(hang)
+        process.open(hang)
     assert not exists(child)
-    assert len(decoder.open(clip)) == 60
+    assert len(process.open(clip)) == 60
 
 
 # ---- the parent's end -----------------------------------------------------------------------------------------------
 
 PARENT = """
 import sys
-from video_convmae.data.decoding.process import IsolatedDecoder
+from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.records import Record
 good, last = sys.argv[1:]
-decoder = IsolatedDecoder("pyav", 600.0)
-decoder.open(Record(good))
-print(decoder._child.process.pid, flush=True)
-decoder.open(Record(last)) if last else sys.stdin.read()
+process = ReaderProcess("pyav", 600.0)
+process.open(Record(good))
+print(process._child.pid, flush=True)
+process.open(Record(last)) if last else sys.stdin.read()
 """
 
 
@@ -244,38 +245,38 @@ def test_a_normal_exit_leaves_no_child(clip: Record) -> None:
 # ---- in workers -----------------------------------------------------------------------------------------------------
 
 
-def _work(decoder: ReaderProcess, record: Record, results: multiprocessing.SimpleQueue) -> None:
-    child = decoder._child.process.pid if decoder._child else None
-    frames = decoder.open(record).read([3, 40])
-    results.put((frames, child, decoder._child.process.pid))
+def _work(process: ReaderProcess, record: Record, results: multiprocessing.SimpleQueue) -> None:
+    child = process._child.pid if process._child else None
+    frames = process.open(record).read([3, 40])
+    results.put((frames, child, process._child.pid))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_in_a_daemonic_worker(method: str, clip: Record) -> None:
-    """Also with a decoder that the parent has used: a forked copy leaves the parent's child alone."""
+    """Also with a reader process that the parent has used: a forked copy leaves the parent's child alone."""
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system cannot {method}")
     context = multiprocessing.get_context(method)
     results = context.SimpleQueue()
-    with ReaderProcess("pyav", 30.0) as decoder, warnings.catch_warnings():
+    with ReaderProcess("pyav", 30.0) as process, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking while another library has threads
-        ours = decoder.open(clip)
-        worker = context.Process(target=_work, args=(decoder, clip, results), daemon=True)
+        ours = process.open(clip)
+        worker = context.Process(target=_work, args=(process, clip, results), daemon=True)
         worker.start()
         frames, inherited, theirs = results.get()
         worker.join(30)
         assert worker.exitcode == 0
-        assert (frames == decode(clip, [3, 40], "pyav")).all()
-        assert inherited == (decoder._child.process.pid if method == "fork" else None)
-        assert theirs != decoder._child.process.pid
+        assert (frames == read_record(clip, [3, 40], "pyav")).all()
+        assert inherited == (process._child.pid if method == "fork" else None)
+        assert theirs != process._child.pid
         assert is_gone(theirs)
         assert (ours.read([3, 40]) == frames).all()
 
 
-def test_a_pickled_copy_starts_anew(clip: Record, decoder: ReaderProcess) -> None:
-    decoder.open(clip)
-    copy = pickle.loads(pickle.dumps(decoder))
-    assert (copy.decoder, copy.timeout, copy._child) == ("pyav", 30.0, None)
+def test_a_pickled_copy_starts_anew(clip: Record, process: ReaderProcess) -> None:
+    process.open(clip)
+    copy = pickle.loads(pickle.dumps(process))
+    assert (copy.reader, copy.timeout, copy._child) == ("pyav", 30.0, None)
     with copy:
         assert len(copy.open(clip)) == 60
 
@@ -292,33 +293,85 @@ def _children() -> list[str]:
 @pytest.mark.parametrize(("opens", "hangs"), [(100, 3), pytest.param(3000, 60, marks=pytest.mark.slow)])
 def test_no_files_and_no_zombies_are_left(opens: int, hangs: int, clip: Record, hang: Record) -> None:
     before, files = _children(), len(os.listdir("/proc/self/fd"))
-    decoder = ReaderProcess("pyav", timeout=30.0)
+    process = ReaderProcess("pyav", timeout=30.0)
     for number in range(opens):
-        assert decoder.open(clip).read([number % 60]).shape == (1, 48, 64, 3)
-    assert len(os.listdir(f"/proc/{decoder._child.process.pid}/fd")) < 12
-    decoder.timeout = 0.05
+        assert process.open(clip).read([number % 60]).shape == (1, 48, 64, 3)
+    assert len(os.listdir(f"/proc/{process._child.pid}/fd")) < 12
+    process.timeout = 0.05
     for _ in range(hangs):
         with pytest.raises(DecodeTimeout):
-            decoder.open(hang)
-    decoder.open(clip)
-    del decoder
+            process.open(hang)
+    process.open(clip)
+    del process
     assert _children() == before
     assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_messages_may_be_large_and_the_line_may_break() -> None:
-    line, other = isolation.socket.socketpair()
+    line, other = socket.socketpair()
     sent = {"frames": np.arange(3_000_000, dtype=np.uint8).reshape(100, 100, 300), "text": "x" * 10}
-    writer = threading.Thread(target=isolation.send, args=(other, sent))
-    writer.start()
-    got = isolation.receive(line, time.monotonic() + 10)
-    writer.join()
-    assert (got["frames"] == sent["frames"]).all()
-    assert got["text"] == sent["text"]
-    with pytest.raises(TimeoutError):
-        isolation.receive(line, time.monotonic() + 0.05)
-    other.send(b"half")
-    other.close()
-    with pytest.raises(EOFError):
-        isolation.receive(line, time.monotonic() + 10)
-    line.close()
+    with other, line, line.makefile("rb") as file:
+        writer = threading.Thread(target=send, args=(other, sent))
+        writer.start()
+        got = receive(file)
+        writer.join()
+        assert (got["frames"] == sent["frames"]).all()
+        assert got["text"] == sent["text"]
+    for length in (10, 100):  # within the pickled object; within the array behind it
+        line, other = socket.socketpair()
+        with line, line.makefile("rb") as file:
+            send(other, np.zeros(50, dtype=np.uint8))
+            whole = line.recv(1000, socket.MSG_PEEK)
+            assert len(whole) > 110
+            line.recv(1000)
+            other.sendall(whole[: len(whole) - length])
+            other.close()
+            with pytest.raises(EOFError):
+                receive(file)
+
+
+# ---- any child ------------------------------------------------------------------------------------------------------
+
+
+def _make_sleeper(progress: Callable[[], None], share: float) -> Callable[[int], np.ndarray]:
+    """Handler that sleeps for `share` seconds a count of the request, with progress behind each, then counts them."""
+
+    def handle(count: int) -> np.ndarray:
+        if count == 0:
+            raise UserError("nothing to count")
+        if count < 0:
+            os._exit(7)
+        for _ in range(count):
+            time.sleep(share)
+            progress()
+        return np.arange(count)
+
+    return handle
+
+
+def test_progress_extends_the_deadline() -> None:
+    child = ChildProcess(_make_sleeper, 0.2)
+    assert child.ask(4, timeout=0.5).tolist() == [0, 1, 2, 3]  # 0.8 s in all
+    with pytest.raises(ChildTimeout, match=r"no reply within 0.1 s"):
+        child.ask(4, timeout=0.1)
+    assert not child.is_alive()
+
+
+def test_a_child_passes_errors_on_and_its_end_is_named() -> None:
+    child = ChildProcess(_make_sleeper, 0.0)
+    with pytest.raises(UserError, match="nothing to count"):
+        child.ask(0, timeout=5)
+    assert child.ask(1, timeout=5).tolist() == [0]
+    with pytest.raises(ChildDied, match="ended with exit code 7"):
+        child.ask(-1, timeout=5)
+    assert not child.is_alive()
+
+
+def test_a_child_that_another_thread_kills_ends_the_wait() -> None:
+    """Tools kill their children when they are interrupted, while threads wait for them."""
+    child = ChildProcess(_make_sleeper, 60.0)
+    in_half_a_second(child.kill)
+    start = time.monotonic()
+    with pytest.raises(ChildDied, match="SIGKILL"):
+        child.ask(1, timeout=50)
+    assert time.monotonic() - start < 5

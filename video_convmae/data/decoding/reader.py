@@ -1,0 +1,57 @@
+"""Interface of all frame readers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+from .errors import DecodeError, decode_errors
+
+
+class FrameReader(ABC):
+    """Frames of one open record; a context manager.
+
+    Attributes:
+        path: path of the record.
+        name: library that decodes: "torchcodec", "torchcodec_cuda", "pyav" or "decord"; "pillow" for images. Not always
+            the one asked for (see rules.py).
+    """
+
+    path: str
+    name: str
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of frames that can be read: those the file holds, whatever its header says."""
+
+    @abstractmethod
+    def _read_ascending(self, indices: np.ndarray) -> np.ndarray:
+        """Return the frames at ascending indices without repeats, uint8 `(T, H, W, 3)`."""
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the frames at `indices`, in that order, repeats allowed: uint8 `(T, H, W, 3)`, RGB.
+
+        Raises:
+            DecodeError: an index is not in [0, len(self)), or the part of the file that is needed is damaged.
+        """
+        with decode_errors(self.path):
+            wanted, places = np.unique(np.asarray(indices, dtype=np.int64).reshape(-1), return_inverse=True)
+            if not len(wanted):
+                raise DecodeError(f"{self.path}: no frames were asked for")
+            if wanted[0] < 0 or wanted[-1] >= len(self):
+                bad = wanted[0] if wanted[0] < 0 else wanted[-1]
+                raise DecodeError(f"{self.path}: frame {bad} was asked for; there are {len(self)}, counted from 0")
+            frames = self._read_ascending(wanted)
+            return frames if np.array_equal(places, np.arange(len(wanted))) else frames[places]
+
+    def close(self) -> None:
+        """Release the file. Reading afterwards is an error."""
+        return  # image readers keep no file open
+
+    def __enter__(self) -> FrameReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
