@@ -467,7 +467,7 @@ def test_pretraining_starts_from_a_finetuned_classifier(
         pretrain(load(path, *edits))
     option, value = re.search(r"(--init.exclude) (\[positions\])", str(error.value)).groups()
     assert pretrain(load(path, *edits, f"{option}={value}")) == 2
-    assert "left out as asked: positions" in capsys.readouterr().out
+    assert "excluded as asked: positions" in capsys.readouterr().out
     trained = load_state(tmp_path / "run")["model"]
     name = "encoder.attention_blocks.0.mlp.fc1.weight"
     assert torch.equal(trained[name], classifier.state_dict()[name])

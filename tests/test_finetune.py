@@ -383,4 +383,4 @@ def test_parts_of_a_file_may_be_left_out(videos: Path, tmp_path: Path, capsys: p
     run(videos, tmp_path / "first", "--train.epochs=1")
     start = (f"--init.weights={tmp_path / 'first'}", "--init.exclude=[head]", "--optim.lr=0", "--train.epochs=1")
     run(videos, tmp_path / "second", *start)
-    assert "left out as asked: head" in capsys.readouterr().out
+    assert "excluded as asked: head" in capsys.readouterr().out

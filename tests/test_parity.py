@@ -1,9 +1,9 @@
 """Ours against the numbers of the released code: every `.npz` of tests/golden, of ../shared/golden where it is there,
 and of the folder that the environment variable PARITY_DIR names.
 
-A file holds random weights under released names, an input and what the released code made of it in float32 on a CPU;
-tests/golden/README.md names the fields. The weights go through `load_weights`; gradients go back through `Format.write`,
-so that they are compared under the released names.
+A file holds random weights under released names, an input and the released code's results for it, in float32 on a CPU;
+tests/golden/README.md names the fields. The weights go through `load_weights`; gradients go back through
+`Format.write`, so that they are compared under the released names.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from video_convmae.engine.optim import parameter_groups
 from video_convmae.models.autoencoder import Autoencoder, patch_target
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.packing import take_patches, take_tokens
+from video_convmae.weights.arguments import model_arguments
 from video_convmae.weights.formats import read_weights
 from video_convmae.weights.formats.base import Format
 from video_convmae.weights.formats.convmae import CONVMAE
 from video_convmae.weights.formats.videomae import VIDEOMAE
-from video_convmae.weights.load import load_weights, model_arguments
+from video_convmae.weights.load import load_weights
 
 ROOT = Path(__file__).parent.parent
 NAMED = os.environ.get("PARITY_DIR") or None  # empty is as good as unset

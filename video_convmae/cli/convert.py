@@ -69,7 +69,7 @@ def save_ours(weights: Weights, output: str) -> None:
 
 def explain(weights: Weights) -> str:
     """Return the recognised format, the model's sizes, and the notes of reading."""
-    from video_convmae.weights.load import model_arguments
+    from video_convmae.weights.arguments import model_arguments
 
     parts = [part for part in ("fusion", "decoder", "head") if weights.has(part)]
     lines = [

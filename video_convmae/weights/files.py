@@ -21,14 +21,12 @@ EXTRAS = ("config", "geometry")  # plain data beside the tensors; in .safetensor
 def read_file(path: str | Path) -> dict[str, Any]:
     """Read a file of weights, or the checkpoint folder of a run. No pickled code is executed.
 
-    Of all classes only `argparse.Namespace` is unpickled, in which published checkpoints keep their arguments.
-
-    Returns:
-        The contents: tensors by name; or, where plain data lie beside them, the tensors under `model` with the data
-        under `config` (a run's) or `geometry` (see `save_file`); or any nesting that `torch.save` was given.
+    Returns the object given to `torch.save`; of `.safetensors` the tensors by name, or, with plain data beside them,
+    `{"model": tensors, "config": ..., "geometry": ...}` as `save_file` was given them.
 
     Raises:
-        ValueError: the file cannot be read, or holds more than tensors, plain data and a Namespace.
+        ValueError: the file cannot be read, or holds more than tensors, plain data and an `argparse.Namespace`, in
+            which published checkpoints keep their arguments.
     """
     path = Path(path)
     try:
@@ -53,9 +51,8 @@ def save_file(
 
     Args:
         tensors: tensors by name.
-        path: file to write; a suffix other than .safetensors means `torch.save` of `{"model": tensors, ...}`.
-        config: configuration of a run.
-        geometry: `Weights.geometry` of converted weights.
+        path: file; with a suffix other than .safetensors, `torch.save` writes `{"model": tensors, ...}`.
+        config: configuration of a run. geometry: `Weights.geometry` of converted weights.
     """
     path = Path(path)
     tensors = {
@@ -85,10 +82,7 @@ def _read_extras(path: Path) -> dict[str, Any]:
 def read_shards(folder: Path, *parts: str) -> Tensors:
     """Read the tensors of a checkpoint folder, each assembled from the files of all processes that wrote it.
 
-    Args:
-        folder: folder of `*.safetensors` files, as torch.distributed.checkpoint writes them.
-        parts: read only the tensors `part/name` of these parts, and return them by `name`. None given: read all, and
-            return them by `part/name`.
+    With `parts`, only tensors `part/name` of these are read, and returned by `name`; without, all by `part/name`.
     """
     pieces: dict[str, list[tuple[list[int], Tensor]]] = {}
     for path in sorted(folder.glob("*.safetensors")):

@@ -5,18 +5,17 @@ Letters: N tokens, D width of a token, O output channels.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from video_convmae.models import positions
+from video_convmae.models.positions import time
 
 from .formats import Source, read_weights
 from .options import Inflation
-from .state import Weights
+from .state import POSITIONS, Weights
 
 
 def inflate(
@@ -32,8 +31,8 @@ def inflate(
 
     The first embedding is spread over the tubelet and the depthwise kernels over time, the table over time is added to
     positions, and the decoder predicts every frame of a token as it predicted the image. All else works within a frame
-    or on tokens and stays. With a `center` depthwise kernel, the tokens of a still clip are the image model's, except
-    for the table over time.
+    or on tokens and is unchanged. With a `center` depthwise kernel, the tokens of a still clip are the image model's,
+    except for the table over time.
 
     Args:
         source: as in `read_weights`.
@@ -55,32 +54,21 @@ def inflate(
             "the tubelet and an odd kernel"
         )
     frames = num_frames // tubelet
-    conversions = {  # pattern -> conversion, note
-        r"encoder\.embeddings\.0\.linear\.weight": (
-            lambda weight: _spread(weight[:, None], tubelet, embedding).flatten(1),
-            f"the first embedding over {tubelet} frames ({embedding})",
-        ),
-        r"fusion\.joints\.0\.weight": (lambda weight: weight, "the fusion is unchanged"),
-        r"encoder\..*\.depthwise\.weight": (
-            lambda weight: _spread(weight[:, 0], temporal_kernel, depthwise)[:, None],
-            f"depthwise kernels over {temporal_kernel} frames ({depthwise})",
-        ),
-        r"(encoder|decoder)\.positions": (
-            lambda table: _add_time(table, frames),
-            f"positions over {frames} token frames, the sine-cosine table over time added",
-        ),
-        r"decoder\.prediction\.(weight|bias)": (
-            lambda values: values.repeat(tubelet, *[1] * (values.ndim - 1)),
-            f"the decoder's prediction is repeated over {tubelet} frames, the rest of it unchanged",
-        ),
-    }
-    tensors, notes = dict(weights.tensors), {}
-    for pattern, (convert, note) in conversions.items():
-        for name in filter(re.compile(pattern).fullmatch, weights.tensors):
-            tensors[name] = convert(tensors[name])
-            notes[f"inflated: {note}"] = None
-    if not weights.has("decoder"):
-        notes["inflated: there is no decoder in the file"] = None
+    tensors = dict(weights.tensors)
+    for name, tensor in weights.tensors.items():
+        if name == "encoder.embeddings.0.linear.weight":
+            tensors[name] = _spread(tensor[:, None], tubelet, embedding).flatten(1)
+        elif name.endswith(".depthwise.weight"):
+            tensors[name] = _spread(tensor[:, 0], temporal_kernel, depthwise)[:, None]
+        elif name in POSITIONS:
+            tensors[name] = _add_time(tensor, frames)
+        elif name.startswith("decoder.prediction."):
+            tensors[name] = torch.cat([tensor] * tubelet)
+    note = (
+        f"inflated: the first embedding over {tubelet} frames ({embedding}), depthwise kernels over {temporal_kernel} "
+        f"frames ({depthwise}), the sine-cosine table over {frames} token frames added to positions, the decoder's "
+        "prediction repeated; the rest is unchanged"
+    )
     return replace(
         weights,
         format=f"{weights.format}, inflated",
@@ -89,7 +77,7 @@ def inflate(
         frames=frames,
         grid=None if weights.grid is None else (frames, *weights.grid[1:]),
         guessed=False,
-        notes=(*weights.notes, *notes),
+        notes=(*weights.notes, note),
     )
 
 
@@ -104,5 +92,5 @@ def _spread(kernel: Tensor, frames: int, inflation: str) -> Tensor:
 
 def _add_time(table: Tensor, frames: int) -> Tensor:
     """Positions `(1, h w, D)` -> `(1, t h w, D)`: the table over time is added and the sum rounded once."""
-    time = positions.time(frames, table.shape[-1]).to(table.device, torch.promote_types(table.dtype, torch.float32))
-    return (table + time[:, None]).to(table.dtype).flatten(0, 1)[None]
+    over_time = time(frames, table.shape[-1]).to(table.device, torch.promote_types(table.dtype, torch.float32))
+    return (table + over_time[:, None]).to(table.dtype).flatten(0, 1)[None]

@@ -20,8 +20,8 @@ from video_convmae.models.sizes import PositionTable
 
 from .files import Tensors
 
-# Of a model. Only the encoder is required. `norm` is over tokens, before the decoder or a probe's head; `fc_norm` is a
-# classifier's, over their mean.
+# Of a model; only the encoder is required. `norm` is over tokens, before a decoder or a probe's head; `fc_norm` is a
+# classifier's, over the mean of tokens.
 PARTS = ("encoder", "norm", "fc_norm", "fusion", "decoder", "head")
 POSITIONS = ("encoder.positions", "decoder.positions")
 
@@ -39,8 +39,8 @@ class Weights:
     frames: token frames that the positions cover, 1 for an image; None: unknown.
     grid: token grid of the positions, learnt or fixed; None: unknown.
     position_table: fixed table that the weights were trained with; None: unknown.
-    names: our name -> name in the file.
-    dropped: names in the file without a counterpart here -> reason.
+    names: our name -> name in the file, where it differs.
+    dropped: name in the file without a counterpart here -> reason.
     notes: sentences for the report.
     guessed: strides, tubelet and channels are a guess from shapes, as for a bare state dict of ours.
     """
@@ -79,20 +79,6 @@ class Weights:
         return self.tubelet == 1 and self.temporal_kernel == 1 and self.frames in (None, 1)
 
     @property
-    def is_probe(self) -> bool:
-        """True if the head is that of our `Probe`, which reads the norm over tokens."""
-        return "head.linear.weight" in self.tensors
-
-    @property
-    def kind(self) -> str:
-        """Pretraining, finetuning, probe, or encoder only."""
-        if self.has("decoder"):
-            return "pretraining"
-        if self.is_probe:
-            return "probe"
-        return "finetuning" if self.has("head") else "encoder only"
-
-    @property
     def geometry(self) -> dict[str, Any] | None:
         """Plain data for `save_file`, so that nothing is guessed when the file is read; None if it was guessed here."""
         if self.guessed:
@@ -102,7 +88,7 @@ class Weights:
         return {**saved, "grid": grids[0] if len(grids) == 1 else None}
 
     def has(self, part: str) -> bool:
-        """Return True if a part is present; a decoder without its embedding is not."""
+        """Return True if a part is present; a decoder without its embedding is not. A probe has `head.linear`."""
         start = "decoder.embedding." if part == "decoder" else f"{part}."
         return any(name.startswith(start) for name in self.tensors)
 
@@ -114,29 +100,24 @@ class Weights:
         weights = replace(self, tensors=kept)
         return replace(weights, grid=None, position_table=None) if excluded else weights
 
-    def fixed_grids(self, name: str, table: PositionTable | None = None, frames: int | None = None) -> list[Grid]:
+    def fixed_grids(self, name: str, kind: PositionTable | None = None, frames: int | None = None) -> list[Grid]:
         """Return the grids over which the positions `name`, `(1, N, D)`, equal a fixed table to rounding.
 
-        Empty: they were learnt or are absent. Several: the table does not distinguish grids, as the flat one.
-
-        Args:
-            name: one of `POSITIONS`.
-            table: kind of the fixed table; None: the one that the weights were trained with.
-            frames: token frames; None: those of the weights, else 1.
+        Empty: they were learnt or are absent. Several: the table does not distinguish grids, as the flat one. The kind
+        of table is by default the weights' own, and so are the token frames, else 1.
         """
         if name not in self.tensors:
             return []
-        values = self.tensors[name]
-        tokens, width = values.shape[-2:]
-        frames = frames or self.frames or 1
+        table, frames = self.tensors[name], frames or self.frames or 1
+        tokens, width = table.shape[-2:]
         per_frame, rest = divmod(tokens, frames)
         if rest or width % 4:  # no table has this number of tokens, or this width
             return []
-        fixed = TABLES[table or self.position_table or "sincos"]
+        fixed = TABLES[kind or self.position_table or "sincos"]
         # As stored: values are below 2, where neighbours are eps apart. Learnt positions differ by more.
-        rounding = max(1e-4, torch.finfo(values.dtype).eps)
+        rounding = max(1e-4, torch.finfo(table.dtype).eps)
         grids = [(frames, h, per_frame // h) for h in range(1, per_frame + 1) if per_frame % h == 0]
-        return [grid for grid in grids if (values.float() - fixed(grid, width)).abs().max() <= rounding]
+        return [grid for grid in grids if (table.float() - fixed(grid, width)).abs().max() <= rounding]
 
     def state_dict(self) -> Tensors:
         """Return the state dict of our model: a classifier or probe if there is a head, else an autoencoder.
@@ -151,7 +132,7 @@ class Weights:
                 "exclude decoder, or exclude positions to take our table instead"
             )
         tensors = {n: t for n, t in self.tensors.items() if n != name}
-        if self.is_probe:
+        if self.has("head.linear"):
             return tensors
         if self.has("head"):
             return {n.removeprefix("fc_"): t for n, t in tensors.items() if not n.startswith("norm.")}

@@ -24,6 +24,7 @@ from .videomae import VIDEOMAE
 
 FORMATS = (CONVMAE, MMPRETRAIN, HF_VIDEOMAE, VIDEOMAE, HF_MAE, MAE)
 _WRITERS: dict[str, Format] = dict(zip(WRITABLE, (CONVMAE, VIDEOMAE, HF_VIDEOMAE), strict=True))
+_KINDS = {"decoder": "pretraining", "head.linear": "probe", "head": "finetuning"}  # by the first part that is present
 _WRAPPERS = ("module.", "model.", "_orig_mod.", "state_dict.")  # prefixes of DDP, Lightning, torch.compile
 
 Source: TypeAlias = str | Path | Mapping[str, Any] | Weights | nn.Module
@@ -45,11 +46,13 @@ def read_weights(source: Source) -> Weights:
         weights = ours.from_model(source)
     else:
         contents = read_file(source) if isinstance(source, (str, Path)) else source
-        weights = _recognise(_without_wrapper(_find_tensors(contents)), contents)
-    return replace(weights, format=f"{weights.format} {weights.kind}")
+        weights = _read_contents(contents)
+    kind = next((kind for part, kind in _KINDS.items() if weights.has(part)), "encoder only")
+    return replace(weights, format=f"{weights.format} {kind}")
 
 
-def _recognise(tensors: Tensors, contents: Mapping[str, Any]) -> Weights:
+def _read_contents(contents: Mapping[str, Any]) -> Weights:
+    tensors = _without_wrapper(_find_tensors(contents))
     if ours.MARKER in tensors:
         return ours.from_tensors(tensors, contents)
     for family in FORMATS:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product, zip_longest
 from math import isqrt, prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Format:
     names: their names without the prefix -> ours, see `name_table`; for reading and writing.
     aliases: further names, for reading.
     dropped: their names without a counterpart here -> reason.
-    qkv: attention is stored joint, joint with separate q and v biases (bias), or as three matrices (split).
+    separate_qkv: endings of the tensors that are stored for query, key and value apart.
     prefixes: of encoder and norm, written for (pretraining, finetuning).
     position_table: fixed table that the models were trained with.
     after_read: completes weights that were read.
@@ -52,7 +52,7 @@ class Format:
     names: Mapping[str, str]
     aliases: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
-    qkv: Literal["joint", "bias", "split"] = "joint"
+    separate_qkv: tuple[str, ...] = ()
     prefixes: tuple[str, str] = ("", "")
     position_table: PositionTable = "sincos"
     after_read: Callable[[Weights], Weights] = lambda weights: weights
@@ -83,11 +83,11 @@ class Format:
         strides = tuple(kernel.shape[-1] for kernel in kernels)
         tensors = {name: to_our_values(name, t, strides) for name, t in merge_qkv(tensors).items()}
         names = {name: names.get(name) or names.get(name.replace(".qkv.", ".query."), name) for name in tensors}
-        tubelet, frames = (kernels[0].shape[2], None) if kernels[0].ndim == 5 else (1, 1)
-        sizes = {"strides": strides, "tubelet": tubelet, "channels": kernels[0].shape[1], "frames": frames}
-        table = self.position_table
+        weights = Weights(self.title, tensors, strides, names=names, dropped=dropped)
+        weights = replace(weights, channels=kernels[0].shape[1], position_table=self.position_table)
+        is_video = kernels[0].ndim == 5
         return self.after_read(
-            Weights(self.title, tensors, **sizes, position_table=table, names=names, dropped=dropped)
+            replace(weights, tubelet=kernels[0].shape[2]) if is_video else replace(weights, frames=1)
         )
 
     def write(self, weights: Weights) -> Tensors:
@@ -95,7 +95,7 @@ class Format:
         prefix = self.prefixes[0 if "decoder.mask_token" in weights.tensors else 1]
         names = {ours: theirs for theirs, ours in self.names.items()}
         written: Tensors = {}
-        for name, tensor in split_qkv(weights.tensors, self.qkv).items():
+        for name, tensor in split_qkv(weights.tensors, self.separate_qkv).items():
             theirs = translate(name, names)
             if theirs is None:
                 raise ValueError(f"{self.title} has no name for {name}")
@@ -156,16 +156,16 @@ def merge_qkv(tensors: Tensors) -> Tensors:
     return merged
 
 
-def split_qkv(tensors: Tensors, qkv: str) -> Tensors:
-    """Invert `merge_qkv` for a format's `qkv`. The key bias is left out: softmax does not depend on it."""
+def split_qkv(tensors: Tensors, endings: tuple[str, ...]) -> Tensors:
+    """Invert `merge_qkv` for names with these endings. The key bias is left out: softmax does not depend on it."""
     split: Tensors = {}
     for name, tensor in tensors.items():
-        if qkv == "joint" or ".qkv." not in name or (qkv == "bias" and name.endswith(".weight")):
+        if ".qkv." in name and name.endswith(endings):
+            thirds = dict(zip(("query", "key", "value"), tensor.chunk(3)))
+            split |= {name.replace("qkv", third): values for third, values in thirds.items()}
+            split.pop(name.replace("qkv.bias", "key.bias"), None)
+        else:
             split[name] = tensor
-            continue
-        for third, values in zip(("query", "key", "value"), tensor.chunk(3)):
-            if not (third == "key" and name.endswith(".bias")):
-                split[name.replace(".qkv.", f".{third}.")] = values
     return split
 
 

@@ -1,4 +1,4 @@
-"""VideoMAE and MAE in Hugging Face transformers: names of 5.23, and of versions before 5.0 as in the files on the hub."""
+"""VideoMAE and MAE in Hugging Face transformers: names of 5.23, and those before 5.0, as in the files on the hub."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ HF_VIDEOMAE = Format(
             """
         ),
     },
-    qkv="split",
+    separate_qkv=("weight", "bias"),
     prefixes=("videomae.", "videomae."),
     position_table="flat",
     after_read=lambda weights: _with_note(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from math import isqrt
 from typing import Any, TypeVar
 
@@ -24,15 +25,25 @@ def from_model(model: nn.Module) -> Weights:
     if not isinstance(model, (Autoencoder, Classifier)):
         raise ValueError(f"a {type(model).__name__}; expected an Autoencoder or a Classifier")
     tensors = model.state_dict()
-    return _with_names(rename_norm(tensors) if "head.weight" in tensors else tensors, _properties(model.encoder.config))
+    tensors = rename_norm(tensors) if isinstance(model, Classifier) else tensors
+    return Weights("VideoConvMAE", tensors, **_properties(model.encoder.config))
 
 
 def from_tensors(tensors: Tensors, contents: Mapping[str, Any]) -> Weights:
-    """Take tensors with our names, and from the contents of their file, if stated, what they do not determine."""
+    """Take tensors with our names. The contents of their file may state what they do not determine."""
     if unknown := [name for name in tensors if name.split(".")[0] not in PARTS]:
         raise ValueError(f"weights with names that no model of ours has: {summarize_names(unknown)}")
     tensors = rename_norm(tensors) if "head.weight" in tensors else tensors
-    return _with_names(tensors, _read_config(contents) or _read_geometry(contents) or _guess(tensors))
+    config, geometry = contents.get("config"), contents.get("geometry")
+    model = config.get("model") if isinstance(config, Mapping) else None
+    if isinstance(model, Mapping) and {"size", "num_frames", "image_size"} <= model.keys():  # a run's
+        options = {name: model[name] for name in EncoderConfig.__dataclass_fields__ if model.get(name) is not None}
+        properties = _properties(EncoderConfig(**options))
+    elif isinstance(geometry, Mapping):  # `Weights.geometry`, of a converted file
+        properties = {name: tuple(value) if isinstance(value, list) else value for name, value in geometry.items()}
+    else:
+        properties = _guess(tensors)
+    return Weights("VideoConvMAE", tensors, **properties)
 
 
 def rename_norm(values: Mapping[str, Value]) -> dict[str, Value]:
@@ -40,36 +51,14 @@ def rename_norm(values: Mapping[str, Value]) -> dict[str, Value]:
     return {"fc_" + name if name.startswith("norm.") else name: value for name, value in values.items()}
 
 
-def _with_names(tensors: Tensors, properties: dict[str, Any]) -> Weights:
-    return Weights("VideoConvMAE", tensors, names={name: name for name in tensors}, **properties)
-
-
 def _properties(config: EncoderConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("strides", "tubelet", "channels", "grid", "position_table")}
-
-
-def _read_config(contents: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the properties that a run's configuration determines; None if there is none."""
-    config = contents.get("config")
-    model = config.get("model") if isinstance(config, Mapping) else None
-    if not isinstance(model, Mapping) or not {"size", "num_frames", "image_size"} <= model.keys():
-        return None
-    options = {name: model[name] for name in EncoderConfig.__dataclass_fields__ if model.get(name) is not None}
-    return _properties(EncoderConfig(**options))
-
-
-def _read_geometry(contents: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the properties that `Weights.geometry` left in a converted file; None if there are none."""
-    saved = contents.get("geometry")
-    if not isinstance(saved, Mapping):
-        return None
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
 
 
 def _guess(tensors: Tensors) -> dict[str, Any]:
     """Guess the properties from shapes, for three channels and the smallest tubelet that leaves square patches."""
     kernels = embedding_weights(tensors)
-    areas = [kernel.shape[1] // before.shape[0] for before, kernel in zip(kernels, kernels[1:])]
+    areas = [kernel.shape[1] // before.shape[0] for before, kernel in pairwise(kernels)]
     area, tubelet = kernels[0].shape[1] // 3, 1
     while area % tubelet or isqrt(area // tubelet) ** 2 * tubelet != area:
         tubelet += 1

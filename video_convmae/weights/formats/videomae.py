@@ -47,7 +47,7 @@ VIDEOMAE = Format(
         decoder.{norm,head}.*               decoder.{norm,prediction}.*
         """
     ),
-    qkv="bias",
+    separate_qkv=("bias",),
     prefixes=("encoder.", ""),
     position_table="flat",
     after_read=add_embedding_bias,

@@ -1,0 +1,95 @@
+"""Arguments of a model that holds given weights."""
+
+from __future__ import annotations
+
+from math import isqrt, prod
+from typing import Any, Literal
+
+from video_convmae.models.sizes import SIZES
+
+from .files import Tensors
+from .formats import Source, read_weights
+from .state import POSITIONS, Weights, embedding_weights
+
+
+def model_arguments(source: Source, kind: Literal["autoencoder", "classifier"] | None = None) -> dict[str, Any]:
+    """Return the arguments of `create_autoencoder` or `create_classifier` for a model that holds these weights.
+
+    Shapes determine all but the heads, assumed as in our size of the same widths and depths, else width // 64 (in the
+    decoder of an image model width // 32); and, if the file has neither grid nor positions, the clip, assumed as 16
+    frames (1 for an image model) of 224x224 pixels. The grid of positions alone is assumed square.
+
+    Args:
+        source: as in `read_weights`.
+        kind: model to build; None: a classifier if there is a head, else an autoencoder.
+
+    Raises:
+        ValueError: stages with different MLP ratios, or a probe's weights.
+    """
+    weights = read_weights(source)
+    if weights.has("head.linear") and kind is None:
+        raise ValueError("a probe's weights: build it with create_probe, or read its run with video_convmae.load")
+    arguments = _encoder_arguments(weights)
+    if kind == "classifier" or (kind is None and weights.has("head")):
+        if weights.position_table == "flat" and POSITIONS[0] not in weights.tensors:
+            arguments["learnable_positions"] = False
+        return arguments | ({"num_classes": len(weights.tensors["head.bias"])} if weights.has("head") else {})
+    if not weights.has("decoder"):
+        return arguments | {"msd": True}
+    width, depth = len(weights.tensors["decoder.embedding.bias"]), _count_blocks(weights.tensors, "decoder.blocks")
+    size = SIZES[arguments["size"]]
+    named = size.image_decoder if weights.is_image else size.video_decoder
+    heads = named[2] if named[:2] == (width, depth) else max(1, width // (32 if weights.is_image else 64))
+    return arguments | {
+        "msd": weights.has("fusion") or len(weights.strides) == 1,
+        "decoder": (width, depth, heads),
+        "decoder_mlp_ratio": _mlp_ratio(weights.tensors, ["decoder.blocks"]),
+        "target": "patch" if weights.is_image else "patch_channel",
+    }
+
+
+def _encoder_arguments(weights: Weights) -> dict[str, Any]:
+    tensors, last = weights.tensors, len(weights.strides) - 1
+    stages = [*(f"encoder.conv_stages.{stage}" for stage in range(last)), "encoder.attention_blocks"]
+    widths = tuple(len(kernel) for kernel in embedding_weights(tensors))
+    depths = tuple(_count_blocks(tensors, stage) for stage in stages)
+    named = next((name for name, size in SIZES.items() if (size.widths, size.depths) == (widths, depths)), None)
+    frames = weights.frames or (1 if weights.is_image else max(1, 16 // weights.tubelet))
+    arguments = {
+        "size": named or ("base" if last else "vit_base"),
+        "widths": widths,
+        "depths": depths,
+        "heads": SIZES[named].heads if named else max(1, widths[last] // 64),
+        "strides": weights.strides,
+        "tubelet": weights.tubelet,
+        "mlp_ratio": _mlp_ratio(tensors, stages),
+        "channels": weights.channels,
+        "num_frames": frames * weights.tubelet,
+        "image_size": _image_size(weights, frames),
+    }
+    if last:
+        kernel = tensors["encoder.conv_stages.0.0.depthwise.weight"]
+        arguments |= {"temporal_kernel": kernel.shape[2], "spatial_kernel": kernel.shape[-1]}
+    return arguments | ({"position_table": "flat"} if weights.position_table == "flat" else {})
+
+
+def _image_size(weights: Weights, frames: int) -> int | tuple[int, int]:
+    patch, table = prod(weights.strides), weights.tensors.get(POSITIONS[0])
+    if weights.grid is not None:
+        height, width = (side * patch for side in weights.grid[1:])
+        return height if height == width else (height, width)
+    tokens = 0 if table is None else table.shape[1]
+    side = isqrt(tokens // frames)
+    return side * patch if side and side**2 * frames == tokens else 224
+
+
+def _count_blocks(tensors: Tensors, blocks: str) -> int:
+    return sum(name.startswith(f"{blocks}.") and name.endswith(".norm1.weight") for name in tensors)
+
+
+def _mlp_ratio(tensors: Tensors, stages: list[str]) -> float:
+    shapes = {tuple(t.shape) for n, t in tensors.items() if n.startswith(tuple(stages)) and n.endswith("fc1.weight")}
+    ratios = sorted({hidden / width for hidden, width in shapes})
+    if len(ratios) > 1:
+        raise ValueError(f"the stages have MLP ratios {ratios}; ours has one for all, as the released base model")
+    return ratios[0] if ratios else 4.0
