@@ -116,11 +116,11 @@ class RankLog:
     """Log of one rank: `logs/rank_NNNN.jsonl` with a line a logged step, and the error that ended it, if any."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        path = folder / "logs" / f"rank_{rank:04d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed in __exit__
+        self._path = folder / "logs" / f"rank_{rank:04d}.jsonl"
 
     def __enter__(self) -> RankLog:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed in __exit__
         self.write({"host": platform.node(), "pid": os.getpid()})
         return self
 

@@ -179,7 +179,13 @@ class Trainer:
         self.state = TrainState(model, optimization.optimizer, scaler, ema, run_config)
         self.metrics = StepMetrics()
         self.stopwatch = Stopwatch(info.device, log.profile)
-        self.log = NullLog()
+        self.stop_signal = StopSignal()
+        self.trace = Trace(folder, info.rank, log.trace)
+        self.log = NullLog()  # a RunLog on rank 0, while `fit` runs
+        self.rank_log = RankLog(folder, info.rank)
+        self.keep_every = None if train.keep_every is None else self._epochs_to_steps(train.keep_every)
+        saved = None if resume_from is None else resume_from.step
+        self.saver = Saver(folder / "checkpoints", info.is_main, train.keep, self.keep_every, saved)
 
     @property
     def steps(self) -> int:
@@ -197,39 +203,38 @@ class Trainer:
                 After these and after TooManyBadRecords the state of the last whole step is saved.
             CheckpointError: a checkpoint could not be written; earlier ones are whole.
         """
-        started, state, saved = time.perf_counter(), self.state, None
+        started, state = time.perf_counter(), self.state
         if self.info.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.yaml", yaml.safe_dump(state.config, sort_keys=False))
         if self.resume_from is not None:
             heartbeat(f"reading {self.resume_from.path}")
             state.restore(self.resume_from)
-            saved = state.step
             if self.info.is_main:
                 print(f"resumes from step {state.step}, read from {self.resume_from.path.parent}", flush=True)
-        keep_every = None if self.train.keep_every is None else self._epochs_to_steps(self.train.keep_every)
-        self.saver = Saver(self.folder / "checkpoints", self.info.is_main, self.train.keep, keep_every, saved)
-        self.log = RunLog(self.folder, state.step, self.steps) if self.info.is_main else NullLog()
+        first_step = state.step
+        if self.info.is_main:
+            self.log = RunLog(self.folder, first_step, self.steps)
         with (
-            StopSignal() as self.stop_signal,
+            self.stop_signal,
             contextlib.closing(self.log),
-            RankLog(self.folder, self.info.rank) as self.rank_log,
+            self.rank_log,
             contextlib.closing(self.saver),
-            Trace(self.folder, self.info.rank, self.log_config.trace) as self.trace,
-            contextlib.closing(self.batches(state.step)) as batches,
+            self.trace,
+            contextlib.closing(self.batches(first_step)) as batches,
         ):
-            self._train(batches, keep_every)
+            self._train(batches)
             self.saver.wait()
             if state.step == self.steps:
                 self._publish()
         barrier()
         if self.info.is_main and state.step == self.steps:
-            if state.step != saved or not (self.folder / "metrics.json").exists():
+            if state.step != first_step or not (self.folder / "metrics.json").exists():
                 write_run_metrics(self.folder, time.perf_counter() - started)
             print(final_checkpoints(self.folder), flush=True)
         return state.step
 
-    def _train(self, batches: Iterator[Batch], keep_every: int | None) -> None:
+    def _train(self, batches: Iterator[Batch]) -> None:
         """Step until the schedule ends or a signal stops the run; log, save and validate between steps."""
         state, save_every = self.state, self._epochs_to_steps(self.train.save_every)
         validator = None
@@ -254,7 +259,7 @@ class Trainer:
                 self.trace.profiler.step()
             validates = validator is not None and validator.is_due(state.step)
             saves = validates or state.step % save_every == 0 or state.step == self.steps
-            saves = saves or (keep_every is not None and state.step % keep_every == 0)
+            saves = saves or (self.keep_every is not None and state.step % self.keep_every == 0)
             if saves or state.step % self.train.log_every == 0:
                 self._log_step(saves)
                 if validator is not None and validates:
