@@ -15,7 +15,7 @@ import pytest
 import torch
 from clips import encode
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
-from states import load_state
+from states import interrupt_and_resume, load_state
 
 from video_convmae.build import build_views, read_validation_records
 from video_convmae.cli.evaluate import evaluate as run
@@ -26,7 +26,7 @@ from video_convmae.config import EvaluateConfig, FinetuneConfig
 from video_convmae.data.sampling import dense_views
 from video_convmae.data.transforms import Augmentation, view_crops
 from video_convmae.engine import checkpoint
-from video_convmae.engine.inference import ListInference, Progress, chunk_folder
+from video_convmae.engine.inference import Progress, chunk_folder
 from video_convmae.predictor import load
 
 ROOT = Path(__file__).parent.parent
@@ -165,34 +165,10 @@ def test_scores_are_the_mean_softmax_of_the_views(trained: Path, videos: Path, a
 def test_an_interrupted_test_goes_on_from_what_was_scored(
     trained: Path, videos: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Interrupted(Exception):
-        pass
-
-    seen: list[int] = []
-
-    def interrupting(after: int):
-        real = ListInference._compute
-
-        def score(*arguments, **named):
-            for number, chunk in enumerate(real(*arguments, **named)):
-                if number == after:
-                    raise Interrupted
-                seen.extend(chunk[0])
-                yield chunk
-
-        return score
-
     arguments = options(trained, videos, tmp_path, "--workers=0", name="with_bad.txt")
-    with monkeypatch.context() as patch:
-        patch.setattr("video_convmae.engine.inference.ListInference._compute", interrupting(4))
-        with pytest.raises(Interrupted):
-            run(parse(EvaluateConfig, arguments))
-    assert not (tmp_path / "metrics.json").exists()
-    for path in (tmp_path / "partial").rglob("*.rows"):  # the kill came while a row was written
-        path.write_bytes(path.read_bytes()[:-3])
-    with monkeypatch.context() as patch:
-        patch.setattr("video_convmae.engine.inference.ListInference._compute", interrupting(100))
-        metrics = run(parse(EvaluateConfig, arguments))
+    metrics, seen = interrupt_and_resume(
+        lambda: run(parse(EvaluateConfig, arguments)), tmp_path, after=4, patch=monkeypatch
+    )
     assert metrics["videos_per_second"] == pytest.approx((len(seen) - 8) / metrics["seconds"])
     # The chunk with the bad record is tried again, the one with the torn row is scored again.
     assert seen == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, *range(6, COUNT + 1)]

@@ -102,6 +102,13 @@ def started(*arguments: object, **options: object) -> Iterator[Run]:
         run.kill()
 
 
+def kill_after(videos: Path, output: Path, step: int) -> None:
+    """Run until a step is logged and kill everything."""
+    with started(videos, output) as run:
+        run.until_step(step)
+        run.kill()
+
+
 def finish(videos: Path, output: Path, *edits: str, ranks: int = 2) -> None:
     """The same command again, to the end."""
     with started(videos, output, *edits, ranks=ranks) as run:
@@ -160,9 +167,7 @@ def test_all_processes_are_killed(
     videos: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """SIGKILL of torchrun and all that it started; the same command goes on."""
-    with started(videos, tmp_path) as run:
-        run.until_step(6)
-        run.kill()
+    kill_after(videos, tmp_path, 6)
     finish(videos, tmp_path)
     check_equal(tmp_path, undisturbed)
     newest = [line for line in (tmp_path / "said.txt").read_text().splitlines() if "resumes from" in line]
@@ -308,9 +313,7 @@ def test_a_disk_fills_up_while_a_checkpoint_is_written(
 def test_a_damaged_newest_checkpoint_is_passed_over_by_a_run(
     videos: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    with started(videos, tmp_path) as run:
-        run.until_step(8)
-        run.kill()
+    kill_after(videos, tmp_path, 8)
     newest = checkpoint.list_checkpoints(tmp_path / "checkpoints")[-1]
     file = next(newest.glob("shard-00002*.safetensors"))  # rank 1's
     os.truncate(file, file.stat().st_size - 100)

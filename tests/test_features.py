@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import torch
 from clips import encode, pictures
 from PIL import Image
+from states import interrupt_and_resume
 from torch import nn
 
 from video_convmae import create_classifier, create_probe, load
@@ -38,7 +38,7 @@ from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import Record, Records
 from video_convmae.engine import checkpoint, features
 from video_convmae.engine.evaluation import Evaluation
-from video_convmae.engine.inference import Chunk, ChunkStore, ListInference
+from video_convmae.engine.inference import ChunkStore
 from video_convmae.engine.options import ProtocolConfig
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.visualize import accuracy as plots
@@ -212,32 +212,8 @@ def test_two_processes_write_the_same_file(runs: dict[str, Path], videos: Path, 
 def test_an_interrupted_extraction_goes_on(
     runs: dict[str, Path], videos: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Interrupted(Exception):
-        pass
-
-    real, seen = ListInference._compute, []
-
-    def interrupting(after: int):
-        def score(*arguments: object) -> Iterator[Chunk]:
-            for number, chunk in enumerate(real(*arguments)):
-                if number == after:
-                    raise Interrupted
-                seen.extend(chunk.records)
-                yield chunk
-
-        return score
-
     arguments = options(runs["pretrained"], videos, tmp_path, "--kind=tokens", name="with_bad.txt")
-    with monkeypatch.context() as patch:
-        patch.setattr(ListInference, "_compute", interrupting(2))
-        with pytest.raises(Interrupted):
-            run(parse(FeaturesConfig, arguments))
-    assert not (tmp_path / "features.npz").exists()
-    for path in (tmp_path / "partial").rglob("*.rows"):  # the kill came while a row was written
-        path.write_bytes(path.read_bytes()[:-3])
-    with monkeypatch.context() as patch:
-        patch.setattr(ListInference, "_compute", interrupting(100))
-        run(parse(FeaturesConfig, arguments))
+    _, seen = interrupt_and_resume(lambda: run(parse(FeaturesConfig, arguments)), tmp_path, after=2, patch=monkeypatch)
     assert seen == [0, 1, 2, 3, 2, 3, 4, 5, 6, 7]  # the chunk with the torn row is computed again
     assert (tmp_path / "features.npz").read_bytes() == (alone / "features.npz").read_bytes()
     assert (tmp_path / "bad_records.jsonl").read_bytes() == (alone / "bad_records.jsonl").read_bytes()

@@ -21,6 +21,7 @@ from clips import encode
 from video_convmae import create_autoencoder
 from video_convmae.cli import COMMANDS
 from video_convmae.cli import run as run_command
+from video_convmae.models.sizes import SIZES
 from video_convmae.shipped import find_config, find_labels
 
 ROOT = Path(__file__).parent.parent
@@ -186,31 +187,38 @@ def test_make_has_the_commands_of_the_documents() -> None:
 
 
 def zoo_rows() -> list[list[str]]:
-    table = (ROOT / "README.md").read_text("utf-8").split("## Model zoo")[1].split("\n## ")[0]
-    return [[cell.strip() for cell in row.strip("| ").split("|")] for row in re.findall(r"^\| `.*$", table, re.M)]
+    """Return the cells of each row of the model zoo after the kind of the table, video or image."""
+    zoo = (ROOT / "README.md").read_text("utf-8").split("## Model zoo")[1].split("\n## ")[0]
+    video, image = zoo.split("**Image**")
+    return [
+        [kind, *(cell.strip() for cell in row.strip("| ").split("|"))]
+        for kind, table in (("video", video), ("image", image))
+        for row in re.findall(r"^\| `.*$", table, re.M)
+    ]
 
 
-@pytest.mark.parametrize("row", zoo_rows(), ids=lambda row: row[0].replace("`", ""))
+@pytest.mark.parametrize("row", zoo_rows(), ids=lambda row: "-".join(row[:2]).replace("`", ""))
 def test_the_model_zoo_has_the_models_numbers(row: list[str]) -> None:
-    """Parameters and multiply-adds of the table are those of the code; empty cells give a reason."""
-    size, kind = row[0].replace("`", "").split(", ")
-    frames, visible = {"video": (16, 160), "image": (1, 49)}[kind]
+    """Parameters and multiply-adds of the tables are those of the code; empty cells give a reason."""
+    size, *msd = row[1].replace("`", "").split(", ")
+    frames, visible = {"video": (16, 160), "image": (1, 49)}[row[0]]
     with torch.device("meta"):
-        packed = create_autoencoder(size, num_frames=frames)
-        dense = create_autoencoder(size, num_frames=frames, implementation="dense")
-    counts = [sum(p.numel() for p in module.parameters()) for module in (packed, packed.encoder)]
-    work = [sum(model.multiply_adds(visible).values()) for model in (packed, dense)]
-    assert row[1:5] == [*(f"{count / 1e6:.1f} M" for count in counts), *(f"{count / 1e9:.1f} G" for count in work)]
-    assert len(row) == 9
+        packed = create_autoencoder(size, num_frames=frames, msd=bool(msd))
+        dense = create_autoencoder(size, num_frames=frames, msd=bool(msd), implementation="dense")
+    model, encoder = (sum(p.numel() for p in module.parameters()) / 1e6 for module in (packed, packed.encoder))
+    work = [sum(each.multiply_adds(visible).values()) / 1e9 for each in (packed, dense)]
+    assert row[2:4] == [f"{model:.1f} ({encoder:.1f})", f"{work[0]:.1f} / {work[1]:.1f}"]
+    assert len(row) == 8
     assert all(row)
 
 
-def test_the_model_zoo_has_every_size_and_only_its_own_published_numbers() -> None:
-    rows = {row[0].replace("`", ""): row[5] for row in zoo_rows()}
-    assert list(rows) == [*(f"{size}, video" for size in ("tiny", "small", "base", "large", "huge")), "base, image"]
+def test_the_model_zoo_has_every_size_and_only_numbers_of_the_results() -> None:
+    sizes = [f"`{size}`, MSD" for size in SIZES if "vit" not in size]
+    assert [row[1] for row in zoo_rows() if row[0] == "image"] == sizes
+    assert [row[1] for row in zoo_rows() if row[0] == "video" and row[1] != "`base`"] == sizes
     published = (ROOT / "docs" / "results.md").read_text("utf-8") + (ROOT / "FINETUNE.md").read_text("utf-8")
-    for cell in rows.values():
-        assert all(number in published for number in re.findall(r"\d+\.\d", cell))
+    for row in zoo_rows():
+        assert all(number in published for number in re.findall(r"\d+\.\d", row[4])), row
 
 
 # Programs

@@ -29,6 +29,7 @@ from video_convmae.cli.pretrain import pretrain
 from video_convmae.cli.reconstruct import main as draw_reconstructions
 from video_convmae.config import PretrainConfig
 from video_convmae.data.options import ReaderName
+from video_convmae.engine.parallel import RECOMPUTED
 from video_convmae.runs import load_autoencoder
 from video_convmae.visualize import reconstruct
 
@@ -206,7 +207,7 @@ def test_benchmark_offers_the_choices_of_its_modules() -> None:
     assert set(benchmark.READ_SIDES) == set(reading.RIVALS)
     assert set(benchmark.MASK_KINDS) == set(masking.MASKS)
     assert set(benchmark.PRECISIONS) == set(benchmark_step.DTYPES)
-    assert set(benchmark.ACTIVATION_CHECKPOINTING) == set(benchmark_step.CHECKPOINTED)
+    assert set(benchmark.ACTIVATION_CHECKPOINTING) == set(RECOMPUTED)
     assert set(benchmark.READERS) == set(get_args(ReaderName))
 
 

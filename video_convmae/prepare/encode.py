@@ -153,8 +153,8 @@ class _Converter:
     """Conversion of decoded frames: upright, scaled, in another pixel format.
 
     YUV of any matrix and range is converted to BT.601 in limited range ("MPEG": luma 16 to 235). The packed file has no
-    colour tags, and readers interpret untagged YUV as exactly that, so they show the RGB of the source. In the
-    conversion to RGB (for the PSNR) swscale applies the tags of the source.
+    colour tags, and readers interpret untagged YUV as exactly that, so they show the RGB of the source. For the PSNR,
+    frames are converted to RGB by the tags of the source.
     """
 
     def __init__(self, frame: Any, settings: PackSettings) -> None:
