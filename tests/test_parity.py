@@ -127,7 +127,7 @@ def gradients_are_close(
 
 
 def rank(keep: Tensor) -> Tensor:
-    """Where each of the kept tokens `(B, n)` stands among them in ascending order."""
+    """Rank of each of the kept tokens `(B, n)` in ascending order."""
     return keep.argsort(dim=1).argsort(dim=1)
 
 
@@ -231,7 +231,7 @@ def videomae_finetune(golden: Golden) -> None:
 
 
 def kind_of(golden: Golden) -> Callable[[Golden], None]:
-    """What a file is, from its fields: any file of these formats will do, whatever its name."""
+    """Return the comparison for a file, recognised by its fields, not its name."""
     if "video" in golden.fields:
         return videomae_finetune if "logits" in golden.fields else videomae_pretrain
     if "logits" in golden.fields:

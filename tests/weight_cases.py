@@ -54,7 +54,7 @@ def golden(name: str) -> dict[str, Tensor]:
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Bit for bit."""
+    """Compare bit for bit."""
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.shape == theirs[name].shape, name
@@ -62,7 +62,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 def mae(**settings: object) -> timm.models.VisionTransformer:
-    """MAE's classifier is timm's, with its names."""
+    """A classifier of MAE: timm's, with its names."""
     model = timm.models.VisionTransformer(
         img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2, num_classes=5, global_pool="avg", **settings
     )
@@ -77,7 +77,7 @@ ONE_EACH = {"num_frames": 4, "tubelet": 1, "temporal_kernel": 1}  # a video mode
 
 
 def run_of(model: nn.Module, **config: object) -> dict:
-    """What the checkpoint of a run holds."""
+    """Contents of a run's checkpoint."""
     return {"model": model.state_dict(), "config": {"model": {"probe": None, "heads": None, **config}}}
 
 
@@ -86,7 +86,7 @@ def still(images: Tensor, frames: int) -> Tensor:
 
 
 def without_time(model: nn.Module, image: nn.Module) -> nn.Module:
-    """The table over time zeroed: every frame has the image's positions."""
+    """Set the table over time to zero: every frame has the image's positions."""
     with torch.no_grad():
         model.encoder.positions.copy_(image.encoder.positions.repeat(1, model.encoder.config.grid[0], 1))
     return model

@@ -36,8 +36,7 @@ def inflate(
 
     Args:
         source: as in `read_weights`.
-        tubelet: frames of a token.
-        temporal_kernel: frames of the depthwise kernels, odd.
+        tubelet, temporal_kernel: frames of a token, and of the depthwise kernels (odd).
         num_frames: frames of a clip, which the positions will cover.
         embedding, depthwise: see `Inflation`.
 

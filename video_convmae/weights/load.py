@@ -114,14 +114,8 @@ def load_weights(
                 f"{weights.format} weights of an image model for a video model: load them with an Inflation, or "
                 "inflate them (video-convmae inflate)"
             )
-        weights = inflate(
-            weights,
-            tubelet=config.tubelet,
-            temporal_kernel=config.temporal_kernel,
-            num_frames=config.num_frames,
-            embedding=inflation.embedding,
-            depthwise=inflation.depthwise,
-        )
+        sizes = {name: getattr(config, name) for name in ("tubelet", "temporal_kernel", "num_frames")}
+        weights = inflate(weights, embedding=inflation.embedding, depthwise=inflation.depthwise, **sizes)
     _check_parts(model, weights, whole)
     plan = _Plan(_targets(model), config, weights, notes=[*weights.notes, *_notes_on_parts(model, whole, exclude)])
     for part in PARTS:
@@ -149,9 +143,9 @@ def _resolve(weights: Weights, config: EncoderConfig, inflation: Inflation | Non
 
 
 def _check_parts(model: nn.Module, weights: Weights, whole: Weights) -> None:
-    """Raise if the model would read an untrained part, or not read a part that the others were trained with.
+    """Raise if the model would read an untrained part, or not read one that the others were trained with.
 
-    `whole` includes the excluded parts.
+    `whole` has the excluded parts, too.
     """
     if isinstance(model, Classifier) and weights.has("head") and not whole.has("fc_norm"):
         raise ValueError(
@@ -231,11 +225,7 @@ class _Plan:
         )
 
     def add_part(self, part: str, may_be_new: bool) -> None:
-        """Take a part whole if the file has it and it fits, or leave it new and note it.
-
-        Raises:
-            ValueError: it does not fit, is not the head, and not `may_be_new`.
-        """
+        """Take a part whole if the file has it and it fits. A head, or if it `may_be_new`, stays new with a note."""
         wanted, given = (
             {name: t for name, t in tensors.items() if name.startswith(f"{part}.") and name not in POSITIONS}
             for tensors in (self.targets, self.weights.tensors)
@@ -247,9 +237,13 @@ class _Plan:
             self.values |= given
         elif part == "head" and given.keys() != wanted.keys():
             self.notes.append("the head is new: the file's is of another kind")
+        elif part == "head" and "head.features" in wanted:
+            self.notes.append("the head is new: the features that a nearest-neighbour probe stores are its own")
         elif part == "head":
             self.reshaped += sorted(wanted)
-            theirs, ours = (list(tensors.values())[-1].shape[0] for tensors in (given, wanted))
+            theirs, ours = (
+                len(tensors.get("head.bias", tensors.get("head.linear.bias"))) for tensors in (given, wanted)
+            )
             self.notes.append(f"the head is new: {theirs} classes in the file, {ours} in the model")
         elif may_be_new:
             self.notes.append(f"the {part} does not fit and is new: {faults[0]}")
@@ -262,11 +256,7 @@ class _Plan:
             )
 
     def add_positions(self) -> None:
-        """Take learnable positions, resized to the model's grid; compare fixed ones with the model's own.
-
-        Raises:
-            ValueError: positions of another kind, or of an unknown grid.
-        """
+        """Take learnable positions, resized to the model's grid; compare fixed ones with the model's own."""
         name, weights, config = POSITIONS[0], self.weights, self.config
         is_learnable, table, grid = name in self.targets, weights.tensors.get(name), weights.grid
         if table is None and weights.position_table not in (None, config.position_table):
@@ -274,7 +264,7 @@ class _Plan:
                 f"{weights.format} weights were trained with the {weights.position_table} position table, the model "
                 f"has {config.position_table}: build it with position_table={weights.position_table!r}"
             )
-        if table is None and grid not in (None, config.grid):  # a fixed table that is not stored
+        if table is None and is_learnable and grid not in (None, config.grid):  # a fixed table that is not stored
             table = positions.TABLES[config.position_table](grid, config.widths[-1])[None]
         if table is not None and is_learnable:
             grid = _find_grid(weights, config)
@@ -295,8 +285,7 @@ class _Plan:
             learn = ", or build the model with learnable_positions=True to load them" if name == POSITIONS[0] else ""
             raise ValueError(
                 f"{weights.names.get(name, name)} is not the fixed {table} table that the model has: it was learnt, or "
-                "is of another kind. Exclude positions (on the command line --init.exclude [positions]) to keep the "
-                f"model's own{learn}"
+                f"is of another kind. Exclude positions (--init.exclude [positions]) to keep the model's own{learn}"
             )
         self.compared.append(name)
 
@@ -312,11 +301,7 @@ def _compare_shapes(wanted: Tensors, given: Tensors) -> list[str]:
 
 
 def _find_grid(weights: Weights, config: EncoderConfig) -> Grid:
-    """Return the grid of the file's positions: stated, evident from the values of a fixed table, or the only possible.
-
-    Raises:
-        ValueError: none or several are possible.
-    """
+    """Return the grid of the file's positions: stated, evident from a fixed table's values, or the only possible."""
     if weights.grid is not None:
         return weights.grid
     name, (_, h, w) = POSITIONS[0], config.grid
@@ -331,9 +316,8 @@ def _find_grid(weights: Weights, config: EncoderConfig) -> Grid:
         return grids[0]
     fault = f"may be over the grid {' or '.join(map(str, grids))}" if grids else "are over no grid that is known here"
     raise ValueError(
-        f"{weights.names.get(name, name)} has {tokens} tokens, which {fault}; the model's grid is {config.grid}. Set it "
-        "with dataclasses.replace(read_weights(path), grid=...), or exclude positions (on the command line "
-        "--init.exclude [positions])"
+        f"{weights.names.get(name, name)} has {tokens} tokens, which {fault}; the model's grid is {config.grid}. Set "
+        "dataclasses.replace(read_weights(path), grid=...), or exclude positions (--init.exclude [positions])"
     )
 
 

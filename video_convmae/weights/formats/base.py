@@ -80,15 +80,20 @@ class Format:
         if unknown:
             raise ValueError(f"{self.title} weights with names that it does not have: {summarize_names(unknown)}")
         kernels = embedding_weights(tensors)  # (O, C, [t], h, w), without t for an image
-        strides = tuple(kernel.shape[-1] for kernel in kernels)
+        strides, is_video = tuple(kernel.shape[-1] for kernel in kernels), kernels[0].ndim == 5
         tensors = {name: to_our_values(name, t, strides) for name, t in merge_qkv(tensors).items()}
-        names = {name: names.get(name) or names.get(name.replace(".qkv.", ".query."), name) for name in tensors}
-        weights = Weights(self.title, tensors, strides, names=names, dropped=dropped)
-        weights = replace(weights, channels=kernels[0].shape[1], position_table=self.position_table)
-        is_video = kernels[0].ndim == 5
-        return self.after_read(
-            replace(weights, tubelet=kernels[0].shape[2]) if is_video else replace(weights, frames=1)
+        weights = Weights(
+            self.title,
+            tensors,
+            strides,
+            tubelet=kernels[0].shape[2] if is_video else 1,
+            channels=kernels[0].shape[1],
+            frames=None if is_video else 1,
+            position_table=self.position_table,
+            names={name: names.get(name) or names.get(name.replace(".qkv.", ".query."), name) for name in tensors},
+            dropped=dropped,
         )
+        return self.after_read(weights)
 
     def write(self, weights: Weights) -> Tensors:
         """Translate our tensors to theirs, without checking that this format can hold the model."""
