@@ -10,12 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import weight_cases as cases
 from torch import Tensor, nn
 from weight_cases import (
-    IMAGE,
-    PLAIN,
-    TINY,
-    VIDEO,
     assert_same,
     autoencoder,
     classifier,
@@ -42,7 +39,9 @@ def test_round_trip_through_the_convmae_layout(kind: str, strides: tuple[int, ..
     model = autoencoder(**settings) if kind == "pretraining" else classifier(**settings)
     released = to_format(model, "convmae")
     assert f"ConvMAE {kind}" == read_weights(released).format
-    again, report = model_from(released, heads=2, **({"decoder": TINY["decoder"]} if kind == "pretraining" else {}))
+    again, report = model_from(
+        released, heads=2, **({"decoder": cases.TINY["decoder"]} if kind == "pretraining" else {})
+    )
     assert again.encoder.config == model.encoder.config
     assert_same(again.state_dict(), model.state_dict())
     assert not report.missing
@@ -53,7 +52,7 @@ def test_round_trip_through_the_convmae_layout(kind: str, strides: tuple[int, ..
 @pytest.mark.parametrize("layout", ["videomae", "huggingface"])
 @pytest.mark.parametrize("kind", ["pretraining", "finetuning"])
 def test_round_trip_through_the_videomae_layouts(kind: str, layout: str) -> None:
-    settings = {**PLAIN, **({"learnable_positions": False} if kind == "finetuning" else {})}
+    settings = {**cases.PLAIN, **({"learnable_positions": False} if kind == "finetuning" else {})}
     model = autoencoder(**settings, strides=(16,)) if kind == "pretraining" else classifier(**settings, strides=(16,))
     for name, parameter in model.named_parameters():
         if name.endswith("qkv.bias"):
@@ -61,7 +60,7 @@ def test_round_trip_through_the_videomae_layouts(kind: str, layout: str) -> None
         if name == "decoder.embedding.bias":
             parameter.data.zero_()  # nor this one
     released = to_format(model, layout)
-    decoder = {"decoder": TINY["decoder"]} if kind == "pretraining" else {}
+    decoder = {"decoder": cases.TINY["decoder"]} if kind == "pretraining" else {}
     again, _ = model_from(released, heads=2, num_frames=4, image_size=32, **decoder)
     assert again.encoder.config == model.encoder.config
     assert_same(again.state_dict(), model.state_dict())
@@ -108,9 +107,9 @@ def test_the_released_base_models_have_313_and_207_tensors() -> None:
 
 def test_layouts_that_cannot_hold_a_model_say_so() -> None:
     for model, layout, message in [
-        (autoencoder(**VIDEO), "convmae", "holds image models of three stages"),
+        (autoencoder(**cases.VIDEO), "convmae", "holds image models of three stages"),
         (autoencoder(), "videomae", "hold plain ViTs"),
-        (autoencoder(**PLAIN, strides=(16,)), "huggingface", "no bias between encoder and decoder"),
+        (autoencoder(**cases.PLAIN, strides=(16,)), "huggingface", "no bias between encoder and decoder"),
         (autoencoder(), "mae", "expected one of convmae, videomae, huggingface"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -144,7 +143,7 @@ def test_second_version_has_a_cls_token() -> None:
     released = {name: tensor for name, tensor in released.items() if not name.startswith("decoder")}
     released["cls_token"] = torch.randn(1, 1, 24)
     released["pos_embed"] = torch.cat([torch.zeros(1, 1, 24), released["pos_embed"]], dim=1)
-    model = create_autoencoder("base", **IMAGE)
+    model = create_autoencoder("base", **cases.IMAGE)
     report = load_weights(model, released)
     assert report.format == "ConvMAE-v2 encoder only"
     assert "CLS token" in str(report)
@@ -207,7 +206,7 @@ def ddp(released: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 def test_names_of_other_code_bases(rename: Callable, title: str, kind: str) -> None:
     source = autoencoder() if kind == "pretraining" else classifier()
     other = {"state_dict": rename(to_format(source, "convmae"), kind), "meta": {"epoch": 50}}
-    model = create_autoencoder("base", **IMAGE) if kind == "pretraining" else classifier()
+    model = create_autoencoder("base", **cases.IMAGE) if kind == "pretraining" else classifier()
     report = load_weights(model, other)
     assert report.format == f"{title} {kind}"
     assert_same(model.state_dict(), source.state_dict())
@@ -357,7 +356,13 @@ def test_mae_loses_its_cls_token_and_says_so() -> None:
 
 
 def test_the_tables_of_a_released_layout_are_the_runs_own(tmp_path: Path) -> None:
-    settings = {"size": "base", "num_frames": 1, "image_size": 64, "widths": TINY["widths"], "depths": TINY["depths"]}
+    settings = {
+        "size": "base",
+        "num_frames": 1,
+        "image_size": 64,
+        "widths": cases.TINY["widths"],
+        "depths": cases.TINY["depths"],
+    }
     torch.save(run_of(autoencoder(), **settings), tmp_path / "run.pth")
     given = [str(tmp_path / "run.pth"), str(tmp_path / "convmae.pth"), "--to", "convmae"]
     for more, tokens in [([], 16), (["--image-size", "32"], 4)]:

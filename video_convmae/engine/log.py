@@ -120,7 +120,7 @@ class RankLog:
 
     def __enter__(self) -> RankLog:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed in __exit__
+        self._file = open(self._path, "a", encoding="utf-8")
         self.write({"host": platform.node(), "pid": os.getpid()})
         return self
 
