@@ -241,9 +241,8 @@ class _Plan:
             self.notes.append("the head is new: the features that a nearest-neighbour probe stores are its own")
         elif part == "head":
             self.reshaped += sorted(wanted)
-            theirs, ours = (
-                len(tensors.get("head.bias", tensors.get("head.linear.bias"))) for tensors in (given, wanted)
-            )
+            bias = "head.bias" if "head.bias" in wanted else "head.linear.bias"
+            theirs, ours = len(given[bias]), len(wanted[bias])
             self.notes.append(f"the head is new: {theirs} classes in the file, {ours} in the model")
         elif may_be_new:
             self.notes.append(f"the {part} does not fit and is new: {faults[0]}")
