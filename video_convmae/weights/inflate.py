@@ -63,11 +63,13 @@ def inflate(
             tensors[name] = _add_time(tensor, frames)
         elif name.startswith("decoder.prediction."):
             tensors[name] = torch.cat([tensor] * tubelet)
-    note = (
-        f"inflated: the first embedding over {tubelet} frames ({embedding}), depthwise kernels over {temporal_kernel} "
-        f"frames ({depthwise}), the sine-cosine table over {frames} token frames added to positions, the decoder's "
-        "prediction repeated; the rest is unchanged"
-    )
+    notes = {
+        "encoder.embeddings.": f"the first embedding over {tubelet} frames ({embedding})",
+        "encoder.conv_stages.": f"depthwise kernels over {temporal_kernel} frames ({depthwise})",
+        "encoder.positions": f"positions over {frames} token frames, the sine-cosine table over time added",
+        "decoder.prediction.": f"the decoder's prediction is repeated over {tubelet} frames, the rest of it unchanged",
+    }
+    present = [note for prefix, note in notes.items() if any(name.startswith(prefix) for name in tensors)]
     return replace(
         weights,
         format=f"{weights.format}, inflated",
@@ -76,7 +78,7 @@ def inflate(
         frames=frames,
         grid=None if weights.grid is None else (frames, *weights.grid[1:]),
         guessed=False,
-        notes=(*weights.notes, note),
+        notes=(*weights.notes, *(f"inflated: {note}" for note in present)),
     )
 
 
