@@ -200,8 +200,9 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path, capsys: pytest.Cap
             process.kill()
             done = 2 + len(process.stdout.readlines())
         left = [path.name for path in folder.glob("*.partial/*")]
-        path, complaints = checkpoint.find_latest(folder)
-        state = load_state(path)
+        newest, complaints = checkpoint.find_latest(folder)
+        assert newest is not None
+        state = load_state(newest.path)
         assert not complaints
         assert state["step"] >= done  # what was announced is there
         assert all((tensor == state["step"]).all() for tensor in state["model"].values())
@@ -286,11 +287,12 @@ def test_a_disk_fills_up_between_two_checkpoints(
         said = next(line for line in run.said.splitlines() if "CheckpointError" in line)
     assert "the checkpoints before it are whole" in said
     kept, complaints = checkpoint.find_latest(output / "checkpoints")
+    assert kept is not None
     assert not complaints
     (output.parent / "ballast").unlink()
     finish(videos, output, "--train.keep=1")
     check_equal(output, undisturbed)
-    tell(capsys, f"full disk -> {said.split('CheckpointError: ')[1]}; {kept.name} was whole")
+    tell(capsys, f"full disk -> {said.split('CheckpointError: ')[1]}; {kept.path.name} was whole")
 
 
 def test_a_disk_fills_up_while_a_checkpoint_is_written(
@@ -305,7 +307,9 @@ def test_a_disk_fills_up_while_a_checkpoint_is_written(
     saver.save(2, {"model": {"w": torch.ones(1 << 21)}})
     with pytest.raises(CheckpointError, match="No space left on device") as error:
         saver.wait()
-    assert checkpoint.find_latest(folder)[0].name == "step_00000001"
+    kept, _ = checkpoint.find_latest(folder)
+    assert kept is not None
+    assert kept.path.name == "step_00000001"
     assert [path.name for path in folder.iterdir()] == ["step_00000001"]  # what was begun does not take room
     tell(capsys, f"disk full while writing -> {error.value}")
 
