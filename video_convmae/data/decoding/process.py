@@ -10,7 +10,8 @@ ends and whatever the child does at that moment.
 
 Measured (2 cores, Python 3.11): a child starts in 0.3 s and takes 60 MB (27 of them its own) with PyAV, 0.3 s and 76 MB
 with decord, but 4.6 s and 690 MB (370 its own) with torchcodec, which loads torch. Sixteen 340x256 frames (4.2 MB) come
-back through the socket in 1.0 to 1.4 ms: about 1% of decoding them.
+back through the socket in 1.0 to 1.4 ms, about 1% of decoding them. With the switches between the two processes a clip
+costs 3 to 5 ms more than in one process: the 5% "between processes" of docs/performance.md.
 """
 
 from __future__ import annotations

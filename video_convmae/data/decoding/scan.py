@@ -94,6 +94,7 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
     keyframes = np.stack([shown[is_key], decoded[is_key]], axis=1)
     times = np.sort(shown[~hidden])
     times = times[times >= keyframes[0, 0]]  # those before cannot be decoded
+    # Packets are in decoding order: one that is shown before the newest keyframe so far makes the GOP an open one.
     newest_keyframe = np.maximum.accumulate(np.where(is_key, shown, _NEVER))
     keyframes = keyframes[np.argsort(keyframes[:, 0], kind="stable")]
     timed = not guessed and _NEVER not in shown and len(np.unique(times)) == len(times)
@@ -144,24 +145,34 @@ def _seeks_late(container: Any, stream: Any, keyframes: np.ndarray) -> bool:
 
 
 def _begins_afresh(packet: Any, setup: bytes | None) -> bool:
-    """Return whether an H.264 packet holds an IDR slice (unit type 5): no frame from there on needs an earlier one.
+    """Return whether an H.264 packet holds an IDR slice: no frame from there on needs an earlier one.
 
-    `setup` is the codec's extradata: if it begins with 1, units are preceded by their size, else by the bytes 0 0 1.
+    A keyframe without one (intra refresh, open GOP) is a recovery point: pictures are right only some frames later, or
+    those shown before it are not. Containers mark both kinds as keyframes, so the packet's NAL units are looked at. The
+    low 5 bits of a unit's first byte are its type; 5 is a slice of an IDR picture.
+
+    Args:
+        packet: av.Packet.
+        setup: the codec's extradata. In mp4, mkv and flv it begins with 1 (an AVCDecoderConfigurationRecord), and
+            each unit is preceded by its size, in 1 to 4 bytes. Elsewhere units are preceded by the start code 0 0 1.
     """
     data = bytes(packet)
     if not setup or setup[0] != 1:
         return any(unit[:1] and unit[0] & 31 == 5 for unit in data.split(b"\0\0\1")[1:])
-    digits = (setup[4] & 3) + 1
+    size_bytes = (setup[4] & 3) + 1  # lengthSizeMinusOne
     place = 0
-    while place + digits < len(data):
-        if data[place + digits] & 31 == 5:
+    while place + size_bytes < len(data):
+        if data[place + size_bytes] & 31 == 5:
             return True
-        place += digits + int.from_bytes(data[place : place + digits], "big")
+        place += size_bytes + int.from_bytes(data[place : place + size_bytes], "big")
     return False
 
 
 def _is_hidden_vp8(packet: Any) -> bool:
-    """Return whether a VP8 frame is never shown. (VP9 and AV1 put a hidden frame into one packet with a shown one.)"""
+    """Return whether a VP8 frame is never shown: the bit show_frame of its header is 0 (RFC 6386, section 9.1).
+
+    VP9 and AV1 put a hidden frame into one packet with a shown one.
+    """
     return not memoryview(packet)[0] & 0b10000
 
 
