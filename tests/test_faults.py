@@ -317,7 +317,7 @@ def test_a_killed_worker_ends_the_run(
         os.kill(victim, signal.SIGKILL)
         assert process.wait(PROMPT) not in (0, None)
     steps = [line["step"] for line in log(tmp_path)]
-    assert f"LoaderError: loading process {victim} (worker" in said(tmp_path)
+    assert f"error: loading process {victim} (worker" in said(tmp_path)
     assert "was ended by SIGKILL: the system does this when memory runs out; set fewer data.workers" in said(tmp_path)
     assert f"The state after step {steps[-1]} is saved; the same command resumes from there" in said(tmp_path)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [f"step_{steps[-1]:08d}"]
@@ -423,7 +423,7 @@ def test_a_run_ends_at_once(
             print(f"\n  {end}, {start_method}, {workers} workers: ended in {time.monotonic() - asked:.1f} s", end="")
         assert (code == 0) == (end != "error"), said(tmp_path)
         assert all(is_gone(pid) for pid in family)
-    assert ("TooManyBadRecords" in said(tmp_path)) == (end == "error")
+    assert ("more than data.max_bad_fraction" in said(tmp_path)) == (end == "error")
     assert ("stopped by a signal after step" in said(tmp_path)) == (end not in edits)
 
 
