@@ -493,5 +493,5 @@ def test_a_video_run_starts_from_image_weights(videos: Path, tmp_path: Path, cap
     video = load_state(tmp_path / "run")["model"]
     name = "encoder.attention_blocks.0.mlp.fc1.weight"
     assert torch.equal(video[name], image.state_dict()[name])
-    shutil.rmtree(tmp_path / "step_00000001")  # a run that goes on does not need what it started from
+    shutil.rmtree(tmp_path / "step_00000001")  # a resumed run does not need its initial weights
     assert pretrain(config) == 4

@@ -56,7 +56,7 @@ def test_every_recipe_wrapped_in_every_way_equals_the_bare_model(ranks: int, cap
 
 @pytest.mark.parametrize("edits", [("--train.parallel=fsdp", "--train.ema=0.9"), ("--train.compress_gradients=true",)])
 def test_a_sharded_run_takes_the_steps_of_one_process(videos: Path, tmp_path: Path, edits: tuple[str, ...]) -> None:
-    """It is begun by one process, goes on sharded on two, and ends on one; each reads what the other wrote."""
+    """Started by one process, resumed sharded on two, finished by one; each reads what the one before wrote."""
     common = ("--data.workers=0", "--optim.warmup_epochs=0", "--log.profile=true", "--train.epochs=5")
     whole = run(videos, tmp_path / "whole", "--train.batch_size=4", *common, *[e for e in edits if "ema" in e])
     dealt = tmp_path / "dealt"

@@ -112,7 +112,7 @@ def test_checkpoints_are_whole_pruned_and_found(tmp_path: Path) -> None:
 
 
 def test_what_is_saved_is_what_it_was_when_it_was_saved(tmp_path: Path) -> None:
-    """Training goes on while a checkpoint is written."""
+    """Training continues while a checkpoint is written."""
     state, saver = state_of(5), Saver(tmp_path)
     saver.save(5, state)
     state["model"]["w"].fill_(-1)

@@ -115,7 +115,7 @@ def _permissions_bind() -> None:
 
 
 def _binds(path: Path) -> bool:
-    """Whether `_permissions_bind` has that effect on this machine."""
+    """Return whether `_permissions_bind` has that effect on this machine."""
     reader = subprocess.run(["cat", path], capture_output=True, preexec_fn=_permissions_bind)
     return reader.returncode != 0
 

@@ -151,7 +151,7 @@ def tell(capsys: pytest.CaptureFixture, text: str) -> None:
 def test_a_killed_rank_is_started_again(
     parallel: str, videos: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """SIGKILL of one worker at a random step: torchrun starts all anew, the run goes on from its newest checkpoint."""
+    """SIGKILL of one worker at a random step: torchrun restarts all, and the run resumes from its newest checkpoint."""
     torchrun, step = ("--standalone", "--max-restarts=1"), random.Random(parallel).randint(3, 12)
     with started(videos, tmp_path, f"--train.parallel={parallel}", torchrun=torchrun) as run:
         run.until_step(step)
@@ -166,7 +166,7 @@ def test_a_killed_rank_is_started_again(
 def test_all_processes_are_killed(
     videos: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """SIGKILL of torchrun and all that it started; the same command goes on."""
+    """SIGKILL of torchrun and all that it started; the same command resumes."""
     kill_after(videos, tmp_path, 6)
     finish(videos, tmp_path)
     check_equal(tmp_path, undisturbed)
@@ -275,7 +275,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 def test_a_disk_fills_up_between_two_checkpoints(
     small_disk: Callable[[int], Path], videos: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """A clear error, the last checkpoint whole; with room again the same command goes on."""
+    """A clear error, the last checkpoint whole; with room again the same command resumes."""
     output = small_disk(150) / "run"
     with started(videos, output, "--train.keep=1") as run:
         run.until_step(4)
@@ -451,7 +451,7 @@ def test_two_nodes_whose_link_is_cut(
     capsys: pytest.CaptureFixture,
 ) -> None:
     """Train over a link, cut it, restore it, finish. A short cut costs time; a long one ends the processes, with a
-    message on each node, and torchrun, or the same command once more, goes on."""
+    message on each node, and torchrun, or the same command once more, resumes."""
     edits = (f"--hang_timeout={hang_timeout}",)
     processes = [nodes.start(node, videos, tmp_path, *edits) for node in (0, 1)]
     attempts = 1
