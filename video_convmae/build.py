@@ -27,6 +27,7 @@ from video_convmae.config import (
 )
 from video_convmae.data.datasets import ClipDataset, TestViewDataset
 from video_convmae.data.decoding import resolve_reader
+from video_convmae.data.decoding.memory import MemoryReader
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.loader import Batch, BatchPlan, ResumableBatchSampler, iter_batches
 from video_convmae.data.mixing import Mixing
@@ -172,13 +173,14 @@ def build_clips(
     draw_mask = None
     if mask is not None:
         draw_mask = partial(masking.draw, mask.kind, encoder.grid, mask.ratio, mask.decoder_ratio)
+    reader = ReaderProcess(data.reader, data.decode_timeout)
     return ClipDataset(
         records,
         build_sampling(data, encoder),
         Augmentation(data.augmentation),
         encoder.clip_shape[2:],
         draw_mask,
-        ReaderProcess(data.reader, data.decode_timeout),
+        MemoryReader(reader, data.memory) if data.memory else reader,
         data.repeats,
         seed,
     )

@@ -66,6 +66,9 @@ class DataConfig:
     """Seconds after which a decode is ended and its record counts as bad."""
     max_bad_fraction: float = 0.01
     """Fraction of the list that may be bad before the run stops."""
+    memory: float = 0.0
+    """GiB of decoded training records that each loading process keeps in memory: for small clips, which take longer to
+    decode than to train on."""
     sampling: SamplingKind = "dense"
     """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
     stride: int = 4

@@ -1,12 +1,15 @@
-"""The study of pretraining and of the hybrid encoder: the demo's task for several models and seeds.
+"""The study: does pretraining help, which encoder, which mask? Measured on moving digits, in hours on a CPU.
 
-    make study                                           # an hour on two CPU cores
-    python -m tools.study --output runs/study --seeds 5 --labelled 40 80 160 320 --pretrain-epochs 96 --device cuda
+    make study                                     # eight hours on two CPU cores
+    python -m tools.study --quick                  # one seed, three models, which way the digit moves: 45 minutes
+    python -m tools.study --scale 4 --device cuda  # four times the clips and the pretraining steps
 
-Each model is pretrained on all clips of camera motion, finetuned on the labelled ones and tested on photographs that no
-training clip shows; "from scratch" is finetuned alone. Every finetuning takes as many steps, whatever the number of
-labelled clips. On a CPU each core trains a model of its own. results.json, and table.md with mean and standard
-deviation over the seeds, are written after every model. The same command resumes an interrupted study.
+Each model is pretrained on all training clips without labels, and then measured with few: *how* (which of eight ways a
+digit moves) and *what* (which digit). Validation clips show digits and photographs that no training clip shows. A model
+from scratch is finetuned alone, for as many steps, and in columns of their own for ten times as many. On a CPU each
+core trains a model of its own.
+
+results.json, a list of rows, and table.md are written after every measurement. The same command resumes the study.
 """
 
 from __future__ import annotations
@@ -16,31 +19,39 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from video_convmae.benchmark.environment import describe_machine
 
-from tools.study.clips import make_motion_clips
-from tools.study.demo import CONFIGS, LABELLED, finetune_on, measure_accuracy, pretrain_on
+from tools.study.clips import make_digit_clips
+from tools.study.training import finetune_on, pretrain_on
 from video_convmae.atomic import write_text
-from video_convmae.cli.parser import parse
-from video_convmae.config import FinetuneConfig
+from video_convmae.engine.checkpoint import checkpoint_name
+
+PRETRAIN_STEPS = 6000
+TRAIN_CLIPS, VALIDATION_CLIPS = 20_000, 2_000
+CHANCE = {"how": 1 / 8, "what": 1 / 10}
+
+Edits = tuple[str, ...]
+Row = dict[str, Any]  # model, task, protocol, labels, seed, top1, steps, pretrain_steps, commit, device
 
 
 @dataclass(frozen=True)
 class StudyModel:
-    """A model of the study, a row of its table.
+    """A model of the study.
 
-    model: configuration edits for pretraining and finetuning. pretraining: edits for it alone; None: no pretraining.
+    model: edits of every configuration. stages: edits of each pretraining, which starts from the one before; none: from
+    scratch. several: measured with several seeds. curve: also measured after shorter pretraining.
     """
 
-    model: tuple[str, ...] = ()
-    pretraining: tuple[str, ...] | None = ()
+    model: Edits = ()
+    stages: tuple[Edits, ...] = ((),)
+    several: bool = False
+    curve: bool = False
 
 
 # A plain ViT of as many parameters as the demo's hybrid (926,888 and 921,032).
@@ -51,14 +62,65 @@ PLAIN = (
     "--model.strides=[8]",
     "--model.position_table=flat",
 )
+IMAGE = ("--model.num_frames=1", "--mask.kind=random")
 MODELS = {
-    "VideoConvMAE-MSD": StudyModel(),
-    "VideoConvMAE": StudyModel(pretraining=("--model.msd=false",)),
-    "VideoMAE (plain ViT)": StudyModel(model=PLAIN),
-    "from scratch (hybrid)": StudyModel(pretraining=None),
-    "from scratch (plain ViT)": StudyModel(model=PLAIN, pretraining=None),
+    "VideoConvMAE-MSD": StudyModel(several=True, curve=True),
+    "VideoConvMAE": StudyModel(model=("--model.msd=false",), several=True),
+    "VideoMAE (plain ViT)": StudyModel(model=PLAIN, several=True),
+    "from scratch (hybrid)": StudyModel(stages=(), several=True),
+    "from scratch (plain ViT)": StudyModel(model=PLAIN, stages=(), several=True),
+    "MSD, half of the hidden tokens predicted": StudyModel(stages=(("--mask.decoder_ratio=0.5",),), several=True),
+    "MSD, tube mask 0.9": StudyModel(stages=(("--mask.ratio=0.9",),)),
+    "MSD, random mask 0.75": StudyModel(stages=(("--mask.kind=random",),)),
+    "MSD, frame mask 0.5": StudyModel(stages=(("--mask.kind=frame", "--mask.ratio=0.5"),)),
+    "MSD, temporal kernel 1": StudyModel(model=("--model.temporal_kernel=1",)),
+    "MSD, temporal kernel 5": StudyModel(model=("--model.temporal_kernel=5",)),
+    "image MSD, inflated": StudyModel(stages=(IMAGE,)),
+    "image MSD, inflated, pretrained on video": StudyModel(stages=(IMAGE, ())),
 }
-StudyRow = dict[str, Any]  # model, seed, labelled, top1, top5, device, commit
+QUICK = ("VideoConvMAE-MSD", "VideoMAE (plain ViT)", "from scratch (hybrid)")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured of a model: a column of the table.
+
+    labels: labelled clips. steps: of the optimizer. edits: of configs/debug/finetune_demo.yaml.
+    """
+
+    task: Literal["how", "what"]
+    protocol: Literal["finetune", "linear", "attentive", "knn"]
+    labels: int
+    steps: int
+    edits: Edits = ()
+
+    @property
+    def title(self) -> str:
+        """Head of the column."""
+        steps = f", {self.steps} steps" if self.protocol == "finetune" else ""
+        return f"*{self.task}*, {self.protocol}, {self.labels} labels{steps}"
+
+    def matches(self, row: Row) -> bool:
+        """Return whether a row is a result of it."""
+        ours = (self.task, self.protocol, self.labels, self.steps)
+        return ours == tuple(row[name] for name in ("task", "protocol", "labels", "steps"))
+
+
+PROBE = ("--data.augmentation.crop=whole", "--mixing.smoothing=0", "--optim.weight_decay=0")
+FEW_LABELS = Measurement("how", "finetune", 200, 400)
+MEASUREMENTS = (
+    FEW_LABELS,
+    Measurement("how", "finetune", 1000, 400),
+    Measurement("what", "finetune", 10_000, 2000, ("--validate.every=0.64",)),  # 200 steps
+    Measurement("how", "attentive", 1000, 1000, (*PROBE, "--model.probe=attentive")),
+    Measurement("how", "linear", 1000, 1000, (*PROBE, "--model.probe=linear", "--optim.lr=1e-2")),
+    Measurement("how", "knn", 1000, 0, ("--model.probe=knn",)),
+)
+AS_LONG_AS_THEY_LIKE = (
+    Measurement("how", "finetune", 200, 4000),
+    Measurement("how", "finetune", 1000, 4000),
+)
+CURVE = (750, 1500, 3000)  # steps of pretraining after which few labels are also tried
 
 
 def main() -> None:
@@ -67,101 +129,113 @@ def main() -> None:
         "python -m tools.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder (default %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each model (default %(default)s)")
-    parser.add_argument("--pretrain-epochs", type=float, help="passes over the clips (default: the demo's)")
-    parser.add_argument("--finetune-steps", type=int, default=400, help="optimizer steps (default %(default)s)")
-    parser.add_argument("--labelled", type=int, nargs="+", default=[LABELLED, 4 * LABELLED], help="labelled clips")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each of the first six models (default 3)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--quick", action="store_true", help="one seed, three models, *how* with 200 labels")
+    parser.add_argument("--scale", type=float, default=1, help="times as many clips and pretraining steps (default 1)")
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda")
+    parser.add_argument("--processes", type=int, help="models trained at a time (default: one a core; on a GPU one)")
     args = parser.parse_args()
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    make_motion_clips(args.output / "data")
-    settings = {name: getattr(args, name) for name in ("pretrain_epochs", "finetune_steps")}
-    results = StudyResults(args.output, settings)
-    for row in measure_missing(args, results):
-        results.add(row)
-        print(
-            f"{row['model']}, seed {row['seed']}, {row['labelled']} labelled clips: top-1 {row['top1']:.1%}", flush=True
-        )
-    print(results.table())
-
-
-def measure_missing(args: argparse.Namespace, results: StudyResults) -> Iterator[StudyRow]:
-    """Yield the rows that are missing, as they are done: one model at a time on a GPU, one a core on a CPU."""
-    processes = 1 if args.device.startswith("cuda") else os.cpu_count()
+    if args.quick:
+        args.models, args.seeds = list(QUICK), 1
+    make_digit_clips(args.output / "data", round(args.scale * TRAIN_CLIPS), VALIDATION_CLIPS)
+    several = [(name, seed) for seed in range(args.seeds) for name in args.models if MODELS[name].several]
+    single = [(name, 0) for name in args.models if not MODELS[name].several]
+    processes = args.processes or (1 if args.device.startswith("cuda") else os.cpu_count())
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = []
-        for seed in range(args.seeds):
-            for name in MODELS:
-                missing = [labelled for labelled in args.labelled if not results.has(name, labelled, seed)]
-                if missing:
-                    futures.append(pool.submit(measure_model, name, seed, missing, args))
-        for future in as_completed(futures):
-            yield from future.result()
+        for future in as_completed([pool.submit(measure_model, *each, args) for each in several + single]):
+            future.result()
+    print(table(collect_rows(args.output)))
 
 
-def measure_model(name: str, seed: int, labelled: list[int], args: argparse.Namespace) -> list[StudyRow]:
-    """Pretrain a model, then finetune and test it with each number of labelled clips; returns a row for each."""
-    entry, data = MODELS[name], args.output / "data"
-    edits = [*entry.model, f"--seed={seed}", f"--device={args.device}"]
-    folder = args.output / "runs" / f"{list(MODELS).index(name)}_{seed}"
-    weights = None
-    if entry.pretraining is not None:
-        weights = folder / "pretrain"
-        if not (weights / "metrics.json").exists():
-            epochs = [f"--train.epochs={args.pretrain_epochs}"] if args.pretrain_epochs else []
-            pretrain_on(data, weights, *edits, *entry.pretraining, *epochs)
-    batch = parse(FinetuneConfig, [f"--config={CONFIGS / 'finetune_demo.yaml'}"]).train.batch_size
-    rows = []
-    for number in labelled:
-        epochs = args.finetune_steps * batch / number
-        length = [f"--train.epochs={epochs}", f"--validate.every={epochs / 4}"]
-        target = folder / f"finetune_{number}"
-        if not (target / "test" / "metrics.json").exists():
-            finetune_on(data, number, target, weights, *edits, *length)
-        rows.append({"model": name, "seed": seed, "labelled": number, **measure_accuracy(target)})
-    return [row | describe_machine(args.device) for row in rows]
+def measure_model(name: str, seed: int, args: argparse.Namespace) -> None:
+    """Pretrain a model, then take every measurement that has no row yet."""
+    model, folder, data = (
+        MODELS[name],
+        args.output / "runs" / f"{list(MODELS).index(name)}_{seed}",
+        args.output / "data",
+    )
+    whole = round(args.scale * PRETRAIN_STEPS) if model.stages else 0
+    columns = (FEW_LABELS,) if args.quick else MEASUREMENTS + (() if model.stages else AS_LONG_AS_THEY_LIKE)
+    planned = [(column, whole) for column in columns]
+    if model.curve and not args.quick:
+        planned += [(FEW_LABELS, round(args.scale * steps)) for steps in CURVE]
+    known = {row_key(row) for row in collect_rows(args.output)}
+    settings = [*model.model, f"--seed={seed}", f"--device={args.device}"]
+    for column, pretrain_steps in planned:
+        row: Row = {"model": name, "task": column.task, "protocol": column.protocol, "labels": column.labels}
+        row |= {"seed": seed, "steps": column.steps, "pretrain_steps": pretrain_steps}
+        if row_key(row) in known:
+            continue
+        weights: Path | None = None
+        for number, edits in enumerate(model.stages):
+            start = [] if weights is None else [f"--init.weights={weights}"]
+            weights = folder / f"pretrain_{number}"
+            length = [f"--train.max_steps={whole}", f"--train.keep_every={CURVE[0] * 32 / TRAIN_CLIPS}"]
+            pretrain_on(data, weights, *settings, *start, *length, *edits)
+        if weights is not None and pretrain_steps < whole:
+            weights = weights / "checkpoints" / checkpoint_name(pretrain_steps)
+        run = folder / f"{column.task}_{column.protocol}_{column.labels}_{column.steps}_{pretrain_steps}"
+        metrics = finetune_on(data, column.task, column.labels, column.steps, run, weights, *settings, *column.edits)
+        row |= {"top1": metrics["val_top1"], **describe_machine(args.device)}
+        if column.protocol == "finetune":
+            row["steps_to_half"] = steps_to_half(run)
+        write_text(run / "row.json", json.dumps(row) + "\n")
+        write_results(args.output)
+        print(f"{name}, seed {seed}, {column.title}: top-1 {row['top1']:.1%}", flush=True)
 
 
-class StudyResults:
-    """The rows measured so far, in results.json and table.md."""
+def row_key(row: Row) -> tuple:
+    """Return what tells a row from others."""
+    return tuple(row[name] for name in ("model", "task", "protocol", "labels", "seed", "steps", "pretrain_steps"))
 
-    def __init__(self, folder: Path, settings: dict[str, float | None]) -> None:
-        self._folder = folder
-        self._path = folder / "results.json"
-        self._settings = settings
-        self.rows: list[StudyRow] = []
-        if self._path.exists():
-            known = json.loads(self._path.read_text())
-            if known["settings"] != settings:
-                raise SystemExit(f"{self._path} has {known['settings']}, not {settings}: give another --output")
-            self.rows = known["rows"]
 
-    def has(self, name: str, labelled: int, seed: int) -> bool:
-        """Return whether this run is done."""
-        return any((row["model"], row["labelled"], row["seed"]) == (name, labelled, seed) for row in self.rows)
+def steps_to_half(run: Path) -> int | None:
+    """Return the first validated step of a run that passes 50%; None: none did."""
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return next((line["step"] for line in lines if (line.get("val_top1") or 0) > 0.5), None)
 
-    def add(self, row: StudyRow) -> None:
-        """Add a row and write both files."""
-        self.rows.append(row)
-        write_text(self._path, json.dumps({"rows": self.rows, "settings": self._settings}, indent=1) + "\n")
-        write_text(self._folder / "table.md", self.table() + "\n")
 
-    def table(self) -> str:
-        """Return top-1, mean and standard deviation over the seeds, with a column for each number of labelled clips."""
-        numbers = sorted({row["labelled"] for row in self.rows})
-        heads = " | ".join(f"top-1, {number} labelled clips" for number in numbers)
-        lines = [f"| model | {heads} |", "|---" * (len(numbers) + 1) + "|"]
-        for name in MODELS:
-            cells = []
-            for number in numbers:
-                values = [row["top1"] for row in self.rows if (row["model"], row["labelled"]) == (name, number)]
-                spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.1%}{spread} ({len(values)})" if values else "-")
+def collect_rows(output: Path) -> list[Row]:
+    """Return the rows of results.json and of all measurements in the folder: a kill loses none."""
+    known = json.loads((output / "results.json").read_text()) if (output / "results.json").exists() else []
+    found = [json.loads(path.read_text()) for path in sorted(output.glob("runs/*/*/row.json"))]
+    rows = {row_key(row): row for row in known + found}
+    return sorted(rows.values(), key=lambda row: (list(MODELS).index(row["model"]), row["seed"]))
+
+
+def write_results(output: Path) -> None:
+    """Write results.json and table.md."""
+    rows = collect_rows(output)
+    write_text(output / "results.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    write_text(output / "table.md", table(rows) + "\n")
+
+
+def table(rows: list[Row]) -> str:
+    """Return top-1 in percent, mean and standard deviation over the seeds (and their number)."""
+    whole = max((row["pretrain_steps"] for row in rows), default=0)
+    shown = [row for row in rows if row["pretrain_steps"] in (0, whole)]
+    columns = [column for column in MEASUREMENTS + AS_LONG_AS_THEY_LIKE if any(map(column.matches, shown))]
+    lines = ["| model | " + " | ".join(column.title for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in MODELS:
+        cells = []
+        for column in columns:
+            cells.append(cell([row["top1"] for row in shown if row["model"] == name and column.matches(row)]))
+        if any(each != "-" for each in cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
-        machines = dict.fromkeys(f"{row['device']}, commit {row['commit']}" for row in self.rows)
-        return "\n".join([*lines, "", f"{'; '.join(machines)}; {self._settings}"])
+    machines = dict.fromkeys(f"{row['device']}, commit {row['commit']}" for row in rows)
+    return "\n".join([*lines, "", "; ".join(machines)])
+
+
+def cell(values: list[float]) -> str:
+    """Format the results of several seeds."""
+    if not values:
+        return "-"
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread} ({len(values)})"
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
+from tools.study.finished import is_finished, require_finished
 
 import video_convmae
 from tools.study.clips import make_motion_clips
-from tools.study.finished import is_finished, require_finished
 from video_convmae.atomic import write_text
 from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.finetune import finetune

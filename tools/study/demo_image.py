@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tools.study.finished import is_finished, require_finished
+from tools.study.training import is_finished, require_finished
 from video_convmae.atomic import write_text
 from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.finetune import finetune

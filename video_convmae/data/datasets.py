@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .decoding import DecodeError
+from .decoding.memory import MemoryReader
 from .decoding.process import ReaderProcess
 from .options import ViewConfig
 from .ragged import RaggedCrops, concatenate_crops
@@ -82,7 +83,7 @@ class ClipDataset(Dataset[Sample]):
         size: (height, width) of a clip.
         draw_mask: generator -> `visible (t, h, w)` and `predicted (t, h, w)`, None for all hidden tokens. Called here,
             in the worker, with the clip's own generator. None: nothing is hidden.
-        reader: decodes in a process that can be killed.
+        reader: decodes in a process that can be killed, or keeps what it has decoded.
         repeats: clips of one decoded record (repeated augmentation), each with its own start, crop and mask.
         seed: of the run.
         attempts: records tried for one sample before giving up.
@@ -93,7 +94,7 @@ class ClipDataset(Dataset[Sample]):
     augmentation: Augmentation
     size: tuple[int, int]
     draw_mask: Callable[[torch.Generator], tuple[Tensor, Tensor | None]] | None
-    reader: ReaderProcess
+    reader: ReaderProcess | MemoryReader
     repeats: int = 1
     seed: int = 0
     attempts: int = 10

@@ -1,0 +1,71 @@
+"""The runs of the demo and the study: pretraining on moving digits, and what is measured with labels afterwards."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from video_convmae.atomic import write_text
+from video_convmae.cli.finetune import finetune
+from video_convmae.cli.parser import parse
+from video_convmae.cli.pretrain import pretrain
+from video_convmae.config import FinetuneConfig, PretrainConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "debug"
+
+
+def is_finished(run: Path) -> bool:
+    """Return whether a run took all its steps: its metrics.json is written last."""
+    return (run / "metrics.json").exists()
+
+
+def require_finished(run: Path) -> None:
+    """Exit if a signal ended the run: half a run must not be measured."""
+    if not is_finished(run):
+        sys.exit(f"{run} was interrupted; the same command resumes it")
+
+
+def pretrain_on(data: Path, run: Path, *edits: str) -> None:
+    """Pretrain on all training clips, unless that is done; an interrupted run resumes."""
+    if is_finished(run):
+        return
+    arguments = [f"--config={CONFIGS / 'demo.yaml'}", f"--output={run}", f"--data.root={data}"]
+    pretrain(parse(PretrainConfig, [*arguments, f"--data.train={data / 'train_how.txt'}", *edits]))
+    require_finished(run)
+
+
+def finetune_on(
+    data: Path, task: str, labelled: int, steps: int, run: Path, weights: Path | None, *edits: str
+) -> dict[str, Any]:
+    """Finetune or probe on the first labelled training clips, unless that is done; returns the run's metrics.
+
+    Args:
+        data: folder of the clips.
+        task: how or what.
+        labelled: number of clips; the pairs of a digit and a direction come in turn.
+        steps: of the optimizer; 0 for nearest neighbours.
+        run: the run folder.
+        weights: where to start; None: from scratch.
+        edits: of the configuration.
+    """
+    if not is_finished(run):
+        lines = (data / f"train_{task}.txt").read_text().splitlines(keepends=True)
+        if len(lines) < labelled:
+            raise ValueError(f"{data} has {len(lines)} training clips; expected {labelled} or more")
+        labels = data / f"labelled_{task}_{labelled}.txt"
+        write_text(labels, "".join(lines[:labelled]))
+        arguments = [
+            f"--config={CONFIGS / 'finetune_demo.yaml'}",
+            f"--output={run}",
+            f"--data.train={labels}",
+            f"--data.validation={data / f'validation_{task}.txt'}",
+            f"--data.labels={data / f'train_{task}.labels.txt'}",
+            f"--data.root={data}",
+            *([f"--train.max_steps={steps}"] if steps else []),
+        ]
+        start = [] if weights is None else [f"--init.weights={weights}"]
+        finetune(parse(FinetuneConfig, [*arguments, *start, *edits]))
+        require_finished(run)
+    return json.loads((run / "metrics.json").read_text())
