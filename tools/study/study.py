@@ -236,7 +236,3 @@ def cell(values: list[float]) -> str:
         return "-"
     spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.mean(values):.1f}{spread} ({len(values)})"
-
-
-if __name__ == "__main__":
-    main()
