@@ -45,7 +45,8 @@ class StudyModel:
     """A model of the study.
 
     model: edits of every configuration. stages: edits of each pretraining, which starts from the one before; none: from
-    scratch. several: measured with several seeds. curve: also measured after shorter pretraining.
+    scratch. several: measured with several seeds and on both tasks, not with one on *how*. curve: also measured after
+    shorter pretraining.
     """
 
     model: Edits = ()
@@ -116,10 +117,7 @@ MEASUREMENTS = (
     Measurement("how", "linear", 1000, 1000, (*PROBE, "--model.probe=linear", "--optim.lr=1e-2")),
     Measurement("how", "knn", 1000, 0, ("--model.probe=knn",)),
 )
-AS_LONG_AS_THEY_LIKE = (
-    Measurement("how", "finetune", 200, 4000),
-    Measurement("how", "finetune", 1000, 4000),
-)
+AS_LONG_AS_THEY_LIKE = Measurement("how", "finetune", 1000, 4000)  # of models from scratch
 CURVE = (750, 1500, 3000)  # steps of pretraining after which few labels are also tried
 
 
@@ -159,10 +157,13 @@ def measure_model(name: str, seed: int, args: argparse.Namespace) -> None:
         args.output / "data",
     )
     whole = round(args.scale * PRETRAIN_STEPS) if model.stages else 0
-    columns = (FEW_LABELS,) if args.quick else MEASUREMENTS + (() if model.stages else AS_LONG_AS_THEY_LIKE)
-    planned = [(column, whole) for column in columns]
+    planned = [(column, whole) for column in ((FEW_LABELS,) if args.quick else MEASUREMENTS)]
+    if not model.stages and not args.quick:
+        planned.append((AS_LONG_AS_THEY_LIKE, whole))
     if model.curve and not args.quick:
         planned += [(FEW_LABELS, round(args.scale * steps)) for steps in CURVE]
+    if not model.several:
+        planned = [(column, steps) for column, steps in planned if column.task == "how"]
     known = {row_key(row) for row in collect_rows(args.output)}
     settings = [*model.model, f"--seed={seed}", f"--device={args.device}"]
     for column, pretrain_steps in planned:
@@ -218,7 +219,7 @@ def table(rows: list[Row]) -> str:
     """Return top-1 in percent, mean and standard deviation over the seeds (and their number)."""
     whole = max((row["pretrain_steps"] for row in rows), default=0)
     shown = [row for row in rows if row["pretrain_steps"] in (0, whole)]
-    columns = [column for column in MEASUREMENTS + AS_LONG_AS_THEY_LIKE if any(map(column.matches, shown))]
+    columns = [column for column in (*MEASUREMENTS, AS_LONG_AS_THEY_LIKE) if any(map(column.matches, shown))]
     lines = ["| model | " + " | ".join(column.title for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in MODELS:
         cells = []

@@ -26,20 +26,20 @@ class MemoryReader:
     def __init__(self, reader: ReaderProcess, gigabytes: float) -> None:
         self.reader = reader
         self.gigabytes = gigabytes
+        self.kept_bytes = 0
         self._kept: dict[str, np.ndarray] = {}
-        self._free = int(gigabytes * 2**30)
 
     def open(self, record: Record) -> RemoteReader | KeptRecord:
         """Open a record, as `ReaderProcess.open` does; one that is kept comes from memory."""
         if record.path in self._kept:
             return KeptRecord(self._kept[record.path])
         opened = self.reader.open(record)
-        if len(opened) * opened.read([0]).nbytes > self._free:
+        size = len(opened) * opened.read([0]).nbytes
+        if self.kept_bytes + size > self.gigabytes * 2**30:
             return opened
-        frames = opened.read(np.arange(len(opened)))
-        self._free -= frames.nbytes
-        self._kept[record.path] = frames
-        return KeptRecord(frames)
+        self._kept[record.path] = opened.read(np.arange(len(opened)))
+        self.kept_bytes += size
+        return KeptRecord(self._kept[record.path])
 
     def __reduce__(self) -> tuple[type[MemoryReader], tuple[ReaderProcess, float]]:
         return MemoryReader, (self.reader, self.gigabytes)
