@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from clips import encode
 
+from video_convmae.shipped import shipped_weights
+
 ROOT = Path(__file__).parent.parent
 TINY = ("--model.size=tiny", "--model.num_frames=4", "--model.image_size=32")
 TINY += ("--train.epochs=1", "--train.batch_size=4", "--data.workers=0", "--device=cpu")
@@ -49,9 +51,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 def test_the_package_is_the_wheels(installed: Installed) -> None:
     program = """
 from importlib.util import find_spec
-from video_convmae.shipped import find_config, find_labels, shipped_configs
+from video_convmae.shipped import find_config, find_labels, shipped_configs, shipped_weights
 packages = [find_spec(name).origin for name in ("video_convmae", "video_convmae.benchmark.main")]
 print(len(shipped_configs()), *packages, find_config("debug/pretrain"), find_labels("kinetics400"), sep="\\n")
+print(*shipped_weights())
 """
     said = subprocess.run(
         [sys.executable, "-c", program],
@@ -62,13 +65,16 @@ print(len(shipped_configs()), *packages, find_config("debug/pretrain"), find_lab
         text=True,
         timeout=120,
     )
-    count, *files = said.stdout.split()
+    *lines, weights = said.stdout.splitlines()
+    count, *files = lines
     assert int(count) == len(list((ROOT / "configs").rglob("*.yaml")))
     assert [Path(file) for file in files] == [
         installed.site / "video_convmae" / name
         for name in ("__init__.py", "benchmark/main.py", "configs/debug/pretrain.yaml", "labels/kinetics400.txt")
     ]
     assert (installed.site / "video_convmae" / "py.typed").exists()
+    assert weights.split() == shipped_weights()  # of the clone
+    assert all((installed.site / "video_convmae" / "pretrained" / f"{name}.md").exists() for name in weights.split())
 
 
 def test_from_videos_to_predictions(installed: Installed) -> None:

@@ -149,7 +149,7 @@ def load(
     """Load a model with its preprocessing and class names.
 
     Args:
-        path_or_run: a run folder, a checkpoint, or a published file.
+        path_or_run: a run folder, a checkpoint, a published file, or the name of shipped weights (tiny-moving-digits).
         labels: class names: a file whose line n names class n, or a shipped name; None: those of the run.
         ema: take the moving average of the weights; None: for a classifier, if the run kept one.
         reader: auto, torchcodec, pyav or decord; None: the run's, or another if that does not work here.

@@ -34,7 +34,8 @@ def load_autoencoder(source: Source, ema: bool = False) -> tuple[Autoencoder, Pr
     """Load a pretrained model in evaluation mode, and the configuration of its run.
 
     Args:
-        source: a checkpoint, a run folder (its newest checkpoint), or the model.safetensors of a finished run.
+        source: a checkpoint, a run folder (its newest checkpoint), the model.safetensors of a finished run, or the
+            name of shipped weights.
         ema: take the moving average of the weights, if the run kept one (`train.ema`).
 
     Raises:

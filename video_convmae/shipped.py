@@ -1,4 +1,4 @@
-"""Find the configurations and class names that come with the package, in a wheel or in a clone."""
+"""Find the configurations, class names and weights that come with the package, in a wheel or in a clone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from video_convmae.errors import UserError
 
 PACKAGE = Path(__file__).parent
+WEIGHTS = PACKAGE / "pretrained"  # NAME.safetensors, and its card NAME.md
 
 
 def find_config(name: str | Path, folder: str | Path = "") -> Path:
@@ -43,6 +44,36 @@ def shipped_labels(name: str) -> Path:
 def shipped_configs() -> list[str]:
     """Return the names of the shipped configurations."""
     return _names(_shipped_folder("configs", "configs"), ".yaml")
+
+
+def shipped_weights() -> list[str]:
+    """Return the names of the shipped weights."""
+    return _names(WEIGHTS, ".safetensors")
+
+
+def find_shipped_weights(name: str | Path) -> Path | None:
+    """Return the file of shipped weights.
+
+    Args:
+        name: name of shipped weights (`tiny-moving-digits`); `.safetensors` may be left out. What exists in the working
+            directory under this name wins.
+
+    Returns:
+        None: something of this name exists, or no shipped weights have it.
+    """
+    if Path(name).exists() or Path(name).parent != Path():
+        return None
+    path = WEIGHTS / f"{str(name).removesuffix('.safetensors')}.safetensors"
+    return path if path.is_file() else None
+
+
+def suggest_weights(name: str | Path) -> str:
+    """Return the end of a message: which shipped weights may be meant by a name that is none; empty for a path."""
+    names = shipped_weights()
+    if not names or Path(name).parent != Path() or Path(name).exists():
+        return ""
+    near = get_close_matches(str(name).removesuffix(".safetensors"), names, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else f", or shipped weights: {', '.join(names)}"
 
 
 def _find(name: str | Path, folder: str | Path, shipped: Path, suffix: str, kind: str) -> Path:

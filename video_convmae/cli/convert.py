@@ -44,7 +44,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def add_files(parser: CommandLine) -> None:
     """Add the options that convert and inflate share."""
-    parser.add_argument("source", help="weights of any known format, or a run folder (its newest checkpoint)")
+    parser.add_argument("source", help="weights of any known format, a run folder (its newest checkpoint), or the "
+                        "name of shipped weights")  # fmt: skip
     parser.add_argument("output", help="file to write")
     parser.add_argument("--exclude", nargs="+", choices=EXCLUDABLE, default=[], help="parts that are not taken")
 

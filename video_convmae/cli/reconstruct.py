@@ -18,7 +18,8 @@ from video_convmae.cli.parser import CommandLine
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit status."""
     parser = CommandLine("reconstruct", __doc__)
-    parser.add_argument("weights", help="run folder (its newest checkpoint), checkpoint or model.safetensors of a run")
+    parser.add_argument("weights", help="run folder (its newest checkpoint), checkpoint or model.safetensors of a "
+                        "run, or the name of shipped weights")  # fmt: skip
     parser.add_argument("videos", nargs="+", help="video files")
     parser.add_argument("--output", type=Path, required=True, help="folder for reconstruction.png and .mp4")
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights, if the run kept one")

@@ -19,7 +19,8 @@ from video_convmae.cli.parser import CommandLine
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit status."""
     parser = CommandLine("show-features", __doc__)
-    parser.add_argument("weights", help="run folder, checkpoint or model.safetensors of a run, or a published file")
+    parser.add_argument("weights", help="run folder, checkpoint or model.safetensors of a run, a published file, "
+                        "or the name of shipped weights")  # fmt: skip
     parser.add_argument("file", help="a video, an image or a folder of frames")
     parser.add_argument("--output", type=Path, required=True, help="the picture, a PNG file")
     parser.add_argument("--label", help="number or name of a class; default: the most probable one")

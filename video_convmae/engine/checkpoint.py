@@ -30,6 +30,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from video_convmae.errors import UserError
+from video_convmae.shipped import find_shipped_weights, suggest_weights
 from video_convmae.weights.files import read_shards, shard_shapes
 
 from .distributed import all_gather_object
@@ -163,12 +164,15 @@ def find_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def find_weights(path: str | Path) -> Checkpoint | Path:
     """Find what a path means: a file of weights, a checkpoint, or the newest checkpoint of a run folder, verified.
 
-    A run folder without checkpoints may still have its `model.safetensors`.
+    A run folder without checkpoints may still have its `model.safetensors`. Where nothing of this name exists, it may
+    be that of shipped weights (`tiny-moving-digits`).
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: there are some, and none is whole.
     """
+    if shipped := find_shipped_weights(path):
+        return shipped
     path = Path(path)
     if path.is_file():
         return path
@@ -186,6 +190,7 @@ def find_weights(path: str | Path) -> Checkpoint | Path:
         return path / PUBLISHED
     raise FileNotFoundError(
         f"no checkpoint at {path}: expected a file of weights, a checkpoint or a run folder with checkpoints/ in it"
+        + suggest_weights(path)
     )
 
 

@@ -15,9 +15,10 @@ from .state import POSITIONS, Weights, embedding_weights
 def model_arguments(source: Source, kind: Literal["autoencoder", "classifier"] | None = None) -> dict[str, Any]:
     """Return the arguments of `create_autoencoder` or `create_classifier` for a model that holds these weights.
 
-    Shapes determine all but the heads, assumed as in our size of the same widths and depths, else width // 64 (in the
-    decoder of an image model width // 32); and, if the file has neither grid nor positions, the clip, assumed as 16
-    frames (1 for an image model) of 224x224 pixels. The grid of positions alone is assumed square.
+    Shapes determine all but the heads and the clip. Heads, where the file does not state them, are assumed as in our
+    size of the same widths and depths, else width // 64 (in the decoder of an image model width // 32); the clip, if
+    the file has neither grid nor positions, as 16 frames (1 for an image model) of 224x224 pixels. The grid of
+    positions alone is assumed square.
 
     Args:
         source: as in `read_weights`.
@@ -29,7 +30,7 @@ def model_arguments(source: Source, kind: Literal["autoencoder", "classifier"] |
     weights = read_weights(source)
     if weights.has("head.linear") and kind is None:
         raise ValueError("a probe's weights: build it with create_probe, or read its run with video_convmae.load")
-    arguments = _encoder_arguments(weights)
+    arguments = encoder_arguments(weights)
     if kind == "classifier" or (kind is None and weights.has("head")):
         if weights.position_table == "flat" and POSITIONS[0] not in weights.tensors:
             arguments["learnable_positions"] = False
@@ -48,7 +49,8 @@ def model_arguments(source: Source, kind: Literal["autoencoder", "classifier"] |
     }
 
 
-def _encoder_arguments(weights: Weights) -> dict[str, Any]:
+def encoder_arguments(weights: Weights) -> dict[str, Any]:
+    """Return those arguments of `model_arguments` that concern the encoder."""
     tensors, last = weights.tensors, len(weights.strides) - 1
     stages = [*(f"encoder.conv_stages.{stage}" for stage in range(last)), "encoder.attention_blocks"]
     widths = tuple(len(kernel) for kernel in embedding_weights(tensors))
@@ -59,7 +61,7 @@ def _encoder_arguments(weights: Weights) -> dict[str, Any]:
         "size": named or ("base" if last else "vit_base"),
         "widths": widths,
         "depths": depths,
-        "heads": SIZES[named].heads if named else max(1, widths[last] // 64),
+        "heads": weights.heads or (SIZES[named].heads if named else max(1, widths[last] // 64)),
         "strides": weights.strides,
         "tubelet": weights.tubelet,
         "mlp_ratio": _mlp_ratio(tensors, stages),

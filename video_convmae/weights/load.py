@@ -25,7 +25,7 @@ from video_convmae.models.encoder import Encoder
 from video_convmae.models.probe import Probe
 from video_convmae.models.sizes import EncoderConfig
 
-from .arguments import model_arguments
+from .arguments import encoder_arguments, model_arguments
 from .files import Tensors
 from .formats import Source, read_weights
 from .formats.base import NO_CLS
@@ -233,6 +233,12 @@ class _Plan:
         if not wanted or (part != "encoder" and not self.weights.has(part)):
             return
         faults = _compare_shapes(wanted, given)
+        if not faults and part == "encoder" and self.weights.heads not in (None, self.config.heads):
+            raise ValueError(
+                f"these {self.weights.format} weights were trained with {self.weights.heads} attention heads and the "
+                f"model has {self.config.heads}: the shapes are equal, the features are not; set --model.heads "
+                f"{self.weights.heads}"
+            )
         if not faults:
             self.values |= given
         elif part == "head" and given.keys() != wanted.keys():
@@ -248,10 +254,14 @@ class _Plan:
             self.notes.append(f"the {part} does not fit and is new: {faults[0]}")
         else:
             more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-            hint = "" if part == "encoder" else f", or exclude {part}"
+            options = _other_sizes(self.weights, self.config) if part == "encoder" else ""
+            advice = "build the model with the arguments of model_arguments(weights)"
+            if part != "encoder":
+                advice += f", or exclude {part}"
+            elif options:
+                advice = f"set {options}"
             raise ValueError(
-                f"{self.weights.format} weights do not fit the model's {part}: {'; '.join(faults[:3])}{more}. "
-                f"Build the model with the arguments of model_arguments(weights){hint}"
+                f"{self.weights.format} weights do not fit the model's {part}: {advice}. {'; '.join(faults[:3])}{more}"
             )
 
     def add_positions(self) -> None:
@@ -297,6 +307,26 @@ def _compare_shapes(wanted: Tensors, given: Tensors) -> list[str]:
     ]
     missing = [f"{name} is missing" for name in wanted if name not in given]
     return shapes + missing + [f"{name} has no place" for name in given if name not in wanted]
+
+
+def _other_sizes(weights: Weights, config: EncoderConfig) -> str:
+    """Return the options that give the model the file's sizes, for a message; empty if shapes only guess them."""
+    try:
+        theirs = {} if weights.guessed else encoder_arguments(weights)
+    except ValueError:  # of no model of ours
+        theirs = {}
+    names = ("widths", "depths", "heads", "strides", "tubelet", "mlp_ratio", "temporal_kernel", "spatial_kernel")
+    if weights.heads is None:
+        theirs.pop("heads", None)
+    others = [name for name in names if name in theirs and theirs[name] != getattr(config, name)]
+    options = [
+        f"--model.{name} {_as_option(theirs[name])} (now {_as_option(getattr(config, name))})" for name in others
+    ]
+    return ", ".join(options)
+
+
+def _as_option(value: Any) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else f"{value:g}"
 
 
 def _find_grid(weights: Weights, config: EncoderConfig) -> Grid:

@@ -23,6 +23,7 @@ from .files import Tensors
 # Of a model; only the encoder is required. `norm` is over tokens, before a decoder or a probe's head; `fc_norm` is a
 # classifier's, over the mean of tokens.
 PARTS = ("encoder", "norm", "fc_norm", "fusion", "decoder", "head")
+_GEOMETRY = ("strides", "tubelet", "channels", "heads", "frames", "position_table")
 POSITIONS = ("encoder.positions", "decoder.positions")
 
 
@@ -36,6 +37,7 @@ class Weights:
     strides: spatial stride of each stage.
     tubelet: frames of a token.
     channels: channels of a pixel.
+    heads: attention heads of the encoder, which no shape tells; None: unknown.
     frames: token frames that the positions cover, 1 for an image; None: unknown.
     grid: token grid of the positions, learnt or fixed; None: unknown.
     position_table: fixed table that the weights were trained with; None: unknown.
@@ -50,6 +52,7 @@ class Weights:
     strides: tuple[int, ...]
     tubelet: int = 1
     channels: int = 3
+    heads: int | None = None
     frames: int | None = None
     grid: Grid | None = None
     position_table: PositionTable | None = None
@@ -84,7 +87,7 @@ class Weights:
         if self.guessed:
             return None
         grids = [self.grid] if self.grid else self.fixed_grids(POSITIONS[0])
-        saved = {name: getattr(self, name) for name in ("strides", "tubelet", "channels", "frames", "position_table")}
+        saved = {name: getattr(self, name) for name in _GEOMETRY}
         return {**saved, "grid": grids[0] if len(grids) == 1 else None}
 
     def has(self, part: str) -> bool:

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from video_convmae.shipped import find_shipped_weights
+
 from ..files import Tensors, read_file
 from ..options import WRITABLE
 from ..state import Weights, summarize_names
@@ -34,8 +36,8 @@ def read_weights(source: Source) -> Weights:
     """Read weights of any known format under our names; the format is recognised by names and shapes.
 
     Args:
-        source: a file, the contents of one (the tensors may be under `model`, `state_dict` or `module`), a model of
-            ours, or weights that were read before.
+        source: a file, the name of shipped weights, the contents of a file (the tensors may be under `model`,
+            `state_dict` or `module`), a model of ours, or weights that were read before.
 
     Raises:
         ValueError: an unknown format, a name that the format does not have, or tensors that do not fit together.
@@ -45,8 +47,9 @@ def read_weights(source: Source) -> Weights:
     if isinstance(source, nn.Module):
         weights = ours.from_model(source)
     else:
-        contents = read_file(source) if isinstance(source, (str, Path)) else source
-        weights = _read_contents(contents)
+        if isinstance(source, (str, Path)):
+            source = read_file(find_shipped_weights(source) or source)
+        weights = _read_contents(source)
     kind = next((kind for part, kind in _KINDS.items() if weights.has(part)), "encoder only")
     return replace(weights, format=f"{weights.format} {kind}")
 

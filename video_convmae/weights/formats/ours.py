@@ -16,6 +16,7 @@ from video_convmae.models.sizes import EncoderConfig
 from ..files import Tensors
 from ..state import PARTS, Weights, embedding_weights, summarize_names
 
+_STATED = ("strides", "tubelet", "channels", "heads", "grid", "position_table")  # by a model's or run's configuration
 MARKER = "encoder.embeddings.0.linear.weight"
 Value = TypeVar("Value")
 
@@ -38,7 +39,7 @@ def from_tensors(tensors: Tensors, contents: Mapping[str, Any]) -> Weights:
     model = config.get("model") if isinstance(config, Mapping) else None
     if isinstance(model, Mapping) and {"size", "num_frames", "image_size"} <= model.keys():  # a run's
         options = {name: model[name] for name in EncoderConfig.__dataclass_fields__ if model.get(name) is not None}
-        properties = _properties(EncoderConfig(**options))
+        properties = _properties(EncoderConfig(**options)) | {"heads": model.get("heads")}
     elif isinstance(geometry, Mapping):  # `Weights.geometry`, of a converted file
         properties = {name: tuple(value) if isinstance(value, list) else value for name, value in geometry.items()}
     else:
@@ -52,7 +53,7 @@ def rename_norm(values: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _properties(config: EncoderConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in ("strides", "tubelet", "channels", "grid", "position_table")}
+    return {name: getattr(config, name) for name in _STATED}
 
 
 def _guess(tensors: Tensors) -> dict[str, Any]:
