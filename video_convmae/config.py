@@ -236,6 +236,9 @@ class EvaluateConfig(InferenceConfig):
     """Class names, for pictures and printed names alone: kinetics400, something_something_v2, or a file."""
     plot: bool = False
     """Also write confusion.png and classes.png, the accuracy of each class."""
+    baselines: bool = False
+    """Also test trivial baselines, fitted to the run's training list: the most frequent class, and logistic regression
+    on frame differences and on the mean frame."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,8 @@ from video_convmae.engine.options import ProtocolConfig
 
 if TYPE_CHECKING:
     from video_convmae.config import DataConfig
+    from video_convmae.data.records import Records
+    from video_convmae.engine.baselines import Table
     from video_convmae.engine.checkpoint import Checkpoint
     from video_convmae.engine.distributed import DistInfo
     from video_convmae.predictor import Predictor
@@ -34,6 +36,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ValueError: the model is no classifier.
     """
     from video_convmae import build
+    from video_convmae.engine.baselines import compare
     from video_convmae.engine.distributed import barrier, init_distributed
     from video_convmae.engine.evaluation import evaluate_list, write_evaluation
     from video_convmae.engine.inference import chunk_folder
@@ -56,6 +59,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if info.is_main:
             print(f"{path}: {len(records)} records, {protocol.segments} x {protocol.crops} views", flush=True)
         barrier()
+        tables = read_baselines(loaded, data, records, protocol, info, chunks) if config.baselines else None
         started = time.perf_counter()
         inference = build.build_inference(loaded.model, data, records, protocol, info)
         evaluation = evaluate_list(inference, num_classes, chunks)
@@ -68,8 +72,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "seconds": seconds,
             "videos_per_second": evaluation.new / seconds,
         }
+        baselines = None if tables is None else compare(evaluation, *tables)
+        extra |= {} if baselines is None else baselines.metrics
         metrics = write_evaluation(evaluation, records, folder, extra)
         print(metrics_line(metrics), flush=True)
+        if baselines is not None:
+            print(*baselines.table, *([baselines.verdict] if baselines.verdict else []), sep="\n", flush=True)
         if config.plot and metrics["top1"] is not None:
             from video_convmae.visualize.accuracy import draw_classes, draw_confusion
 
@@ -77,6 +85,39 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             draw_confusion(evaluation, names, folder / "confusion.png")
             draw_classes(evaluation, names, folder / "classes.png")
         return metrics
+
+
+def read_baselines(
+    loaded: Predictor,
+    data: LabelledDataConfig,
+    records: Records,
+    protocol: ProtocolConfig,
+    info: DistInfo,
+    chunks: Path,
+) -> tuple[Table, Table]:
+    """Read the run's training list, or 5,000 records of it, and the tested list for the baselines: middle views.
+
+    Raises:
+        ListError: there is no training list, or it has no labels.
+    """
+    from video_convmae import build
+    from video_convmae.data.records import ListError
+    from video_convmae.engine.baselines import choose_training_records, read_table
+
+    if not data.train:
+        raise ListError("--baselines needs the training list of the run (data.train); these weights have none")
+    middle = replace(protocol, segments=1, crops=1, precision="fp32")
+    every = build.read_records(data)
+    training = choose_training_records(every)
+    if info.is_main:
+        print(f"baselines read {len(training)} of {len(every)} training records, and the list", flush=True)
+    tables = [
+        read_table(
+            build.build_inference(loaded.model, data, each, middle, info), chunks.with_name(f"{chunks.name}-{name}")
+        )
+        for name, each in ((f"train-{training.digest()[:16]}", training), ("list", records))
+    ]
+    return tables[0], tables[1]
 
 
 def load_model(config: InferenceConfig, info: DistInfo) -> tuple[Predictor, Path, str]:
