@@ -31,6 +31,7 @@ MACHINE = {
     "data.validation": None,
     "data.root": "",
     "data.reader": "auto",
+    "data.memory": 0.0,
     "data.start_method": None,
 }
 
