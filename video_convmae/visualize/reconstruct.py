@@ -26,7 +26,7 @@ from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation, view_crops
 from video_convmae.engine.tasks import Normalizer
 from video_convmae.masking import MASKS
-from video_convmae.models.autoencoder import Autoencoder
+from video_convmae.models.autoencoder import Autoencoder, patch_target, undo_target
 from video_convmae.models.packing import Packing, take_patches, take_tokens
 
 GREY = 110  # of hidden patches
@@ -78,12 +78,15 @@ def reconstruct_clips(model: Autoencoder, config: PretrainConfig, clips: Tensor,
 def measure_hidden_error(model: Autoencoder, result: Reconstructions) -> dict[str, float]:
     """Measure the mean squared error on hidden pixels, scaled to 0..1, of the model and of two baselines.
 
-    The baselines see the visible patches, as the model does.
+    The baselines know what the model knows: the visible patches and, with a normalised target, the mean and variance
+    of each hidden one.
 
     Returns:
         mse, psnr: of the model; psnr in dB.
-        mean_colour_mse: every hidden pixel has the mean colour of the clip's visible ones.
-        nearest_patch_mse: every hidden patch is a copy of the nearest visible one (in tokens, Euclidean).
+        mean_colour_mse: every hidden pixel has the mean colour of the clip's visible ones; with a normalised target,
+            its own patch's mean (the model that predicts nothing).
+        nearest_patch_mse: every hidden patch is a copy of the nearest visible one (in tokens, Euclidean); with a
+            normalised target, scaled to its own mean and variance.
     """
     config = model.encoder.config
     packing = Packing(result.visible, torch.device("cpu"), "dense")
@@ -95,10 +98,14 @@ def measure_hidden_error(model: Autoencoder, result: Reconstructions) -> dict[st
     seen = patches(result.original, packing.keep)
     place = torch.cartesian_prod(*(torch.arange(float(size)) for size in config.grid))
     distance = torch.cdist(place[packing.hidden], place[packing.keep])
+    mean, nearest = seen.mean(dim=(1, 2, 3, 4), keepdim=True), take_tokens(seen, distance.argmin(dim=2))
+    if model.target != "none":
+        mean = undo_target(torch.zeros_like(truth), truth, model.target)
+        nearest = undo_target(patch_target(nearest, model.target), truth, model.target)
     guesses = {
         "mse": patches(result.reconstructed, packing.hidden),
-        "mean_colour_mse": seen.mean(dim=(1, 2, 3, 4), keepdim=True).expand_as(truth),
-        "nearest_patch_mse": take_tokens(seen, distance.argmin(dim=2)),
+        "mean_colour_mse": mean.expand_as(truth),
+        "nearest_patch_mse": nearest,
     }
     errors = {name: float((guess - truth).square().mean()) for name, guess in guesses.items()}
     return errors | {"psnr": -10 * float(np.log10(errors["mse"]))}
@@ -116,10 +123,9 @@ def write_caption(config: PretrainConfig, model: Autoencoder) -> str:
 def write_reconstruction_picture(result: Reconstructions, path: Path, text: str, frames: int = 8) -> None:
     """Write a PNG: three rows a clip (original, masked, reconstructed), up to `frames` columns over time."""
     columns = np.linspace(0, result.original.shape[2] - 1, min(frames, result.original.shape[2])).round().astype(int)
-    scale = max(1, 128 // result.original.shape[-1])
     clips = []
     for rows in zip(result.original, result.masked, result.reconstructed):
-        strips = [np.concatenate(list(_frames(row, scale)[columns]), axis=1) for row in rows]
+        strips = [np.concatenate(list(enlarge(row, 128)[columns]), axis=1) for row in rows]
         clips.append(np.pad(np.concatenate(strips), ((0, 10), (0, 0), (0, 0)), constant_values=255))
     body = np.concatenate(clips)
     font = ImageFont.load_default(14)
@@ -131,9 +137,8 @@ def write_reconstruction_picture(result: Reconstructions, path: Path, text: str,
 
 def write_reconstruction_video(result: Reconstructions, path: Path, fps: float = 8, repeat: int = 4) -> None:
     """Write an H.264 mp4: original, masked and reconstructed clip side by side, a row a clip, played `repeat` times."""
-    scale = max(1, 224 // result.original.shape[-1])
     rows = [
-        np.concatenate([_frames(clip, scale) for clip in of_clip], axis=2)
+        np.concatenate([enlarge(clip, 256) for clip in of_clip], axis=2)
         for of_clip in zip(result.original, result.masked, result.reconstructed)
     ]
     frames = np.concatenate(rows, axis=1)
@@ -148,6 +153,9 @@ def write_reconstruction_video(result: Reconstructions, path: Path, fps: float =
         file.mux(stream.encode())
 
 
-def _frames(clip: Tensor, scale: int) -> np.ndarray:
-    """Turn `(C, T, H, W)` uint8 into `(T, scale * H, scale * W, 3)`, pixels repeated."""
-    return clip.permute(1, 2, 3, 0).numpy().repeat(scale, axis=1).repeat(scale, axis=2)
+def enlarge(clip: Tensor, width: int) -> np.ndarray:
+    """Turn a clip `(C, T, H, W)` uint8 into frames `(T, s * H, s * W, 3)`, bicubic, at least `width` pixels wide."""
+    scale = max(1, -(-width // clip.shape[-1]))
+    frames = clip.permute(1, 2, 3, 0).numpy()
+    size = (scale * frames.shape[2], scale * frames.shape[1])
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames])
