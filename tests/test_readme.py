@@ -292,5 +292,5 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     """`make demo` without its installation: about five minutes."""
     command = [sys.executable, "-m", "tools.study.demo", f"--output={tmp_path}"]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=1800)
-    for name in ("metrics.json", "loss.png", "reconstruction.png", "reconstruction.mp4"):
+    for name in ("metrics.json", "curves.png", "predictions.png", "reconstruction.png", "reconstruction.mp4"):
         assert (tmp_path / name).stat().st_size > 0

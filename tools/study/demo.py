@@ -36,7 +36,7 @@ from torch import Tensor
 
 import video_convmae
 from tools.study.clips import HOW, make_digit_clips
-from tools.study.training import finetune_on, is_finished, pretrain_on
+from tools.study.training import finetune_on, pretrain_on
 from video_convmae.atomic import write_text
 from video_convmae.data.records import Record, read_list
 from video_convmae.predictor import Prediction, Predictor
@@ -117,10 +117,13 @@ def finetune_both(data: Path, output: Path) -> None:
 
 def _finetune(data: Path, run: Path, weights: Path | None) -> str:
     """Finetune; returns a line to print. What the run prints goes to RUN.txt."""
-    edits = ["--validate.every=8"]  # 50 steps
-    with open(f"{run}.txt", "a", encoding="utf-8") as file:
-        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            metrics = finetune_on(data, "how", LABELLED, FINETUNE_STEPS, run, weights, *edits)
+    with (
+        open(f"{run}.txt", "a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        every = "--validate.every=8"  # 48 steps
+        metrics = finetune_on(data, "how", LABELLED, FINETUNE_STEPS, run, weights, every)
     return f"  {run.name}: top-1 {metrics['val_top1']:.1%} after {metrics['seconds']:.0f} s"
 
 
@@ -181,7 +184,8 @@ def _line(prediction: Prediction) -> str:
 
 def draw_curves(output: Path, picture: Path) -> None:
     """Draw loss and probes over the steps of pretraining, and the accuracies over those of finetuning, as PNG."""
-    lines = {name: [json.loads(line) for line in open(output / name / "log.jsonl", encoding="utf-8")] for name in RUNS}
+    logs = {name: (output / name / "log.jsonl").read_text(encoding="utf-8").splitlines() for name in RUNS}
+    lines = {name: [json.loads(line) for line in log] for name, log in logs.items()}
 
     def plot(axes: Any, run: str, value: str, **style: Any) -> None:
         points = [(line["step"], line[value]) for line in lines[run] if line.get(value) is not None]
