@@ -26,7 +26,7 @@ from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation, view_crops
 from video_convmae.engine.tasks import Normalizer
 from video_convmae.masking import MASKS
-from video_convmae.models.autoencoder import Autoencoder, patch_target, undo_target
+from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.packing import Packing, take_patches, take_tokens
 
 GREY = 110  # of hidden patches
@@ -78,15 +78,12 @@ def reconstruct_clips(model: Autoencoder, config: PretrainConfig, clips: Tensor,
 def measure_hidden_error(model: Autoencoder, result: Reconstructions) -> dict[str, float]:
     """Measure the mean squared error on hidden pixels, scaled to 0..1, of the model and of two baselines.
 
-    The baselines know what the model knows: the visible patches and, with a normalised target, the mean and variance
-    of each hidden one.
+    The baselines see the visible patches, as the model does.
 
     Returns:
         mse, psnr: of the model; psnr in dB.
-        mean_colour_mse: every hidden pixel has the mean colour of the clip's visible ones; with a normalised target,
-            its own patch's mean (the model that predicts nothing).
-        nearest_patch_mse: every hidden patch is a copy of the nearest visible one (in tokens, Euclidean); with a
-            normalised target, scaled to its own mean and variance.
+        mean_colour_mse: every hidden pixel has the mean colour of the clip's visible ones.
+        nearest_patch_mse: every hidden patch is a copy of the nearest visible one (in tokens, Euclidean).
     """
     config = model.encoder.config
     packing = Packing(result.visible, torch.device("cpu"), "dense")
@@ -98,14 +95,10 @@ def measure_hidden_error(model: Autoencoder, result: Reconstructions) -> dict[st
     seen = patches(result.original, packing.keep)
     place = torch.cartesian_prod(*(torch.arange(float(size)) for size in config.grid))
     distance = torch.cdist(place[packing.hidden], place[packing.keep])
-    mean, nearest = seen.mean(dim=(1, 2, 3, 4), keepdim=True), take_tokens(seen, distance.argmin(dim=2))
-    if model.target != "none":
-        mean = undo_target(torch.zeros_like(truth), truth, model.target)
-        nearest = undo_target(patch_target(nearest, model.target), truth, model.target)
     guesses = {
         "mse": patches(result.reconstructed, packing.hidden),
-        "mean_colour_mse": mean.expand_as(truth),
-        "nearest_patch_mse": nearest,
+        "mean_colour_mse": seen.mean(dim=(1, 2, 3, 4), keepdim=True).expand_as(truth),
+        "nearest_patch_mse": take_tokens(seen, distance.argmin(dim=2)),
     }
     errors = {name: float((guess - truth).square().mean()) for name, guess in guesses.items()}
     return errors | {"psnr": -10 * float(np.log10(errors["mse"]))}
