@@ -92,7 +92,7 @@ def test_the_caption_is_honest() -> None:
         model = create_autoencoder("tiny", num_frames=2, image_size=32, target=target)
         texts[target] = reconstruct.write_caption(config, model)
     assert "the model's pixels alone" in texts["none"]
-    assert "each patch's mean and variance are the original's" in texts["patch"]
+    assert "each patch's mean colour and variance are the original's" in texts["patch"]
     assert "of each channel are the original's" in texts["patch_channel"]
 
 
