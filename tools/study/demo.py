@@ -2,18 +2,18 @@
 
     make demo
 
-Pretraining sees all training clips without labels, and probes say what its features hold meanwhile. Finetuning sees 200
-labelled clips, and is repeated from scratch for as many steps (both at once, a process each). Validation clips show
-digits and photographs that are in no training clip. One seed: `make study` measures several.
+Pretraining sees all training clips without labels, and probes say what its features hold meanwhile. Finetuning sees
+1,000 labelled clips, and is repeated from scratch for as many steps (both at once, a process each). Validation clips
+show digits and photographs that are in no training clip. One seed: `make study` measures several.
 
 It writes to runs/demo: metrics.json; curves.png; reconstruction.png and .mp4 (of each of four directions, the first
 validation clip); predictions.png (of each direction, the first validation clip); the clips in data/ and the runs in
 pretrain/, finetuned/ and scratch/. An interrupted demo resumes, a finished one is repeated.
 
-It exits with an error if finetuned is not at least 15 points of top-1 above scratch, or if the error on the hidden
-pixels of validation clips is more than 0.9 of the better baseline's. The model predicts normalised patches, so each
-hidden patch's mean and deviation are the original's, for the model and the baselines alike (see
-`measure_hidden_error`).
+It exits with an error if finetuned is not at least 15 points of top-1 above scratch, or if the squared error on hidden
+pixels of validation clips is more than 0.9 of that of predicting nothing. The model predicts normalised patches: each
+hidden patch's mean colour and variance are the original's. So only `mean_patch_mse`, with every hidden patch in its
+own mean colour, is a fair comparison; `mean_colour_mse` and `nearest_patch_mse` know no hidden patch.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ from video_convmae.visualize.reconstruct import (
 )
 
 PRETRAIN_STEPS = 1500
-FINETUNE_STEPS, LABELLED = 300, 200
+FINETUNE_STEPS, LABELLED = 400, 1000
 RUNS = ("pretrain", "finetuned", "scratch")
 SHOWN_RATIO = 0.5  # hidden in the pictures: of 4 x 4 tubes, a quarter shows too little of a digit to see it move
 MIN_AHEAD = 0.15  # of finetuned before scratch, in top-1
-MAX_ERROR_RATIO = 0.9  # of the model's error to that of the better baseline
+MAX_ERROR_RATIO = 0.9  # of the model's error to that of predicting nothing
 GREEN, RED, GREY = "#2a7d3f", "#b3261e", "#6f6f6f"
 
 
@@ -222,10 +222,9 @@ def report_demo(metrics: dict[str, Any]) -> str:
     verdict = "Pretraining helped" if ahead > 0 else "Pretraining did not help"
     return f"""
 On validation clips of digits and photographs never seen in training, in {metrics["seconds"]:.0f} s in all:
-  mean squared error of hidden pixels (each hidden patch's mean and deviation given)
+  mean squared error of hidden pixels, each hidden patch's mean colour and variance given
     VideoConvMAE            {errors["mse"]:.4f}   (PSNR {errors["psnr"]:.1f} dB)
-    the patch's mean        {errors["mean_colour_mse"]:.4f}
-    nearest visible patch   {errors["nearest_patch_mse"]:.4f}
+    mean colour alone       {errors["mean_patch_mse"]:.4f}
   which of eight ways the digit moves, {LABELLED} labels (chance is 12.5%)
     pretrained, finetuned   top-1 {finetuned["top1"]:.1%}   top-5 {finetuned["top5"]:.1%}
     from scratch            top-1 {scratch["top1"]:.1%}   top-5 {scratch["top5"]:.1%}
@@ -235,11 +234,10 @@ On validation clips of digits and photographs never seen in training, in {metric
 def find_failure(metrics: dict[str, Any]) -> str | None:
     """Return the reason if pretraining has not learned or has not helped, else None."""
     errors, finetuned, scratch = metrics["reconstruction"], metrics["finetuned"]["top1"], metrics["scratch"]["top1"]
-    best = min(errors["mean_colour_mse"], errors["nearest_patch_mse"])
-    if errors["mse"] > MAX_ERROR_RATIO * best:
+    if errors["mse"] > MAX_ERROR_RATIO * errors["mean_patch_mse"]:
         return (
-            f"pretraining has not learned: the error is {errors['mse']:.4f}; expected at most {MAX_ERROR_RATIO} of the "
-            f"better baseline's {best:.4f}"
+            f"pretraining has not learned: the error is {errors['mse']:.4f}; expected at most {MAX_ERROR_RATIO} of that "
+            f"of predicting nothing, {errors['mean_patch_mse']:.4f}"
         )
     if finetuned < scratch + MIN_AHEAD:
         return (

@@ -91,6 +91,8 @@ def measure_hidden_error(model: Autoencoder, result: Reconstructions) -> dict[st
         mse, psnr: of the model; psnr in dB.
         mean_colour_mse: every hidden pixel has the mean colour of the clip's visible ones.
         nearest_patch_mse: every hidden patch is a copy of the nearest visible one (in tokens, Euclidean).
+        mean_patch_mse: the model predicts nothing: of normalised patches, whose own mean colours are put back, each is
+            of that colour; otherwise mean_colour_mse. With a normalised target it alone knows what the model knows.
     """
     config = model.encoder.config
     packing = Packing(result.visible, torch.device("cpu"), "dense")
@@ -102,10 +104,13 @@ def measure_hidden_error(model: Autoencoder, result: Reconstructions) -> dict[st
     seen = patches(result.original, packing.keep)
     place = torch.cartesian_prod(*(torch.arange(float(size)) for size in config.grid))
     distance = torch.cdist(place[packing.hidden], place[packing.keep])
+    mean_colour = seen.mean(dim=(1, 2, 3, 4), keepdim=True).expand_as(truth)
+    own_mean = truth.mean(dim=(2, 3, 4), keepdim=True).expand_as(truth)
     guesses = {
         "mse": patches(result.reconstructed, packing.hidden),
-        "mean_colour_mse": seen.mean(dim=(1, 2, 3, 4), keepdim=True).expand_as(truth),
+        "mean_colour_mse": mean_colour,
         "nearest_patch_mse": take_tokens(seen, distance.argmin(dim=2)),
+        "mean_patch_mse": mean_colour if model.target == "none" else own_mean,
     }
     errors = {name: float((guess - truth).square().mean()) for name, guess in guesses.items()}
     return errors | {"psnr": -10 * float(np.log10(errors["mse"]))}
