@@ -16,15 +16,14 @@ from tools.study.demo import (
     draw_curves,
     draw_predictions,
     find_failure,
-    first_of_each,
     remove_finished,
     report_demo,
+    shown_clips,
 )
 from tools.study.study import FEW_LABELS, MEASUREMENTS, MODELS, collect_rows, table, write_results
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.config import FinetuneConfig
-from video_convmae.data.records import Record
 
 METRICS = {
     "seconds": 300.0,
@@ -61,15 +60,16 @@ def test_an_interrupted_demo_keeps_its_runs_and_a_finished_one_does_not(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_pictures_show_the_first_clip_of_each_class() -> None:
-    records = [Record(f"{number}.mp4", label=label) for number, label in enumerate((1, 0, 1, 2, 0))]
-    assert [record.path for record in first_of_each(records, range(3))] == ["1.mp4", "0.mp4", "3.mp4"]
+def test_pictures_show_the_same_clips_whoever_is_right(tmp_path: Path) -> None:
+    lines = "".join(f"{number}.mp4 {number % len(HOW)}\n" for number in range(80))
+    (tmp_path / "validation_how.txt").write_text(lines)
+    shown = [Path(record.path).stem for record in shown_clips(tmp_path, range(len(HOW)))]
+    assert shown == ["0", "9", "18", "27", "36", "45", "54", "63"]  # direction k and digit k
 
 
 def test_predictions_of_both_runs_are_drawn(tmp_path: Path) -> None:
-    for label in range(len(HOW)):
-        encode(tmp_path / f"{label}.mp4", 8)
-    (tmp_path / "validation_how.txt").write_text("".join(f"{label}.mp4 {label}\n" for label in range(len(HOW))))
+    encode(tmp_path / "0.mp4", 8)
+    (tmp_path / "validation_how.txt").write_text("".join(f"0.mp4 {number % len(HOW)}\n" for number in range(64)))
     (tmp_path / "labels.txt").write_text("\n".join(HOW) + "\n")
     edits = [f"--config={CONFIGS / 'finetune_demo.yaml'}", f"--data.train={tmp_path / 'validation_how.txt'}"]
     edits += [f"--data.root={tmp_path}", "--data.validation=null", f"--data.labels={tmp_path / 'labels.txt'}"]

@@ -6,9 +6,9 @@ Pretraining sees all training clips without labels, and probes say what its feat
 1,000 labelled clips, and is repeated from scratch for as many steps (both at once, a process each). Validation clips
 show digits and photographs that are in no training clip. One seed: `make study` measures several.
 
-It writes to runs/demo: metrics.json; curves.png; reconstruction.png and .mp4 (of each of four directions, the first
-validation clip); predictions.png (of each direction, the first validation clip); the clips in data/ and the runs in
-pretrain/, finetuned/ and scratch/. An interrupted demo resumes, a finished one is repeated.
+It writes to runs/demo: metrics.json; curves.png; reconstruction.png and .mp4, predictions.png (the first validation
+clip of each direction that shows the digit of its number); the clips in data/; the runs in pretrain/, finetuned/ and
+scratch/. An interrupted demo resumes, a finished one is repeated.
 
 It exits with an error if finetuned is not at least 15 points of top-1 above scratch, or if the squared error on hidden
 pixels of validation clips is more than 0.9 of that of predicting nothing. The model predicts normalised patches: each
@@ -25,8 +25,10 @@ import multiprocessing
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import video_convmae
-from tools.study.clips import HOW, make_digit_clips
+from tools.study.clips import HOW, clip_classes, make_digit_clips
 from tools.study.training import finetune_on, pretrain_on
 from video_convmae.atomic import write_text
 from video_convmae.data.records import Record, read_list
@@ -72,6 +74,7 @@ def main() -> None:
     )
     output: Path = parser.parse_args().output
     started = time.perf_counter()
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # more only wait for each other at this size
     remove_finished(output)
 
     print("Clips of moving digits, h264 mp4:", flush=True)
@@ -124,23 +127,25 @@ def _finetune(data: Path, run: Path, weights: Path | None) -> str:
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):
-        every = "--validate.every=8"  # 48 steps
+        every = "--validate.every=1.6"  # 50 steps
         metrics = finetune_on(data, "how", LABELLED, FINETUNE_STEPS, run, weights, every)
     return f"  {run.name}: top-1 {metrics['val_top1']:.1%} after {metrics['seconds']:.0f} s"
 
 
-def first_of_each(records: list[Record], classes: range) -> list[Record]:
-    """Return the first record of each class."""
-    return [next(record for record in records if record.label == label) for label in classes]
+def shown_clips(data: Path, directions: Iterable[int]) -> list[Record]:
+    """Return the first validation clip of each direction that shows the digit of the same number."""
+    numbers = [next(i for i in count() if clip_classes(i) == {"how": how, "what": how}) for how in directions]
+    records = read_list(data / "validation_how.txt", root=data)
+    return [records[number] for number in numbers]
 
 
 def draw_reconstructions(run: Path, data: Path, output: Path) -> dict[str, float]:
-    """Draw the first validation clip of each of four directions, reconstructed; returns the errors on all clips."""
+    """Draw a validation clip of each of four directions, reconstructed; returns the errors on all clips."""
     model, config = load_autoencoder(run)
-    records, size = list(read_list(data / "validation_how.txt", root=data)), model.encoder.config.clip_shape[2:]
-    clips = read_middle_clips(records, config, size)
+    size = model.encoder.config.clip_shape[2:]
+    clips = read_middle_clips(read_list(data / "validation_how.txt", root=data), config, size)
     errors = measure_hidden_error(model, reconstruct_clips(model, config, clips, draw_masks(model, config, len(clips))))
-    some = clips[[records.index(record) for record in first_of_each(records, range(0, len(HOW), 2))]]
+    some = read_middle_clips(shown_clips(data, range(0, len(HOW), 2)), config, size)
     half = replace(config, mask=replace(config.mask, ratio=SHOWN_RATIO))
     shown = reconstruct_clips(model, half, some, draw_masks(model, half, len(some)))
     caption = f"{write_caption(half, model)}; pretrained with {config.mask.ratio:.0%} hidden"
@@ -150,9 +155,9 @@ def draw_reconstructions(run: Path, data: Path, output: Path) -> dict[str, float
 
 
 def draw_predictions(runs: list[Path], data: Path, picture: Path) -> None:
-    """Draw, of the first validation clip of each class, four frames and each run's two most probable classes."""
+    """Draw, of a validation clip of each direction, four frames and each run's two most probable directions."""
     predictors = [video_convmae.load(run) for run in runs]
-    records = first_of_each(list(read_list(data / "validation_how.txt", root=data)), range(len(HOW)))
+    records = shown_clips(data, range(len(HOW)))
     side, gap, text, top = 128, 4, 210, 30
     font, bold = ImageFont.load_default(16), ImageFont.load_default(18)
     frames = [0, 2, 5, 7]
@@ -236,8 +241,8 @@ def find_failure(metrics: dict[str, Any]) -> str | None:
     errors, finetuned, scratch = metrics["reconstruction"], metrics["finetuned"]["top1"], metrics["scratch"]["top1"]
     if errors["mse"] > MAX_ERROR_RATIO * errors["mean_patch_mse"]:
         return (
-            f"pretraining has not learned: the error is {errors['mse']:.4f}; expected at most {MAX_ERROR_RATIO} of that "
-            f"of predicting nothing, {errors['mean_patch_mse']:.4f}"
+            f"pretraining has not learned: the error is {errors['mse']:.4f}; expected at most {MAX_ERROR_RATIO} times "
+            f"that of predicting nothing, {errors['mean_patch_mse']:.4f}"
         )
     if finetuned < scratch + MIN_AHEAD:
         return (
