@@ -114,7 +114,9 @@ def _progress_line(values: Values) -> str:
             f"ETA {remaining // 3600}:{remaining // 60 % 60:02d}:{remaining % 60:02d}",
         ]
     if values.get("val_top1") is not None:
-        parts.append(f"validation top-1 {values['val_top1']:.4f} (largest class: {values['val_largest_class']:.4f})")
+        largest = values.get("val_largest_class")
+        beside = "" if largest is None else f" (largest class: {largest:.4f})"
+        parts.append(f"validation top-1 {values['val_top1']:.4f}{beside}")
     if values.get("probe_knn_top1") is not None:
         parts += [
             f"probe: nearest neighbours {values['probe_knn_top1']:.4f}",

@@ -148,5 +148,5 @@ def _linear(features: np.ndarray, labels: np.ndarray, others: np.ndarray) -> np.
         return np.full(len(others), labels[0])
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of iterations: the accuracy no longer changes
+        warnings.simplefilter("ignore")  # it may end before it has converged
         return model.fit(features.astype(np.float64), labels).predict(others.astype(np.float64))

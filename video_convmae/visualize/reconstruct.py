@@ -26,7 +26,7 @@ from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation, view_crops
 from video_convmae.engine.tasks import Normalizer
 from video_convmae.masking import MASKS
-from video_convmae.models.autoencoder import Autoencoder
+from video_convmae.models.autoencoder import Autoencoder, undo_target
 from video_convmae.models.packing import Packing, take_patches, take_tokens
 
 GREY = 110  # of hidden patches
@@ -84,6 +84,8 @@ def measure_hidden_error(model: Autoencoder, result: Reconstructions) -> dict[st
         mse, psnr: of the model; psnr in dB.
         mean_colour_mse: every hidden pixel has the mean colour of the clip's visible ones.
         nearest_patch_mse: every hidden patch is a copy of the nearest visible one (in tokens, Euclidean).
+        mean_patch_mse: the model predicts nothing: of normalised patches, whose own means are put back, each is of its
+            mean colour; otherwise mean_colour_mse.
     """
     config = model.encoder.config
     packing = Packing(result.visible, torch.device("cpu"), "dense")
@@ -95,18 +97,25 @@ def measure_hidden_error(model: Autoencoder, result: Reconstructions) -> dict[st
     seen = patches(result.original, packing.keep)
     place = torch.cartesian_prod(*(torch.arange(float(size)) for size in config.grid))
     distance = torch.cdist(place[packing.hidden], place[packing.keep])
+    mean_colour = seen.mean(dim=(1, 2, 3, 4), keepdim=True).expand_as(truth)
+    own_mean = undo_target(torch.zeros_like(truth).flatten(2), truth, model.target)
     guesses = {
         "mse": patches(result.reconstructed, packing.hidden),
-        "mean_colour_mse": seen.mean(dim=(1, 2, 3, 4), keepdim=True).expand_as(truth),
+        "mean_colour_mse": mean_colour,
         "nearest_patch_mse": take_tokens(seen, distance.argmin(dim=2)),
+        "mean_patch_mse": mean_colour if model.target == "none" else own_mean,
     }
     errors = {name: float((guess - truth).square().mean()) for name, guess in guesses.items()}
     return errors | {"psnr": -10 * float(np.log10(errors["mse"]))}
 
 
-def write_caption(config: PretrainConfig, model: Autoencoder) -> str:
-    """Return the caption: the rows of the picture, and the values taken from the original."""
+def write_caption(config: PretrainConfig, model: Autoencoder, result: Reconstructions | None = None) -> str:
+    """Return the caption: the rows of the picture, the values taken from the original and, of `result`, the error."""
     text = f"original / {config.mask.ratio:.0%} hidden ({config.mask.kind}) / reconstructed"
+    if result is not None:
+        errors = measure_hidden_error(model, result)
+        whose = "the visible patches'" if model.target == "none" else "each hidden patch's"
+        text += f"; squared error {errors['mse']:.4f}, of {whose} mean colour {errors['mean_patch_mse']:.4f}"
     if model.target == "none":
         return text + "; hidden patches are the model's pixels alone"
     values = "mean and variance" + (" of each channel" if model.target == "patch_channel" else "")
