@@ -389,13 +389,16 @@ def build_probe(
 def _probe_cost(config: PretrainConfig, model: Autoencoder) -> float:
     """Return the time of a measured record over that of a training record: the larger of their ratios in decoding and
     in arithmetic (a backward pass counts as two forward ones).
+
+    With `data.memory` training does not decode: a decode then counts as much as a training record.
     """
     mask, repeats = config.mask, config.data.repeats
     visible, predicted = masking.draw(mask.kind, model.grid, mask.ratio, mask.decoder_ratio, torch.Generator())
     trained = model.multiply_adds(int(visible.sum()), None if predicted is None else int(predicted.sum()))
     encoded = model.multiply_adds(visible.numel(), 0)
     del encoded["decoder"]
-    return max(1.0, sum(encoded.values()) / (3 * repeats * sum(trained.values())))
+    arithmetic = sum(encoded.values()) / (3 * repeats * sum(trained.values()))
+    return 1 + arithmetic if config.data.memory else max(1.0, arithmetic)
 
 
 def build_finetuning(config: FinetuneConfig, info: DistInfo, records: Records, validation: Records | None) -> Trainer:
