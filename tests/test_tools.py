@@ -111,6 +111,10 @@ def test_hidden_error_and_its_baselines() -> None:
     assert errors["nearest_patch_mse"] == pytest.approx((0.8**2 * 2 + 1) / 3)
     assert errors["psnr"] == pytest.approx(-10 * np.log10(0.2**2 / 3))
     assert errors["mean_patch_mse"] == pytest.approx(0)  # normalised patches: each has its own mean, here one colour
+    config = parse(PretrainConfig, ["--output=x", "--data.train=y"])
+    model.target = "none"
+    caption = reconstruct.write_caption(config, model, result)
+    assert "; squared error 0.0133, of the visible patches' mean colour 0.7600; hidden patches are" in caption
 
 
 def test_the_masked_clip_hides_what_the_model_does_not_see(run: tuple[Path, Path]) -> None:

@@ -81,7 +81,8 @@ def main() -> None:
     data = output / "data"
     make_digit_clips(data)
     print("Pretraining:", flush=True)
-    pretrain_on(data, output / "pretrain", f"--train.max_steps={PRETRAIN_STEPS}")
+    probe = f"--probe.list={data / 'validation_how.txt'}"
+    pretrain_on(data, output / "pretrain", f"--train.max_steps={PRETRAIN_STEPS}", probe)
     errors = draw_reconstructions(output / "pretrain", data, output)
     print(f"Finetuning from the pretrained weights and from scratch, {FINETUNE_STEPS} steps each:", flush=True)
     finetune_both(data, output)
@@ -148,7 +149,7 @@ def draw_reconstructions(run: Path, data: Path, output: Path) -> dict[str, float
     some = read_middle_clips(shown_clips(data, range(0, len(HOW), 2)), config, size)
     half = replace(config, mask=replace(config.mask, ratio=SHOWN_RATIO))
     shown = reconstruct_clips(model, half, some, draw_masks(model, half, len(some)))
-    caption = f"{write_caption(half, model)}; pretrained with {config.mask.ratio:.0%} hidden"
+    caption = f"{write_caption(half, model, shown)}; pretrained with {config.mask.ratio:.0%} hidden"
     write_reconstruction_picture(shown, output / "reconstruction.png", caption)
     write_reconstruction_video(shown, output / "reconstruction.mp4")
     return errors

@@ -116,9 +116,13 @@ def measure_hidden_error(model: Autoencoder, result: Reconstructions) -> dict[st
     return errors | {"psnr": -10 * float(np.log10(errors["mse"]))}
 
 
-def write_caption(config: PretrainConfig, model: Autoencoder) -> str:
-    """Return the caption: the rows of the picture, and the values taken from the original."""
+def write_caption(config: PretrainConfig, model: Autoencoder, result: Reconstructions | None = None) -> str:
+    """Return the caption: the rows of the picture, the values taken from the original and, of `result`, the error."""
     text = f"original / {config.mask.ratio:.0%} hidden ({config.mask.kind}) / reconstructed"
+    if result is not None:
+        errors = measure_hidden_error(model, result)
+        whose = "the visible patches'" if model.target == "none" else "each hidden patch's"
+        text += f"; squared error {errors['mse']:.4f}, of {whose} mean colour {errors['mean_patch_mse']:.4f}"
     if model.target == "none":
         return text + "; hidden patches are the model's pixels alone"
     values = "mean and variance of each channel" if model.target == "patch_channel" else "mean colour and variance"
