@@ -115,7 +115,7 @@ def test_every_configuration_and_key_exists(document: Path) -> None:
     text = document.read_text("utf-8")
     known = set().union(*(options_of(command) for command in CONFIGURED))
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    part = r"(?:model|mask|data|optim|train|init|log|validate|test|mixing)"
+    part = r"(?:model|mask|probe|data|optim|train|init|log|validate|test|mixing)"
     for key in re.findall(rf"(?<![\w./])(?:--)?({part}\.[a-z]\w*(?:\.\w+)*)", prose):
         is_file = key.rsplit(".", 1)[1] in ("txt", "md", "py", "safetensors", "csv", "json", "jsonl")
         is_code = key.startswith(("model.encode", "model.grid"))
@@ -292,5 +292,5 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     """`make demo` without its installation: about five minutes."""
     command = [sys.executable, "-m", "tools.study.demo", f"--output={tmp_path}"]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=1800)
-    for name in ("metrics.json", "loss.png", "reconstruction.png", "reconstruction.mp4"):
+    for name in ("metrics.json", "curves.png", "predictions.png", "reconstruction.png", "reconstruction.mp4"):
         assert (tmp_path / name).stat().st_size > 0

@@ -92,7 +92,7 @@ def test_the_caption_is_honest() -> None:
         model = create_autoencoder("tiny", num_frames=2, image_size=32, target=target)
         texts[target] = reconstruct.write_caption(config, model)
     assert "the model's pixels alone" in texts["none"]
-    assert "each patch's mean and variance are the original's" in texts["patch"]
+    assert "each patch's mean colour and variance are the original's" in texts["patch"]
     assert "of each channel are the original's" in texts["patch_channel"]
 
 
@@ -110,6 +110,11 @@ def test_hidden_error_and_its_baselines() -> None:
     assert errors["mean_colour_mse"] == pytest.approx((0.8**2 * 2 + 1) / 3)
     assert errors["nearest_patch_mse"] == pytest.approx((0.8**2 * 2 + 1) / 3)
     assert errors["psnr"] == pytest.approx(-10 * np.log10(0.2**2 / 3))
+    assert errors["mean_patch_mse"] == pytest.approx(0)  # normalised patches: each has its own mean, here one colour
+    config = parse(PretrainConfig, ["--output=x", "--data.train=y"])
+    model.target = "none"
+    caption = reconstruct.write_caption(config, model, result)
+    assert "; squared error 0.0133, of the visible patches' mean colour 0.7600; hidden patches are" in caption
 
 
 def test_the_masked_clip_hides_what_the_model_does_not_see(run: tuple[Path, Path]) -> None:

@@ -44,6 +44,7 @@ from video_convmae.engine.metrics import Values
 from video_convmae.engine.optim import Optimization, Schedule, parameter_groups
 from video_convmae.engine.options import OptimConfig, ProtocolConfig, TrainConfig
 from video_convmae.engine.parallel import parallelize, unwrap
+from video_convmae.engine.probing import choose_records, measure_probe, plan_probe
 from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, Task
 from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
@@ -326,7 +327,78 @@ def build_pretraining(config: PretrainConfig, info: DistInfo) -> Trainer:
     torch.manual_seed(config.seed)
     model = Autoencoder(config.model)
     clips = build_clips(config.data, read_records(config.data), model.encoder.config, config.seed, config.mask)
-    return _build_trainer(config, info, model, clips, Pretraining)
+    return _build_trainer(config, info, model, clips, Pretraining, partial(build_probe, config, info, model))
+
+
+def build_probe(
+    config: PretrainConfig, info: DistInfo, model: Autoencoder, optimization: Optimization, batch: int
+) -> Validation | None:
+    """Build the probe of a pretraining run's features; None without a list.
+
+    Args:
+        config: of the run.
+        info: the processes.
+        model: the autoencoder.
+        optimization: gives the length of the run.
+        batch: records of one optimizer step, repeats not counted.
+
+    Raises:
+        ListError: a record has no label, or all have the same.
+    """
+    if config.probe.list is None:
+        return None
+    records = read_list(config.probe.list, config.data.format, config.data.root)
+    check_labels(records, int(records.labels.max()) + 1)
+    classes = len(np.unique(records.labels))
+    if classes < 2:
+        raise ListError(f"probe.list {config.probe.list} has one class; expected two or more, or null for no probe")
+    plan = plan_probe(
+        config.probe,
+        steps=optimization.schedule.steps,
+        steps_per_epoch=optimization.steps_per_epoch,
+        batch=batch,
+        cost=_probe_cost(config, model),
+        available=len(records),
+        classes=classes,
+    )
+    chosen = choose_records(records.labels, plan.records)
+    if info.is_main:
+        print(
+            f"probe: {len(chosen)} of the {len(records)} records of {config.probe.list}, {classes} classes, every "
+            f"{plan.every} steps"
+        )
+    probed = Records([records[int(index)] for index in chosen], records.format)
+    protocol = ProtocolConfig(precision=config.train.precision)
+    folder = Path(config.output) / "probe"
+
+    def measure(model: nn.Module) -> Values:
+        assert isinstance(model, Autoencoder)
+        return measure_probe(build_inference(model, config.data, probed, protocol, info), folder)
+
+    return Validation(
+        measure,
+        lambda: Autoencoder(config.model).to(info.device),
+        plan.every / optimization.steps_per_epoch,
+        prefix="probe_",
+        best=None,
+        from_start=True,
+        own_model=config.train.compile,  # whole clips would make torch.compile treat every shape as variable
+    )
+
+
+def _probe_cost(config: PretrainConfig, model: Autoencoder) -> float:
+    """Return the time of a measured record over that of a training record: the larger of their ratios in decoding and
+    in arithmetic (a backward pass counts as two forward ones).
+
+    With `data.memory` training does not decode: a decode then counts as much as a training record.
+    """
+    mask, repeats = config.mask, config.data.repeats
+    visible, predicted = masking.draw(mask.kind, model.grid, mask.ratio, mask.decoder_ratio, torch.Generator())
+    trained = model.multiply_adds(int(visible.sum()), None if predicted is None else int(predicted.sum()))
+    encoded = model.multiply_adds(visible.numel(), 0)
+    del encoded["decoder"]
+    arithmetic = sum(encoded.values()) / (3 * repeats * sum(trained.values()))
+    return 1 + arithmetic if config.data.memory else max(1.0, arithmetic)
 
 
 def build_finetuning(config: FinetuneConfig, info: DistInfo, records: Records, validation: Records | None) -> Trainer:
@@ -342,7 +414,8 @@ def build_finetuning(config: FinetuneConfig, info: DistInfo, records: Records, v
     model = build_classifier(config.model, num_classes)
     clips = build_clips(config.data, records, model.encoder.config, config.seed)
     task = partial(Classification, mixing=Mixing(config.mixing, num_classes))
-    return _build_trainer(config, info, model, clips, task, build_validation(config, info, validation))
+    measured = build_validation(config, info, validation)
+    return _build_trainer(config, info, model, clips, task, lambda *_: measured)
 
 
 def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | None) -> Validation | None:
@@ -350,6 +423,7 @@ def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | 
     if records is None:
         return None
     folder, num_classes = Path(config.output) / "validation", _num_classes(config.data)
+    names = read_class_names(config.data)
 
     def measure(model: nn.Module) -> Values:
         assert isinstance(model, Classifier | Probe)
@@ -358,7 +432,7 @@ def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | 
         if info.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             write_bad_records(evaluation.bad_records, folder)
-        return evaluation.metrics()
+        return evaluation.metrics() | evaluation.judge(names)
 
     def build_model() -> nn.Module:
         return build_classifier(config.model, num_classes).to(info.device)
@@ -378,9 +452,12 @@ def _build_trainer(
     model: Autoencoder | Classifier | Probe,
     clips: ClipDataset,
     task: Callable[[nn.Module, Normalizer], Task],
-    validation: Validation | None = None,
+    validation: Callable[[Optimization, int], Validation | None],
 ) -> Trainer:
-    """Load initial weights or find the checkpoint to resume from; build everything that depends on the processes."""
+    """Load initial weights or find the checkpoint to resume from; build everything that depends on the processes.
+
+    `validation` is given the run's length and the records of a step.
+    """
     folder, count = Path(config.output), len(clips)
     resume_from = _checkpoint_to_resume(folder / "checkpoints", info)
     report = load_initial_weights(config.init, model) if resume_from is None else None
@@ -425,7 +502,7 @@ def _build_trainer(
         bad_records=BadRecordLog(folder / "bad_records.jsonl", count, config.data.max_bad_fraction),
         run_config=to_plain(config),
         seed=config.seed,
-        validation=validation,
+        validation=validation(optimization, plan.global_batch),
         resume_from=resume_from,
     )
 

@@ -22,6 +22,7 @@ from video_convmae.engine.options import (
     LogConfig,
     OptimConfig,
     Precision,
+    ProbeConfig,
     ProtocolConfig,
     TrainConfig,
 )
@@ -146,6 +147,8 @@ class PretrainConfig(RunConfig):
     """The autoencoder."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     """The tokens hidden from the encoder."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """Probes of the features on a labelled list."""
 
 
 @dataclass(frozen=True)

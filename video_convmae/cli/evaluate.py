@@ -66,7 +66,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if not info.is_main:
             return evaluation.metrics()
         seconds = time.perf_counter() - started
+        names = [loaded.name(label) for label in range(num_classes)]
+        judged = evaluation.judge(names)
         extra = {
+            **judged,
             "weights": str(path),
             "views": [protocol.segments, protocol.crops],
             "seconds": seconds,
@@ -76,12 +79,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         extra |= {} if baselines is None else baselines.metrics
         metrics = write_evaluation(evaluation, records, folder, extra)
         print(metrics_line(metrics), flush=True)
+        if judged["verdict"] is not None:
+            print(judged["verdict"], flush=True)
         if baselines is not None:
             print(*baselines.table, *([baselines.verdict] if baselines.verdict else []), sep="\n", flush=True)
         if config.plot and metrics["top1"] is not None:
             from video_convmae.visualize.accuracy import draw_classes, draw_confusion
 
-            names = [loaded.name(label) for label in range(num_classes)]
             draw_confusion(evaluation, names, folder / "confusion.png")
             draw_classes(evaluation, names, folder / "classes.png")
         return metrics

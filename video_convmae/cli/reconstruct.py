@@ -4,7 +4,7 @@
 
 writes pictures/reconstruction.png and .mp4. The middle of each video is shown, with a mask of the run's own kind and
 ratio. A model that predicts normalised patches knows no patch's brightness or contrast: they are taken from the
-original, and the caption says so.
+original, and the caption says so. It also compares the error with that of predicting nothing: the mean colour.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     clips = reconstruct.read_middle_clips(records, config, model.encoder.config.clip_shape[2:])
     masks = reconstruct.draw_masks(model, config, len(clips), args.seed)
     result = reconstruct.reconstruct_clips(model, config, clips, masks)
-    caption = reconstruct.write_caption(config, model)
+    caption = reconstruct.write_caption(config, model, result)
     args.output.mkdir(parents=True, exist_ok=True)
     reconstruct.write_reconstruction_picture(result, args.output / "reconstruction.png", caption)
     reconstruct.write_reconstruction_video(result, args.output / "reconstruction.mp4")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,18 +39,53 @@ class Evaluation:
     new: int = 0
 
     def metrics(self) -> dict[str, float | int | None]:
-        """Return accuracies as fractions of the labelled records that were read; None if there are none."""
+        """Return accuracies as fractions of the labelled records that were read; None if there are none.
+
+        Beside them the shares of the most frequent class, which is the accuracy of always answering it, and of the
+        class that is predicted most often.
+        """
         counted = ~self.failed & (self.labels >= 0)
         labels, best = self.labels[counted], best_classes(self.scores[counted], 5)
-        first, hits = best[:, 0] == labels, (best == labels[:, None]).any(axis=1)
+        first_of_each = best[:, 0]
+        first, hits = first_of_each == labels, (best == labels[:, None]).any(axis=1)
         of_class = [first[labels == label].mean() for label in np.unique(labels)]
         return {
             "top1": float(first.mean()) if len(labels) else None,
             "top5": float(hits.mean()) if len(labels) else None,
             "mean_class_accuracy": float(np.mean(of_class)) if of_class else None,
+            "largest_class": float(np.bincount(labels).max() / len(labels)) if len(labels) else None,
+            "predicted_largest": float(np.bincount(first_of_each).max() / len(labels)) if len(labels) else None,
             "scored": int((~self.failed).sum()),
             "failed": int(self.failed.sum()),
         }
+
+    def judge(self, names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Compare top-1 with always answering the most frequent class.
+
+        Args:
+            names: of the classes; None: they are numbered.
+
+        Returns:
+            learned: True if top-1 is above that class's share by more than a standard error of a proportion; None if
+                no labelled record was read.
+            verdict: a sentence that says so and what to try, where it is not.
+        """
+        labels = self.labels[~self.failed & (self.labels >= 0)]
+        if not len(labels):
+            return {"learned": None, "verdict": None}
+        top1, largest = self.metrics()["top1"], int(np.bincount(labels).argmax())
+        share = float((labels == largest).mean())
+        error = math.sqrt(share * (1 - share) / len(labels))
+        assert top1 is not None
+        if top1 > share + error:
+            return {"learned": True, "verdict": None}
+        name = f"class {largest}" if names is None else repr(names[largest])
+        verdict = (
+            f"no better than always answering {name}: top-1 {top1:.1%} of {len(labels)} records, of which {share:.1%} "
+            f"are {name} (standard error {error:.1%}). Try pretrained weights (init.weights), a longer run, another "
+            "optim.lr, weaker data.augmentation: docs/finetuning.md, Is it learning?"
+        )
+        return {"learned": False, "verdict": verdict}
 
 
 def best_classes(scores: np.ndarray, count: int) -> np.ndarray:

@@ -77,10 +77,12 @@ class RunLog(NullLog):
         self._lines.write(json.dumps(values) + "\n")
         self._lines.flush()
         for name, value in values.items():
-            if name != "step" and value is not None:
+            if name != "step" and isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, step)
         if self._bar.disable:
             print(f"step {step}/{self._steps}  {_progress_line(values)}", flush=True)
+        elif "loss" not in values:  # a measurement: it stays
+            self.print(f"step {step}/{self._steps}  {_progress_line(values)}")
         else:
             self._bar.set_postfix_str(_progress_line(values), refresh=False)
             self._bar.update(step - self._bar.n)
@@ -100,15 +102,28 @@ def _progress_line(values: Values) -> str:
     parts = []
     if "loss" in values:
         remaining = int(values["eta_seconds"])
+        loss = "loss not finite" if values["loss"] is None else f"loss {values['loss']:.4f}"
+        if "loss_nothing" in values:
+            loss += f" (predicting nothing: {values['loss_nothing']:.4f})"
         parts = [
-            "loss not finite" if values["loss"] is None else f"loss {values['loss']:.4f}",
+            loss,
+            *([f"train top-1 {values['train_top1']:.4f}"] if "train_top1" in values else []),
             f"lr {values['lr']:.2e}",
             f"{values['clips_per_second']:.1f} clips/s",
             f"data wait {values['data_wait']:.0%}",
             f"ETA {remaining // 3600}:{remaining // 60 % 60:02d}:{remaining % 60:02d}",
         ]
     if values.get("val_top1") is not None:
-        parts.append(f"validation top-1 {values['val_top1']:.4f}")
+        largest = values.get("val_largest_class")
+        beside = "" if largest is None else f" (largest class: {largest:.4f})"
+        parts.append(f"validation top-1 {values['val_top1']:.4f}{beside}")
+    if values.get("probe_knn_top1") is not None:
+        parts += [
+            f"probe: nearest neighbours {values['probe_knn_top1']:.4f}",
+            f"linear {values['probe_linear_top1']:.4f}",
+            f"rank {values['probe_rank']:.1f}",
+            f"deviation {values['probe_std']:.3f}",
+        ]
     return "  ".join(parts)
 
 
@@ -215,7 +230,8 @@ class BadRecordLog:
 def write_run_metrics(folder: Path, seconds: float) -> None:
     """Write metrics.json of a finished run: last logged values, last and best checkpoint with their validation top-1.
 
-    Paths are relative to the run folder; `seconds` is this process's time.
+    `learned` and `verdict` say whether the run learned anything, where that can be told. Paths are relative to the run
+    folder; `seconds` is this process's time.
     """
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     metrics = {name: value for line in lines if line["step"] == lines[-1]["step"] for name, value in line.items()}
@@ -225,12 +241,34 @@ def write_run_metrics(folder: Path, seconds: float) -> None:
         best = max(validated, key=lambda line: line["val_top1"])  # the first of equals, as checkpoints/best
         metrics["last"]["top1"] = metrics.get("val_top1")
         metrics["best"] = {"path": f"checkpoints/{BEST}", "step": best["step"], "top1": best["val_top1"]}
+    if "loss_nothing" in metrics:
+        metrics |= judge_pretraining(metrics["loss"], metrics["loss_nothing"])
+    elif "val_learned" in metrics:
+        metrics |= {name: metrics.pop(f"val_{name}") for name in ("learned", "verdict")}
     write_text(folder / "metrics.json", json.dumps(metrics | {"seconds": seconds}) + "\n")
 
 
-def final_checkpoints(folder: Path) -> str:
-    """Return a line that names a finished run's last and best checkpoint."""
+def judge_pretraining(loss: float | None, nothing: float) -> dict[str, Any]:
+    """Compare a run's last loss with that of predicting nothing: `learned`, and a `verdict` where it has not."""
+    if loss is not None and loss < 0.95 * nothing:
+        return {"learned": True, "verdict": None}
+    verdict = (
+        f"hardly better than predicting nothing: the last loss is {'not finite' if loss is None else f'{loss:.3f}'}, "
+        f"that of predicting nothing {nothing:.3f}. Try a longer run, another optim.lr or mask.ratio, and look at the "
+        "clips with `video-convmae reconstruct`: docs/pretraining.md, Is it learning?"
+    )
+    return {"learned": False, "verdict": verdict}
+
+
+def last_words(folder: Path) -> str:
+    """Return what a finished run says: its verdict, if it has not learned, and its last and best checkpoint."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    verdict = metrics.get("verdict")
+    checkpoints = _final_checkpoints(folder, metrics)
+    return checkpoints if verdict is None else f"{verdict}\n{checkpoints}"
+
+
+def _final_checkpoints(folder: Path, metrics: Values) -> str:
     parts = []
     for name in ("last", "best"):
         if (entry := metrics.get(name)) is not None:

@@ -19,7 +19,7 @@ from video_convmae.models.probe import KNNHead, Probe
 from .checkpoint import checkpoint_name, save_checkpoint
 from .distributed import barrier
 from .inference import ListInference, chunk_folder
-from .log import BadRecordLog, final_checkpoints
+from .log import BadRecordLog, last_words
 from .validation import Validation
 
 
@@ -69,11 +69,12 @@ def fit_knn(
     state = {"model": model.state_dict(), "ema": None, "config": run_config}
     save_checkpoint(folder / "checkpoints", 0, state, writes=info.is_main)
     if info.is_main:
+        judged = {name: values.pop(name) for name in ("learned", "verdict") if name in values}
         metrics: dict[str, Any] = {f"val_{name}": value for name, value in values.items()}
         metrics |= {"step": 0, "fitted": len(features), "seconds": time.perf_counter() - started}
         last = {"path": f"checkpoints/{checkpoint_name(0)}", "step": 0, "top1": values.get("top1")}
-        write_text(folder / "metrics.json", json.dumps(metrics | {"last": last}) + "\n")
+        write_text(folder / "metrics.json", json.dumps(metrics | {"last": last} | judged) + "\n")
         print(", ".join(f"{name} {value}" for name, value in metrics.items()), flush=True)
-        print(final_checkpoints(folder), flush=True)
+        print(last_words(folder), flush=True)
         shutil.rmtree(folder / "partial")
     barrier()

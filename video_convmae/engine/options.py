@@ -101,6 +101,26 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ProbeConfig:
+    """Probes of the features while a model is pretrained: what can be read from them so far."""
+
+    list: str | None = None
+    """Labelled list, with the format and root of data.train; it is halved, and each half tests what the other taught.
+    none: no probe."""
+    every: float | None = None
+    """Epochs between two measurements; the first is of the untrained model, the last of the finished one. none: up to
+    20 in all, as many as 5% of the training time allow."""
+    records: int | None = None
+    """Records that are measured, chosen evenly over the classes; none: as many as 5% of the training time allow."""
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every <= 0:
+            raise ValueError(f"probe.every is {self.every}; expected more than 0 epochs, or none to choose it")
+        if self.records is not None and self.records < 4:
+            raise ValueError(f"probe.records is {self.records}; expected 4 or more, or none to choose it")
+
+
+@dataclass(frozen=True)
 class ProtocolConfig(ViewConfig):
     """Test protocol of a classifier: its views, and how they are computed."""
 

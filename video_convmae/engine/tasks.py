@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from video_convmae.data.loader import Batch
 from video_convmae.data.mixing import Mixing
 from video_convmae.data.ragged import RaggedCrops
+from video_convmae.models.autoencoder import Autoencoder, predict_nothing
+
+from .parallel import unwrap
 
 
 class Task(Protocol):
@@ -63,10 +66,17 @@ class Pretraining:
     def __init__(self, model: nn.Module, normalizer: Normalizer) -> None:
         self.model = model
         self.normalizer = normalizer
+        self.target = cast(Autoencoder, unwrap(model)).target
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the reconstruction loss over the predicted patches. Masks stay on the CPU: see `Packing`."""
-        return self.model(self.normalizer.normalise(batch.clips), batch.visible, batch.predicted).loss, {}
+        """Return the reconstruction loss over the predicted patches, and the same of predicting nothing.
+
+        Masks stay on the CPU: see `Packing`.
+        """
+        assert batch.visible is not None
+        clips = self.normalizer.normalise(batch.clips)
+        output = self.model(clips, batch.visible, batch.predicted)
+        return output.loss, {"loss_nothing": predict_nothing(clips, batch.visible, output.target, self.target)}
 
 
 class Classification:

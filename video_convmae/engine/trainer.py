@@ -38,7 +38,7 @@ from .log import (
     RunLog,
     TooManyBadRecords,
     Trace,
-    final_checkpoints,
+    last_words,
     write_run_metrics,
 )
 from .metrics import StepMetrics, Stopwatch
@@ -150,7 +150,7 @@ class Trainer:
         bad_records: log of records that could not be read.
         run_config: configuration of the run as plain data, kept in config.yaml and every checkpoint.
         seed: of the run.
-        validation: measurement beside training; its values are logged as val_NAME, in a line of their own.
+        validation: measurement beside training; its values are logged in a line of their own.
         resume_from: checkpoint to resume from, the same on every rank.
     """
 
@@ -231,7 +231,7 @@ class Trainer:
         if self.info.is_main and state.step == self.steps:
             if state.step != first_step or not (self.folder / "metrics.json").exists():
                 write_run_metrics(self.folder, time.perf_counter() - started)
-            print(final_checkpoints(self.folder), flush=True)
+            print(last_words(self.folder), flush=True)
         return state.step
 
     def _train(self, batches: Iterator[Batch]) -> None:
@@ -258,9 +258,10 @@ class Trainer:
             if self.trace.profiler is not None:
                 self.trace.profiler.step()
             validates = validator is not None and validator.is_due(state.step)
-            saves = validates or state.step % save_every == 0 or state.step == self.steps
+            saves = validates and self.validation is not None and self.validation.best is not None
+            saves = saves or state.step % save_every == 0 or state.step == self.steps
             saves = saves or (self.keep_every is not None and state.step % self.keep_every == 0)
-            if saves or state.step % self.train.log_every == 0:
+            if saves or validates or state.step % self.train.log_every == 0:
                 self._log_step(saves)
                 if validator is not None and validates:
                     self._validate(validator)
@@ -376,8 +377,8 @@ class Trainer:
     def _validate(self, validator: Validator) -> None:
         """Measure, and log it in a line of its own."""
         state = self.state
-        model = state.model if state.ema is None and not is_sharded(state.model) else None
-        values = validator.measure(state.step, model, state.weights)
+        own = validator.validation.own_model or state.ema is not None or is_sharded(state.model)
+        values = validator.measure(state.step, None if own else state.model, state.weights)
         self.log.write({"step": state.step, "epoch": state.step / self.optimization.steps_per_epoch} | values)
 
     def _publish(self) -> None:

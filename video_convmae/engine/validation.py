@@ -18,19 +18,27 @@ from .metrics import Values
 class Validation:
     """A measurement beside training.
 
-    measure: unwrapped model -> named values, called on every rank; "top1" decides which checkpoint is the best.
+    measure: unwrapped model -> named values, called on every rank; one of them is "scored".
     build_model: a model of the same kind on this process's device, for weights other than the trained ones (their
         average) or sharded ones.
     every: epochs between two measurements; the last step is always followed by one.
+    prefix: of the logged names.
+    best: name of the value that decides which checkpoint is the best; None: no checkpoint is.
+    from_start: also measure before the first step.
+    own_model: always measure a model from `build_model`.
     """
 
     measure: Callable[[nn.Module], Values]
     build_model: Callable[[], nn.Module]
     every: float = 1.0
+    prefix: str = "val_"
+    best: str | None = "top1"
+    from_start: bool = False
+    own_model: bool = False
 
 
 class Validator:
-    """Runs a `Validation` on its schedule and marks the best checkpoint.
+    """Runs a `Validation` on its schedule and marks the best checkpoint, if it decides on one.
 
     Measured values are in log.jsonl, and a resumed run finds them there: one that was killed while it measured does so
     again.
@@ -39,27 +47,30 @@ class Validator:
         validation: the measurement.
         steps_per_epoch, steps: of the run.
         log: of the run.
-        saver: has the checkpoint of every measured step.
+        saver: has the checkpoint of every measured step, if one is marked.
     """
 
     def __init__(self, validation: Validation, steps_per_epoch: int, steps: int, log: NullLog, saver: Saver) -> None:
-        self._validation = validation
+        self.validation = validation
         self._every, self._steps = max(1, round(validation.every * steps_per_epoch)), steps
         self._log, self._saver = log, saver
-        known = all_gather_object(log.values("val_top1"))[0]
-        self._measured = set(known)
-        self._best = max((value for value in known.values() if value is not None), default=-math.inf)
+        names = [f"{validation.prefix}{name}" for name in ("scored", validation.best) if name]
+        measured, *known = all_gather_object([log.values(name) for name in names])[0]
+        self._measured = set(measured)
+        self._best = max((top1 for values in known for top1 in values.values() if top1 is not None), default=-math.inf)
 
     def is_due(self, step: int) -> bool:
         """Return True if the step is one to measure after."""
-        return step > 0 and (step % self._every == 0 or step == self._steps)
+        if step == 0:
+            return self.validation.from_start
+        return step % self._every == 0 or step == self._steps
 
     def is_missing(self, step: int) -> bool:
-        """Return True if a resumed run still has to measure the step of its checkpoint."""
+        """Return True if a run still has to measure the step that it starts or resumes from."""
         return self.is_due(step) and step not in self._measured
 
     def measure(self, step: int, model: nn.Module | None, weights: Callable[[], dict]) -> Values:
-        """Return the measured values, prefixed with val_. The step's checkpoint is already being written.
+        """Return the measured values, with the prefix. A checkpoint that may be the best is already being written.
 
         Args:
             step: optimizer steps done.
@@ -67,12 +78,12 @@ class Validator:
             weights: all processes call it together.
         """
         if model is None:
-            model = self._validation.build_model()
+            model = self.validation.build_model()
             model.load_state_dict(weights())
-        values = self._validation.measure(model)
-        top1 = values.get("top1")
+        values = self.validation.measure(model)
+        top1 = None if self.validation.best is None else values.get(self.validation.best)
         if top1 is not None and top1 > self._best:
             self._best = top1
             self._saver.mark_best(step)
             self._log.print(f"step {step}: best top-1 so far, {top1:.4f}")
-        return {f"val_{name}": value for name, value in values.items()}
+        return {f"{self.validation.prefix}{name}": value for name, value in values.items()}

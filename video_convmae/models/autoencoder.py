@@ -225,6 +225,28 @@ def patch_target(patches: Tensor, target: Target) -> Tensor:
     return patches.flatten(2)
 
 
+def predict_nothing(clips: Tensor, visible: Tensor, targets: Tensor, target: Target) -> Tensor:
+    """Return the loss of a model that has learned nothing: a scalar to compare a model's loss with.
+
+    It knows a mean alone. Of normalised patches that is zero, and the loss nearly 1: a patch of n equal values counts
+    0, any other (n - 1) / n (the variance is unbiased; eps aside). Of pixels it is the mean colour of the clip's
+    visible patches.
+
+    Args:
+        clips: `(B, C, T, H, W)`.
+        visible: `(B, t, h, w)` bool, on any device.
+        targets: `(B, k, pixels)`, as in `AutoencoderOutput`.
+        target: their kind.
+    """
+    if target == "none":
+        t, h, w = visible.shape[1:]
+        colours = clips.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (t, -1)).mean(dim=(3, 5, 7))
+        shown = visible.to(clips.device, non_blocking=True)[:, None]
+        colour = torch.where(shown, colours, 0.0).sum(dim=(2, 3, 4)) / shown.sum(dim=(2, 3, 4))
+        targets = targets.unflatten(2, (-1, clips.shape[1])) - colour[:, None, None]
+    return targets.square().mean()
+
+
 def undo_target(prediction: Tensor, patches: Tensor, target: Target) -> Tensor:
     """Scale predictions `(B, k, pixels)` back to pixels `(B, k, pt, P, P, C)`, by the statistics of `patches`."""
     pixels = prediction.view(patches.shape)

@@ -1,7 +1,7 @@
 """Reconstructions of a pretrained autoencoder: original, masked and reconstructed clips as PNG and mp4; their error.
 
-A model that predicts normalised patches knows no patch's brightness or contrast: they are taken from the original, and
-the caption says so.
+A model that predicts normalised patches knows no patch's brightness or contrast: mean colour and variance are taken
+from the original, and the caption says so.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from video_convmae.data.transforms import Augmentation, view_crops
 from video_convmae.engine.tasks import Normalizer
 from video_convmae.masking import MASKS
 from video_convmae.models.autoencoder import Autoencoder
-from video_convmae.models.packing import Packing, take_patches, take_tokens
+from video_convmae.models.packing import Packing, put_patches, take_patches, take_tokens
 
 GREY = 110  # of hidden patches
 
@@ -67,10 +68,16 @@ def draw_masks(model: Autoencoder, config: PretrainConfig, count: int, seed: int
 
 
 def reconstruct_clips(model: Autoencoder, config: PretrainConfig, clips: Tensor, visible: Tensor) -> Reconstructions:
-    """Run the model on uint8 clips `(B, C, T, H, W)` with masks `(B, t, h, w)`."""
+    """Run the model on uint8 clips `(B, C, T, H, W)` with masks `(B, t, h, w)`.
+
+    With the target `patch`, too, each channel's mean is put back, not only the mean over all: the colour of a patch
+    that is hard to guess would hide what the model says about its form.
+    """
     normalizer = Normalizer(config.data.mean, config.data.std, next(model.parameters()).device)
     with torch.inference_mode():
         reconstructed = normalizer.restore(model.reconstruct(normalizer.normalise(clips), visible)).cpu()
+    if model.target == "patch":
+        reconstructed = _with_mean_colours(reconstructed, clips, model)
     shown = F.interpolate(visible[:, None].float(), size=clips.shape[2:]).bool()
     return Reconstructions(clips, torch.where(shown, clips, GREY), reconstructed, visible)
 
@@ -84,6 +91,8 @@ def measure_hidden_error(model: Autoencoder, result: Reconstructions) -> dict[st
         mse, psnr: of the model; psnr in dB.
         mean_colour_mse: every hidden pixel has the mean colour of the clip's visible ones.
         nearest_patch_mse: every hidden patch is a copy of the nearest visible one (in tokens, Euclidean).
+        mean_patch_mse: the model predicts nothing: of normalised patches, whose own mean colours are put back, each is
+            of that colour; otherwise mean_colour_mse. With a normalised target it alone knows what the model knows.
     """
     config = model.encoder.config
     packing = Packing(result.visible, torch.device("cpu"), "dense")
@@ -95,45 +104,53 @@ def measure_hidden_error(model: Autoencoder, result: Reconstructions) -> dict[st
     seen = patches(result.original, packing.keep)
     place = torch.cartesian_prod(*(torch.arange(float(size)) for size in config.grid))
     distance = torch.cdist(place[packing.hidden], place[packing.keep])
+    mean_colour = seen.mean(dim=(1, 2, 3, 4), keepdim=True).expand_as(truth)
+    own_mean = truth.mean(dim=(2, 3, 4), keepdim=True).expand_as(truth)
     guesses = {
         "mse": patches(result.reconstructed, packing.hidden),
-        "mean_colour_mse": seen.mean(dim=(1, 2, 3, 4), keepdim=True).expand_as(truth),
+        "mean_colour_mse": mean_colour,
         "nearest_patch_mse": take_tokens(seen, distance.argmin(dim=2)),
+        "mean_patch_mse": mean_colour if model.target == "none" else own_mean,
     }
     errors = {name: float((guess - truth).square().mean()) for name, guess in guesses.items()}
     return errors | {"psnr": -10 * float(np.log10(errors["mse"]))}
 
 
-def write_caption(config: PretrainConfig, model: Autoencoder) -> str:
-    """Return the caption: the rows of the picture, and the values taken from the original."""
+def write_caption(config: PretrainConfig, model: Autoencoder, result: Reconstructions | None = None) -> str:
+    """Return the caption: the rows of the picture, the values taken from the original and, of `result`, the error."""
     text = f"original / {config.mask.ratio:.0%} hidden ({config.mask.kind}) / reconstructed"
+    if result is not None:
+        errors = measure_hidden_error(model, result)
+        whose = "the visible patches'" if model.target == "none" else "each hidden patch's"
+        text += f"; squared error {errors['mse']:.4f}, of {whose} mean colour {errors['mean_patch_mse']:.4f}"
     if model.target == "none":
         return text + "; hidden patches are the model's pixels alone"
-    values = "mean and variance" + (" of each channel" if model.target == "patch_channel" else "")
+    values = "mean and variance of each channel" if model.target == "patch_channel" else "mean colour and variance"
     return text + f"; the model predicts normalised patches: each patch's {values} are the original's"
 
 
 def write_reconstruction_picture(result: Reconstructions, path: Path, text: str, frames: int = 8) -> None:
     """Write a PNG: three rows a clip (original, masked, reconstructed), up to `frames` columns over time."""
     columns = np.linspace(0, result.original.shape[2] - 1, min(frames, result.original.shape[2])).round().astype(int)
-    scale = max(1, 128 // result.original.shape[-1])
     clips = []
     for rows in zip(result.original, result.masked, result.reconstructed):
-        strips = [np.concatenate(list(_frames(row, scale)[columns]), axis=1) for row in rows]
+        strips = [np.concatenate(list(enlarge(row, 128)[columns]), axis=1) for row in rows]
         clips.append(np.pad(np.concatenate(strips), ((0, 10), (0, 0), (0, 0)), constant_values=255))
     body = np.concatenate(clips)
     font = ImageFont.load_default(14)
-    picture = Image.new("RGB", (max(body.shape[1], int(font.getlength(text)) + 16), body.shape[0] + 26), "white")
-    ImageDraw.Draw(picture).text((8, 4), text, fill="black", font=font)
-    picture.paste(Image.fromarray(body), (0, 26))
+    lines = text.split("; ")
+    width, head = max(body.shape[1], *(int(font.getlength(line)) + 16 for line in lines)), 8 + 18 * len(lines)
+    picture = Image.new("RGB", (width, body.shape[0] + head), "white")
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(picture).text((8, 4 + 18 * number), line, fill="black", font=font)
+    picture.paste(Image.fromarray(body), (0, head))
     picture.save(path)
 
 
 def write_reconstruction_video(result: Reconstructions, path: Path, fps: float = 8, repeat: int = 4) -> None:
     """Write an H.264 mp4: original, masked and reconstructed clip side by side, a row a clip, played `repeat` times."""
-    scale = max(1, 224 // result.original.shape[-1])
     rows = [
-        np.concatenate([_frames(clip, scale) for clip in of_clip], axis=2)
+        np.concatenate([enlarge(clip, 224) for clip in of_clip], axis=2)
         for of_clip in zip(result.original, result.masked, result.reconstructed)
     ]
     frames = np.concatenate(rows, axis=1)
@@ -148,6 +165,18 @@ def write_reconstruction_video(result: Reconstructions, path: Path, fps: float =
         file.mux(stream.encode())
 
 
-def _frames(clip: Tensor, scale: int) -> np.ndarray:
-    """Turn `(C, T, H, W)` uint8 into `(T, scale * H, scale * W, 3)`, pixels repeated."""
-    return clip.permute(1, 2, 3, 0).numpy().repeat(scale, axis=1).repeat(scale, axis=2)
+def enlarge(clip: Tensor, width: int) -> np.ndarray:
+    """Turn a clip `(C, T, H, W)` uint8 into frames `(T, s * H, s * W, 3)`, enlarged to `width` pixels at most."""
+    scale = max(1, width // clip.shape[-1])
+    frames = clip.permute(1, 2, 3, 0).numpy()
+    size = (scale * frames.shape[2], scale * frames.shape[1])
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames])
+
+
+def _with_mean_colours(clips: Tensor, original: Tensor, model: Autoencoder) -> Tensor:
+    """Give every patch of uint8 clips `(B, C, T, H, W)` the mean colour that it has in the original."""
+    config = model.encoder.config
+    index = torch.arange(prod(config.grid)).expand(len(clips), -1)
+    ours, theirs = (take_patches(each.float(), config.tubelet, config.patch, index) for each in (clips, original))
+    ours = ours + (theirs - ours).mean(dim=(2, 3, 4), keepdim=True)
+    return put_patches(ours, config.grid).round().clamp(0, 255).to(torch.uint8)
