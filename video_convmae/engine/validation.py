@@ -22,11 +22,13 @@ class Validation:
     build_model: a model of the same kind on this process's device, for weights other than the trained ones (their
         average) or sharded ones.
     every: epochs between two measurements; the last step is always followed by one.
+    every_steps: optimizer steps between them; replaces `every`.
     """
 
     measure: Callable[[nn.Module], Values]
     build_model: Callable[[], nn.Module]
     every: float = 1.0
+    every_steps: int | None = None
 
 
 class Validator:
@@ -44,7 +46,8 @@ class Validator:
 
     def __init__(self, validation: Validation, steps_per_epoch: int, steps: int, log: NullLog, saver: Saver) -> None:
         self._validation = validation
-        self._every, self._steps = max(1, round(validation.every * steps_per_epoch)), steps
+        every = validation.every_steps or max(1, round(validation.every * steps_per_epoch))
+        self._every, self._steps = every, steps
         self._log, self._saver = log, saver
         known = all_gather_object(log.values("val_top1"))[0]
         self._measured = set(known)
