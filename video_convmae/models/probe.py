@@ -1,4 +1,5 @@
-"""The probe: a head on a frozen pretrained encoder. Heads: linear, attentive, k nearest neighbours.
+"""The probe: a head on a frozen pretrained encoder. Heads: linear, attentive, k nearest neighbours,
+logistic regression.
 
 Letters: B clips, C T H W their channels, frames and pixels; N tokens, n visible ones, D width of a token; R stored
 features.
@@ -6,8 +7,10 @@ features.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
@@ -15,8 +18,9 @@ from torch import Tensor, nn
 
 from .autoencoder import FusedEncoder
 from .classifier import check_num_classes, init_head
-from .encoder import init_as_convolution, init_as_transformer
-from .sizes import ClassifierConfig, ProbeKind, apply_overrides
+from .encoder import Features, init_as_convolution, init_as_transformer
+from .pooling import pool_features, pooled_width
+from .sizes import ClassifierConfig, Pool, ProbeKind, apply_overrides
 
 
 class Probe(FusedEncoder):
@@ -41,16 +45,20 @@ class Probe(FusedEncoder):
         check_num_classes(num_classes)
         super().__init__(config, config.msd)
         self.requires_grad_(False)
-        width = self.encoder.width
-        self.head: LinearHead | AttentiveHead | KNNHead
+        width, pooled = self.encoder.width, pooled_width(config, config.pool)
+        self.head: LinearHead | AttentiveHead | KNNHead | LogisticHead
         if config.probe == "linear":
-            self.head = LinearHead(width, num_classes, config.head_init_std)
+            self.head = LinearHead(pooled, num_classes, config.head_init_std, config.pool, config.grid[0])
         elif config.probe == "attentive":
             self.head = AttentiveHead(width, config.heads, num_classes, config.head_init_std)
         elif config.probe == "knn":
             self.head = KNNHead(width, num_classes)
+        elif config.probe == "logistic":
+            self.head = LogisticHead(pooled, num_classes, config.head_init_std, config.pool, config.grid[0])
         else:
-            raise ValueError("probe is none; expected linear, attentive or knn in a Probe, or build a Classifier")
+            raise ValueError(
+                f"probe is none; expected {', '.join(get_args(ProbeKind))} in a Probe, or build a Classifier"
+            )
         self.init_weights()
         self.train()
 
@@ -76,19 +84,28 @@ class Probe(FusedEncoder):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Map clips `(B, C, T, H, W)` to logits `(B, num_classes)`."""
-        return self.head(self.encode(clips))
+        features = self.features(clips)
+        return self.head(features.tokens, features.pyramid)
+
+    @torch.no_grad()
+    def features(self, clips: Tensor) -> Features:
+        """Return what the head reads, without gradients: the stages' outputs and the tokens of `encode`."""
+        return self._features(clips, self.encoder.packing(clips, None))
 
 
 class LinearHead(nn.Module):
-    """The mean over tokens, standardised over the batch, then Linear (the probe of MAE and ConvMAE).
+    """The tokens pooled, standardised over the batch, then Linear (of their mean: the probe of MAE and ConvMAE).
 
     BatchNorm without affine parameters puts features of any scale under one learning rate. Training needs two clips a
     batch. Several processes share its statistics (engine/parallel.py).
     """
 
-    def __init__(self, width: int, num_classes: int, head_init_std: float | None) -> None:
+    def __init__(
+        self, width: int, num_classes: int, head_init_std: float | None, pool: Pool = "mean", frames: int = 1
+    ) -> None:
         super().__init__()
         self.head_init_std = head_init_std
+        self.pool, self.frames = pool, frames
         self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False)
         self.linear = nn.Linear(width, num_classes)
 
@@ -97,9 +114,54 @@ class LinearHead(nn.Module):
         self.norm.reset_running_stats()
         init_head(self.linear, self.head_init_std)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, pyramid: Sequence[Tensor] = ()) -> Tensor:
         """`(B, N, D)` -> `(B, num_classes)`."""
-        return self.linear(self.norm(tokens.mean(dim=1)))
+        return self.linear(self.norm(pool_features(tokens, pyramid, self.pool, self.frames)))
+
+
+class LogisticHead(LinearHead):
+    """A LinearHead that is fitted at once, by logistic regression with an L2 penalty on the standardised features.
+
+    For few labels: nothing is to be tuned. The penalty is a prior on standardised features, which more records
+    outweigh; choosing it by cross-validation on 80 videos was worse (docs/results.md).
+    """
+
+    STRENGTH = 1e-2  # inverse of the penalty, scikit-learn's C
+
+    @property
+    def feature_width(self) -> int:
+        """Length of a feature."""
+        return self.linear.in_features
+
+    def embed(self, tokens: Tensor, pyramid: Sequence[Tensor] = ()) -> Tensor:
+        """Return the pooled features `(B, K)` of tokens `(B, N, D)` and the convolutional stages' outputs."""
+        return pool_features(tokens, pyramid, self.pool, self.frames).float()
+
+    def fit(self, features: Tensor, labels: Tensor) -> None:
+        """Fit to labelled features, `(R, K)` and `(R,)`. A class without a record is never answered.
+
+        Raises:
+            ValueError: the records have one class.
+        """
+        from sklearn.linear_model import LogisticRegression  # a second of imports: only where it is fitted
+
+        values, known = features.double().cpu().numpy(), labels.cpu().numpy()
+        classes = np.unique(known)
+        if len(classes) < 2:
+            raise ValueError(f"all {len(known)} records that could be read have one class; expected two or more")
+        mean, variance = values.mean(0), values.var(0)
+        values = (values - mean) / np.sqrt(variance + self.norm.eps)
+        model = LogisticRegression(C=self.STRENGTH, max_iter=1000).fit(values, known)
+        weight, bias = model.coef_, model.intercept_
+        if len(classes) == 2:  # one row, the log of the second's odds
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        with torch.no_grad():
+            self.norm.running_mean.copy_(torch.from_numpy(mean))
+            self.norm.running_var.copy_(torch.from_numpy(variance))
+            self.linear.weight.zero_()
+            self.linear.bias.fill_(-1e4)
+            self.linear.weight[classes] = torch.from_numpy(weight).to(self.linear.weight)
+            self.linear.bias[classes] = torch.from_numpy(bias).to(self.linear.bias)
 
 
 class AttentiveHead(nn.Module):
@@ -131,7 +193,7 @@ class AttentiveHead(nn.Module):
         nn.init.normal_(self.query, std=0.02)
         init_head(self.linear, self.head_init_std)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, pyramid: Sequence[Tensor] = ()) -> Tensor:
         """`(B, N, D)` -> `(B, num_classes)`."""
         batch, count, width = tokens.shape
         q = self.q(self.query).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
@@ -160,15 +222,20 @@ class KNNHead(nn.Module):
         """Remove the stored features."""
         self.fit(self.features[:0], self.labels[:0])
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    @property
+    def feature_width(self) -> int:
+        """Length of a feature."""
+        return self.features.shape[1]
+
+    def embed(self, tokens: Tensor, pyramid: Sequence[Tensor] = ()) -> Tensor:
         """Return the features `(B, D)`, of length 1, of tokens `(B, N, D)`."""
         return F.normalize(tokens.float().mean(dim=1), dim=1)
 
     def fit(self, features: Tensor, labels: Tensor) -> None:
-        """Store labelled features, `(R, D)` of length 1 and `(R,)`, in place of those before."""
-        self.features, self.labels = features, labels
+        """Store labelled features, `(R, D)` and `(R,)`, scaled to length 1, in place of those before."""
+        self.features, self.labels = F.normalize(features, dim=1), labels
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, pyramid: Sequence[Tensor] = ()) -> Tensor:
         """`(B, N, D)` -> `(B, num_classes)`; their softmax is each class's share of the votes.
 
         Raises:
@@ -204,7 +271,7 @@ def create_probe(
 ) -> Probe:
     """Build a probe of a named size; arguments as in `create_autoencoder`, overrides any field of `EncoderConfig`.
 
-    Positions are fixed, as in an autoencoder. `kind` is the head's (linear, attentive, knn); see `Probe`.
+    Positions are fixed, as in an autoencoder. `kind` is the head's (linear, attentive, knn, logistic); see `Probe`.
     """
     given = {"size": size, "num_frames": num_frames, "image_size": image_size, "msd": msd}
     head = {"probe": kind, "head_init_std": head_init_std, "head_dropout": 0.0}
