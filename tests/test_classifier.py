@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 
 from video_convmae import create_autoencoder, create_classifier, load_weights, masking
 from video_convmae.models.autoencoder import Autoencoder
+from video_convmae.models.pooling import pool_tokens
 from video_convmae.models.probe import Probe, create_probe
+from video_convmae.weights.formats import to_format
+from video_convmae.weights.load import model_from
 
 VIDEO = {"num_frames": 4, "image_size": 32, "depths": (1, 1, 2)}
 GEOMETRIES = {
@@ -225,3 +229,60 @@ def test_dropout_before_the_head_is_there_in_training_alone() -> None:
     assert torch.equal(plain.train()(clips), plain(clips))
     with pytest.raises(ValueError, match=r"head_dropout is 1\.0; expected a share"):
         create_classifier("tiny", num_classes=3, head_dropout=1.0, **VIDEO)
+
+
+# Pooling
+
+
+def test_motion_is_the_mean_and_the_change_on_average_and_where_it_is_largest() -> None:
+    tokens = torch.ones(1, 3, 4, 2)  # (B, t, h*w, D)
+    tokens[0, 1:, 2, 0] = 5  # one place changes once, by 4, in one value
+    pooled = pool_tokens(tokens.flatten(1, 2), "motion", frames=3)
+    torch.testing.assert_close(pooled, torch.tensor([[1 + 8 / 12, 1, 4 / 2 / 4, 0, 4 / 2, 0]]))
+    assert torch.equal(pooled[:, :2], pool_tokens(tokens.flatten(1, 2), "mean", frames=3))
+
+
+def test_motion_does_not_depend_on_the_direction_of_time_or_the_place() -> None:
+    tokens = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    pooled, backward, moved = (
+        pool_tokens(each.flatten(1, 2), "motion", frames=4) for each in (tokens, tokens.flip(1), tokens.roll(1, dims=2))
+    )
+    torch.testing.assert_close(backward, pooled)
+    torch.testing.assert_close(moved, pooled)
+
+
+@pytest.mark.parametrize("create", [create_classifier, create_probe])
+def test_a_head_on_motion_learns_and_starts_from_pretrained_weights(create: Callable[..., nn.Module]) -> None:
+    model = create("tiny", num_classes=3, pool="motion", **VIDEO).train()
+    load_weights(model, pretrained())
+    before = create("tiny", num_classes=3, **VIDEO)
+    load_weights(before, pretrained())
+    clips = clips_for(model)
+    assert torch.equal(model.eval().encode(clips), before.eval().encode(clips))
+    model.train()(clips).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_weights_say_how_their_head_pools() -> None:
+    source = create_classifier("tiny", num_classes=3, pool="motion", **VIDEO).eval()
+    model, report = model_from(source)
+    assert model.config.pool == "motion"
+    assert not report.missing
+    clips = clips_for(source)
+    assert torch.equal(model.eval()(clips), source(clips))
+    with pytest.raises(ValueError, match="published formats hold classifiers on the mean"):
+        to_format(create_classifier("tiny", num_classes=3, pool="motion", **{**VIDEO, "temporal_kernel": 1}), "convmae")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_frames": 1}, "1 frames of tubelet 1 make one token in time; expected 2 or more"),
+        ({"num_frames": 2}, "2 frames of tubelet 2 make one token in time"),
+        ({"kind": "attentive"}, "pool is 'motion' and probe 'attentive'; expected mean"),
+        ({"pool": "median"}, "pool is 'median'; expected one of mean, motion"),
+    ],
+)
+def test_motion_that_cannot_be_pooled_is_an_error(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        probe(**{"pool": "motion", **settings})

@@ -291,7 +291,8 @@ def build_optimization(
     else:
         peak, end = (base * effective_batch / 256 for base in (config.base_lr, config.base_min_lr))
         origin = f"lr {peak:.3g} = base_lr {config.base_lr:.3g} x effective batch {effective_batch} / 256"
-    schedule = Schedule(peak, end, round(config.warmup_epochs * steps_per_epoch), steps)
+    warmup = round(config.warmup_epochs * steps_per_epoch) if config.warmup_steps is None else config.warmup_steps
+    schedule = Schedule(peak, end, warmup, steps)
     scales = None
     if config.layer_decay != 1:
         if not isinstance(model, Classifier):
@@ -437,7 +438,7 @@ def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | 
     def build_model() -> nn.Module:
         return build_classifier(config.model, num_classes).to(info.device)
 
-    return Validation(measure, build_model, config.validate.every)
+    return Validation(measure, build_model, config.validate.every, every_steps=config.validate.every_steps)
 
 
 def _num_classes(data: LabelledDataConfig) -> int:

@@ -157,6 +157,13 @@ class ValidateConfig(ProtocolConfig):
 
     every: float = 1.0
     """Epochs between two validations; the last step is always followed by one."""
+    every_steps: int | None = None
+    """Optimizer steps between two validations; replaces every."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(f"validate.every_steps is {self.every_steps}; expected 1 or more, or none to count epochs")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,8 @@ class OptimConfig:
     """Absolute learning rate; replaces the rule above, and base_min_lr is then absolute too."""
     warmup_epochs: float = 40
     """Epochs of linear warm-up from 0."""
+    warmup_steps: int | None = None
+    """Warm-up in optimizer steps; replaces warmup_epochs, as train.max_steps replaces train.epochs."""
     weight_decay: float = 0.05
     """Weight decay of matrices and kernels; vectors (biases, norms, the mask token) and positions have none."""
     layer_decay: float = 1.0

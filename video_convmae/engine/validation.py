@@ -22,6 +22,7 @@ class Validation:
     build_model: a model of the same kind on this process's device, for weights other than the trained ones (their
         average) or sharded ones.
     every: epochs between two measurements; the last step is always followed by one.
+    every_steps: optimizer steps between them; replaces `every`.
     prefix: of the logged names.
     best: name of the value that decides which checkpoint is the best; None: no checkpoint is.
     from_start: also measure before the first step.
@@ -31,6 +32,7 @@ class Validation:
     measure: Callable[[nn.Module], Values]
     build_model: Callable[[], nn.Module]
     every: float = 1.0
+    every_steps: int | None = None
     prefix: str = "val_"
     best: str | None = "top1"
     from_start: bool = False
@@ -52,7 +54,8 @@ class Validator:
 
     def __init__(self, validation: Validation, steps_per_epoch: int, steps: int, log: NullLog, saver: Saver) -> None:
         self.validation = validation
-        self._every, self._steps = max(1, round(validation.every * steps_per_epoch)), steps
+        every = validation.every_steps or max(1, round(validation.every * steps_per_epoch))
+        self._every, self._steps = every, steps
         self._log, self._saver = log, saver
         names = [f"{validation.prefix}{name}" for name in ("scored", validation.best) if name]
         measured, *known = all_gather_object([log.values(name) for name in names])[0]

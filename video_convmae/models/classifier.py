@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from .blocks import multiply_adds
 from .encoder import Encoder
+from .pooling import POOLED_PARTS, pool_tokens
 from .sizes import ClassifierConfig, apply_overrides
 
 
 class Classifier(nn.Module):
-    """The encoder with nothing hidden, the mean over tokens, LayerNorm, Linear; for finetuning.
+    """The encoder with nothing hidden, its tokens pooled, LayerNorm, Linear; for finetuning.
 
-    There is no fusion and no norm before the mean (ConvViT, VideoMAE).
+    There is no fusion and no norm before the pooling (ConvViT, VideoMAE).
 
     Args:
         config: encoder and head. `head_init_std`: finetuning starts from 2e-5 (ConvMAE; VideoMAE scales 0.02 by 0.001).
@@ -36,9 +37,10 @@ class Classifier(nn.Module):
             raise ValueError(f"probe is {config.probe!r}; expected none in a Classifier: build a Probe")
         self.config = config
         self.encoder = Encoder(config)
-        self.norm = nn.LayerNorm(self.encoder.width, eps=1e-6)
+        width = self.encoder.width * POOLED_PARTS[config.pool]
+        self.norm = nn.LayerNorm(width, eps=1e-6)
         self.dropout = nn.Dropout(config.head_dropout)
-        self.head = nn.Linear(self.encoder.width, num_classes)
+        self.head = nn.Linear(width, num_classes)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -49,7 +51,8 @@ class Classifier(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Map clips `(B, C, T, H, W)` to logits `(B, num_classes)`."""
-        return self.head(self.dropout(self.norm(self.encode(clips).mean(dim=1))))
+        pooled = pool_tokens(self.encode(clips), self.config.pool, self.config.grid[0])
+        return self.head(self.dropout(self.norm(pooled)))
 
     def encode(self, clips: Tensor, visible: Tensor | None = None) -> Tensor:
         """Return tokens `(B, n, D)` after the last attention block; `None` = all visible."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .autoencoder import FusedEncoder
 from .classifier import check_num_classes, init_head
 from .encoder import init_as_convolution, init_as_transformer
-from .sizes import ClassifierConfig, ProbeKind, apply_overrides
+from .pooling import POOLED_PARTS, pool_tokens
+from .sizes import ClassifierConfig, Pool, ProbeKind, apply_overrides
 
 
 class Probe(FusedEncoder):
@@ -44,7 +45,7 @@ class Probe(FusedEncoder):
         width = self.encoder.width
         self.head: LinearHead | AttentiveHead | KNNHead
         if config.probe == "linear":
-            self.head = LinearHead(width, num_classes, config.head_init_std)
+            self.head = LinearHead(width, num_classes, config.head_init_std, config.pool, config.grid[0])
         elif config.probe == "attentive":
             self.head = AttentiveHead(width, config.heads, num_classes, config.head_init_std)
         elif config.probe == "knn":
@@ -80,15 +81,19 @@ class Probe(FusedEncoder):
 
 
 class LinearHead(nn.Module):
-    """The mean over tokens, standardised over the batch, then Linear (the probe of MAE and ConvMAE).
+    """The tokens pooled, standardised over the batch, then Linear (of their mean: the probe of MAE and ConvMAE).
 
     BatchNorm without affine parameters puts features of any scale under one learning rate. Training needs two clips a
     batch. Several processes share its statistics (engine/parallel.py).
     """
 
-    def __init__(self, width: int, num_classes: int, head_init_std: float | None) -> None:
+    def __init__(
+        self, width: int, num_classes: int, head_init_std: float | None, pool: Pool = "mean", frames: int = 1
+    ) -> None:
         super().__init__()
         self.head_init_std = head_init_std
+        self.pool, self.frames = pool, frames
+        width *= POOLED_PARTS[pool]
         self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False)
         self.linear = nn.Linear(width, num_classes)
 
@@ -99,7 +104,7 @@ class LinearHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`(B, N, D)` -> `(B, num_classes)`."""
-        return self.linear(self.norm(tokens.mean(dim=1)))
+        return self.linear(self.norm(pool_tokens(tokens, self.pool, self.frames)))
 
 
 class AttentiveHead(nn.Module):

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 Implementation = Literal["packed", "dense"]
 PositionTable = Literal["sincos", "flat"]
+Pool = Literal["mean", "motion"]
 ProbeKind = Literal["linear", "attentive", "knn"]
 Target = Literal["patch", "patch_channel", "none"]
 
@@ -200,6 +201,9 @@ class ClassifierConfig(EncoderConfig):
     probe: ProbeKind | None = None
     """Freeze the encoder and train this head on its features: linear, attentive, or knn, which stores the training
     features and trains nothing; none: finetune everything."""
+    pool: Pool = "mean"
+    """How the head pools tokens: mean, or motion, the mean beside the change over time, its mean and its maximum over the
+    places (classifier and linear probe)."""
     msd: bool = True
     """Probes read the tokens after fusion and norm, as pretrained. A finetuned classifier has no fusion."""
     head_init_std: float | None = None
@@ -216,6 +220,15 @@ class ClassifierConfig(EncoderConfig):
             raise ValueError(f"the probe's kind is {self.probe!r}; expected one of {', '.join(get_args(ProbeKind))}")
         if self.head_init_std is None or not self.head_init_std > 0:
             raise ValueError(f"head_init_std is {self.head_init_std}; expected a deviation above 0")
+        if self.pool not in get_args(Pool):
+            raise ValueError(f"pool is {self.pool!r}; expected one of {', '.join(get_args(Pool))}")
+        if self.pool != "mean" and self.probe in ("attentive", "knn"):
+            raise ValueError(f"pool is {self.pool!r} and probe {self.probe!r}; expected mean, or a linear probe")
+        if self.pool == "motion" and self.grid[0] < 2:
+            raise ValueError(
+                f"pool is motion and {self.num_frames} frames of tubelet {self.tubelet} make one token in time; "
+                "expected 2 or more: take more frames, or pool mean"
+            )
         if not 0 <= self.head_dropout < 1:
             raise ValueError(f"head_dropout is {self.head_dropout}; expected a share, 0 or more and less than 1")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import isqrt, prod
 from typing import Any, Literal
 
+from video_convmae.models.pooling import POOLED_PARTS
 from video_convmae.models.sizes import SIZES
 
 from .files import Tensors
@@ -34,7 +35,7 @@ def model_arguments(source: Source, kind: Literal["autoencoder", "classifier"] |
     if kind == "classifier" or (kind is None and weights.has("head")):
         if weights.position_table == "flat" and POSITIONS[0] not in weights.tensors:
             arguments["learnable_positions"] = False
-        return arguments | ({"num_classes": len(weights.tensors["head.bias"])} if weights.has("head") else {})
+        return arguments | (_head_arguments(weights) if weights.has("head") else {})
     if not weights.has("decoder"):
         return arguments | {"msd": True}
     width, depth = len(weights.tensors["decoder.embedding.bias"]), _count_blocks(weights.tensors, "decoder.blocks")
@@ -95,3 +96,11 @@ def _mlp_ratio(tensors: Tensors, stages: list[str]) -> float:
     if len(ratios) > 1:
         raise ValueError(f"the stages have MLP ratios {ratios}; ours has one for all, as the released base model")
     return ratios[0] if ratios else 4.0
+
+
+def _head_arguments(weights: Weights) -> dict[str, Any]:
+    """Return the arguments of a classifier's head; its width over that of a token says how the tokens are pooled."""
+    classes, width = weights.tensors["head.weight"].shape
+    parts = width // len(embedding_weights(weights.tensors)[-1])
+    pool = next((pool for pool, count in POOLED_PARTS.items() if count == parts), "mean")
+    return {"num_classes": classes} | ({"pool": pool} if pool != "mean" else {})

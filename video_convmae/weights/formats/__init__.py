@@ -16,7 +16,7 @@ from video_convmae.shipped import find_shipped_weights
 
 from ..files import Tensors, read_file
 from ..options import WRITABLE
-from ..state import Weights, summarize_names
+from ..state import Weights, embedding_weights, summarize_names
 from . import ours
 from .base import Format
 from .convmae import CONVMAE, MMPRETRAIN
@@ -98,4 +98,7 @@ def to_format(source: Source, name: str, image_size: int | tuple[int, int] | Non
     writer = _WRITERS.get(name)
     if writer is None or writer.before_write is None:
         raise ValueError(f"format is {name!r}; expected one of {', '.join(WRITABLE)} (MAE has a CLS token, ours none)")
-    return writer.write(writer.before_write(read_weights(source), image_size))
+    weights = read_weights(source)
+    if weights.has("fc_norm") and len(weights.tensors["fc_norm.weight"]) != len(embedding_weights(weights.tensors)[-1]):
+        raise ValueError("the published formats hold classifiers on the mean over tokens; this one has another model.pool")
+    return writer.write(writer.before_write(weights, image_size))
