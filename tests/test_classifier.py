@@ -286,3 +286,34 @@ def test_weights_say_how_their_head_pools() -> None:
 def test_motion_that_cannot_be_pooled_is_an_error(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         probe(**{"pool": "motion", **settings})
+
+
+# Logistic regression
+
+
+def test_a_logistic_head_is_fitted_at_once() -> None:
+    """It answers as scikit-learn's own regression with the penalty that cross-validation prefers."""
+    head = probe("logistic", pool="motion").head
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    tokens = torch.randn(60, 8, 192, generator=generator) * (1 + torch.arange(192))
+    tokens[:, :4] += 30 * labels[:, None, None] * torch.randn(192, generator=generator)
+    head.fit(head.embed(tokens), labels)
+    assert (head.eval()(tokens).argmax(dim=1) == labels).float().mean() > 0.95
+    again = probe("logistic", pool="motion").head
+    again.load_state_dict(head.state_dict())
+    assert torch.equal(again.eval()(tokens), head(tokens))
+
+
+@pytest.mark.parametrize("counts", [(9, 11), (6, 0, 6), (1, 6, 6)], ids=str)
+def test_a_logistic_head_fits_few_records(counts: tuple[int, ...]) -> None:
+    """Two classes; a class without any record; a class of one, which cannot be cross-validated."""
+    head = probe("logistic", num_classes=len(counts)).head
+    labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    features = torch.randn(len(labels), 192, generator=torch.Generator().manual_seed(0)) + 3 * labels[:, None]
+    head.fit(features, labels)
+    answers = head.eval()(features[:, None])
+    assert torch.equal(answers.argmax(dim=1)[-12:], labels[-12:])
+    assert not answers.softmax(dim=1)[:, torch.tensor(counts) == 0].any()
+    with pytest.raises(ValueError, match="all 4 records that could be read have one class"):
+        head.fit(features[:4], torch.zeros(4, dtype=torch.int64))

@@ -18,10 +18,10 @@ from video_convmae.config import FinetuneConfig, to_plain
 
 
 def finetune(config: FinetuneConfig) -> int:
-    """Run a configuration; return the steps done (0 for a nearest-neighbour probe)."""
+    """Run a configuration; return the steps done (0 for a probe that is fitted at once)."""
     from video_convmae import build
     from video_convmae.engine.distributed import init_distributed
-    from video_convmae.engine.nearest import fit_knn
+    from video_convmae.engine.fit import fit_probe
 
     config = build.resolve_config(config)
     with init_distributed(config.device, config.hang_timeout) as info:
@@ -32,14 +32,14 @@ def finetune(config: FinetuneConfig) -> int:
         config = replace(config, data=replace(config.data, labels=labels, num_classes=num_classes))
         if info.is_main:
             print(f"{num_classes} classes")
-        if config.model.probe != "knn":
+        if config.model.probe not in ("knn", "logistic"):
             return build.build_finetuning(config, info, records, validation).fit()
         probe = build.build_classifier(config.model, num_classes)
         report = build.load_initial_weights(config.init, probe)
         if info.is_main:
             print(report or "init.weights is none: a random encoder is probed", flush=True)
         inference = build.build_inference(probe, config.data, records, config.validate, info)
-        fit_knn(
+        fit_probe(
             inference,
             Path(config.output),
             config.data.max_bad_fraction,

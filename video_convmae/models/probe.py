@@ -1,4 +1,5 @@
-"""The probe: a head on a frozen pretrained encoder. Heads: linear, attentive, k nearest neighbours.
+"""The probe: a head on a frozen pretrained encoder. Heads: linear, attentive, k nearest neighbours,
+logistic regression.
 
 Letters: B clips, C T H W their channels, frames and pixels; N tokens, n visible ones, D width of a token; R stored
 features.
@@ -6,8 +7,9 @@ features.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
@@ -43,15 +45,19 @@ class Probe(FusedEncoder):
         super().__init__(config, config.msd)
         self.requires_grad_(False)
         width = self.encoder.width
-        self.head: LinearHead | AttentiveHead | KNNHead
+        self.head: LinearHead | AttentiveHead | KNNHead | LogisticHead
         if config.probe == "linear":
             self.head = LinearHead(width, num_classes, config.head_init_std, config.pool, config.grid[0])
         elif config.probe == "attentive":
             self.head = AttentiveHead(width, config.heads, num_classes, config.head_init_std)
         elif config.probe == "knn":
             self.head = KNNHead(width, num_classes)
+        elif config.probe == "logistic":
+            self.head = LogisticHead(width, num_classes, config.head_init_std, config.pool, config.grid[0])
         else:
-            raise ValueError("probe is none; expected linear, attentive or knn in a Probe, or build a Classifier")
+            raise ValueError(
+                f"probe is none; expected {', '.join(get_args(ProbeKind))} in a Probe, or build a Classifier"
+            )
         self.init_weights()
         self.train()
 
@@ -105,6 +111,59 @@ class LinearHead(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """`(B, N, D)` -> `(B, num_classes)`."""
         return self.linear(self.norm(pool_tokens(tokens, self.pool, self.frames)))
+
+
+class LogisticHead(LinearHead):
+    """A LinearHead that is fitted at once, by logistic regression with an L2 penalty on the standardised features.
+
+    Where labels are few, a regularised fit to the end is better than some steps of AdamW, and nothing about it is to be
+    tuned: cross-validation on the training list chooses the penalty (scikit-learn).
+    """
+
+    STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse of the penalty, scikit-learn's C
+    FOLDS = 5
+
+    @property
+    def feature_width(self) -> int:
+        """Length of a feature."""
+        return self.linear.in_features
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the features `(B, K)` of tokens `(B, N, D)`."""
+        return pool_tokens(tokens.float(), self.pool, self.frames)
+
+    def fit(self, features: Tensor, labels: Tensor) -> None:
+        """Fit to labelled features, `(R, K)` and `(R,)`. A class without a record is never answered.
+
+        Raises:
+            ValueError: the records have one class.
+        """
+        from sklearn.linear_model import LogisticRegression  # a second of imports: only where it is fitted
+        from sklearn.model_selection import cross_val_score
+
+        values, known = features.double().cpu().numpy(), labels.cpu().numpy()
+        classes, counts = np.unique(known, return_counts=True)
+        if len(classes) < 2:
+            raise ValueError(f"all {len(known)} records that could be read have one class; expected two or more")
+        mean, variance = values.mean(0), values.var(0)
+        values = (values - mean) / np.sqrt(variance + self.norm.eps)
+        models = [LogisticRegression(C=strength, max_iter=1000) for strength in self.STRENGTHS]
+        best, repeated = 0, counts > 1
+        if repeated.sum() > 1:  # else the strongest penalty
+            tried = np.isin(known, classes[repeated])  # a class of one record cannot be in two parts
+            given = {"X": values[tried], "y": known[tried], "cv": min(self.FOLDS, int(counts[repeated].min()))}
+            best = int(np.argmax([cross_val_score(each, **given, scoring="neg_log_loss").mean() for each in models]))
+        model = models[best].fit(values, known)
+        weight, bias = model.coef_, model.intercept_
+        if len(classes) == 2:  # one row, the log of the second's odds
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        with torch.no_grad():
+            self.norm.running_mean.copy_(torch.from_numpy(mean))
+            self.norm.running_var.copy_(torch.from_numpy(variance))
+            self.linear.weight.zero_()
+            self.linear.bias.fill_(-1e4)
+            self.linear.weight[classes] = torch.from_numpy(weight).to(self.linear.weight)
+            self.linear.bias[classes] = torch.from_numpy(bias).to(self.linear.bias)
 
 
 class AttentiveHead(nn.Module):
@@ -165,13 +224,18 @@ class KNNHead(nn.Module):
         """Remove the stored features."""
         self.fit(self.features[:0], self.labels[:0])
 
+    @property
+    def feature_width(self) -> int:
+        """Length of a feature."""
+        return self.features.shape[1]
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the features `(B, D)`, of length 1, of tokens `(B, N, D)`."""
         return F.normalize(tokens.float().mean(dim=1), dim=1)
 
     def fit(self, features: Tensor, labels: Tensor) -> None:
-        """Store labelled features, `(R, D)` of length 1 and `(R,)`, in place of those before."""
-        self.features, self.labels = features, labels
+        """Store labelled features, `(R, D)` and `(R,)`, scaled to length 1, in place of those before."""
+        self.features, self.labels = F.normalize(features, dim=1), labels
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`(B, N, D)` -> `(B, num_classes)`; their softmax is each class's share of the votes.
@@ -209,7 +273,7 @@ def create_probe(
 ) -> Probe:
     """Build a probe of a named size; arguments as in `create_autoencoder`, overrides any field of `EncoderConfig`.
 
-    Positions are fixed, as in an autoencoder. `kind` is the head's (linear, attentive, knn); see `Probe`.
+    Positions are fixed, as in an autoencoder. `kind` is the head's (linear, attentive, knn, logistic); see `Probe`.
     """
     given = {"size": size, "num_frames": num_frames, "image_size": image_size, "msd": msd}
     head = {"probe": kind, "head_init_std": head_init_std, "head_dropout": 0.0}

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 Implementation = Literal["packed", "dense"]
 PositionTable = Literal["sincos", "flat"]
 Pool = Literal["mean", "motion"]
-ProbeKind = Literal["linear", "attentive", "knn"]
+ProbeKind = Literal["linear", "attentive", "knn", "logistic"]
 Target = Literal["patch", "patch_channel", "none"]
 
 
@@ -199,11 +199,12 @@ class ClassifierConfig(EncoderConfig):
     """Classifier options and, with `probe`, those of a probe. Positions are learnable in a classifier alone."""
 
     probe: ProbeKind | None = None
-    """Freeze the encoder and train this head on its features: linear, attentive, or knn, which stores the training
-    features and trains nothing; none: finetune everything."""
+    """Freeze the encoder and train this head on its features: linear or attentive; knn, which stores the training
+    features and trains nothing; logistic, fitted at once by regularised logistic regression, for few labels. none:
+    finetune everything."""
     pool: Pool = "mean"
-    """How the head pools tokens: mean, or motion, the mean beside the change over time, its mean and its maximum over the
-    places (classifier and linear probe)."""
+    """How the head pools tokens: mean; or motion, the mean beside the change over time, on average and where it is
+    largest (classifier, linear and logistic probe)."""
     msd: bool = True
     """Probes read the tokens after fusion and norm, as pretrained. A finetuned classifier has no fusion."""
     head_init_std: float | None = None

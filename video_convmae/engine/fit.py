@@ -1,4 +1,4 @@
-"""Fit a nearest-neighbour probe: compute the features of a labelled list and validate on them. Nothing is trained."""
+"""Fit a probe at once: compute the features of a labelled list, fit the head to them and validate. No step is taken."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import yaml
 
 from video_convmae.atomic import write_text
-from video_convmae.models.probe import KNNHead, Probe
+from video_convmae.models.probe import KNNHead, LogisticHead, Probe
 
 from .checkpoint import checkpoint_name, save_checkpoint
 from .distributed import barrier
@@ -23,14 +22,14 @@ from .log import BadRecordLog, last_words
 from .validation import Validation
 
 
-def fit_knn(
+def fit_probe(
     inference: ListInference,
     folder: Path,
     max_bad_fraction: float,
     run_config: dict[str, Any],
     validation: Validation | None,
 ) -> None:
-    """Fill a probe's KNNHead with the features of the training list, validate, and write a checkpoint of step 0.
+    """Fit a probe's head to the features of the training list, validate, and write a checkpoint of step 0.
 
     A record's feature is the mean of those of its views; one that cannot be read is reported and left out.
 
@@ -39,14 +38,14 @@ def fit_knn(
         folder: the run folder.
         max_bad_fraction: largest allowed fraction of bad records.
         run_config: configuration of the run as plain data.
-        validation: measured once, with the filled probe.
+        validation: measured once, with the fitted probe.
 
     Raises:
         TooManyBadRecords: see `BadRecordLog`.
     """
     model, info, records = inference.model, inference.info, inference.views.records
-    if not isinstance(model, Probe) or not isinstance(model.head, KNNHead):
-        raise TypeError(f"the model is a {type(model).__name__}; expected a Probe with model.probe knn")
+    if not isinstance(model, Probe) or not isinstance(model.head, KNNHead | LogisticHead):
+        raise TypeError(f"the model is a {type(model).__name__}; expected a Probe with model.probe knn or logistic")
     head = model.head
     started = time.perf_counter()
     if info.is_main:
@@ -56,14 +55,13 @@ def fit_knn(
     settings = {name: run_config[name] for name in ("data", "model", "validate", "seed")}
     chunks = chunk_folder(folder, settings | {"weights": weights, "records": records.digest()})
     barrier()
-    result = inference.run(lambda clips: head.embed(model.encode(clips)), (model.encoder.width,), chunks)
+    result = inference.run(lambda clips: head.embed(model.encode(clips)), (head.feature_width,), chunks)
     if info.is_main:
         (folder / "bad_records.jsonl").unlink(missing_ok=True)  # of an earlier attempt: all were tried again
     barrier()
     log = BadRecordLog(folder / "bad_records.jsonl", len(records), max_bad_fraction)
     log.add(result.bad_records, info.is_main)
-    # The mean over views is shorter than 1.
-    features = F.normalize(torch.from_numpy(result.values[~result.failed]), dim=1)
+    features = torch.from_numpy(result.values[~result.failed])
     head.fit(features.to(info.device), torch.from_numpy(records.labels[~result.failed]).to(info.device))
     values = {} if validation is None else validation.measure(model)
     state = {"model": model.state_dict(), "ema": None, "config": run_config}
