@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from video_convmae import create_autoencoder, create_classifier, load_weights, masking
 from video_convmae.models.autoencoder import Autoencoder
-from video_convmae.models.pooling import pool_tokens
+from video_convmae.models.pooling import pool_features
 from video_convmae.models.probe import Probe, create_probe
 from video_convmae.weights.formats import to_format
 from video_convmae.weights.load import model_from
@@ -235,17 +235,18 @@ def test_dropout_before_the_head_is_there_in_training_alone() -> None:
 
 
 def test_motion_is_the_mean_and_the_change_on_average_and_where_it_is_largest() -> None:
-    tokens = torch.ones(1, 3, 4, 2)  # (B, t, h*w, D)
-    tokens[0, 1:, 2, 0] = 5  # one place changes once, by 4, in one value
-    pooled = pool_tokens(tokens.flatten(1, 2), "motion", frames=3)
-    torch.testing.assert_close(pooled, torch.tensor([[1 + 8 / 12, 1, 4 / 2 / 4, 0, 4 / 2, 0]]))
-    assert torch.equal(pooled[:, :2], pool_tokens(tokens.flatten(1, 2), "mean", frames=3))
+    tokens, stage = torch.ones(1, 12, 2), torch.ones(1, 3, 4, 5, 1)  # (B, N, D); (B, t, h*w, cells, C)
+    stage[0, 1:, 2] = 5  # one place changes once, by 4
+    pooled = pool_features(tokens, [stage.flatten(1, 2)], "motion", frames=3)
+    assert pooled.tolist() == [[1, 1, 4 / 2 / 4, 4 / 2]]
+    assert torch.equal(pooled[:, :2], pool_features(tokens, [stage.flatten(1, 2)], "mean", frames=3))
 
 
 def test_motion_does_not_depend_on_the_direction_of_time_or_the_place() -> None:
     tokens = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
     pooled, backward, moved = (
-        pool_tokens(each.flatten(1, 2), "motion", frames=4) for each in (tokens, tokens.flip(1), tokens.roll(1, dims=2))
+        pool_features(each.flatten(1, 2), [], "motion", frames=4)
+        for each in (tokens, tokens.flip(1), tokens.roll(1, dims=2))
     )
     torch.testing.assert_close(backward, pooled)
     torch.testing.assert_close(moved, pooled)
@@ -293,14 +294,14 @@ def test_motion_that_cannot_be_pooled_is_an_error(settings: dict, message: str) 
 
 def test_a_logistic_head_is_fitted_at_once() -> None:
     """It answers as scikit-learn's own regression with the penalty that cross-validation prefers."""
-    head = probe("logistic", pool="motion").head
+    head = probe("logistic").head
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
     tokens = torch.randn(60, 8, 192, generator=generator) * (1 + torch.arange(192))
     tokens[:, :4] += 30 * labels[:, None, None] * torch.randn(192, generator=generator)
     head.fit(head.embed(tokens), labels)
     assert (head.eval()(tokens).argmax(dim=1) == labels).float().mean() > 0.95
-    again = probe("logistic", pool="motion").head
+    again = probe("logistic").head
     again.load_state_dict(head.state_dict())
     assert torch.equal(again.eval()(tokens), head(tokens))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from video_convmae.atomic import write_text
 from video_convmae.models.probe import KNNHead, LogisticHead, Probe
@@ -55,7 +56,12 @@ def fit_probe(
     settings = {name: run_config[name] for name in ("data", "model", "validate", "seed")}
     chunks = chunk_folder(folder, settings | {"weights": weights, "records": records.digest()})
     barrier()
-    result = inference.run(lambda clips: head.embed(model.encode(clips)), (head.feature_width,), chunks)
+
+    def embed(clips: Tensor) -> Tensor:
+        features = model.features(clips)
+        return head.embed(features.tokens, features.pyramid)
+
+    result = inference.run(embed, (head.feature_width,), chunks)
     if info.is_main:
         (folder / "bad_records.jsonl").unlink(missing_ok=True)  # of an earlier attempt: all were tried again
     barrier()

@@ -131,9 +131,13 @@ class FusedEncoder(nn.Module):
         return self._encode(clips, self.encoder.packing(clips, visible))
 
     def _encode(self, clips: Tensor, packing: Packing) -> Tensor:
+        return self._features(clips, packing).tokens
+
+    def _features(self, clips: Tensor, packing: Packing) -> Features:
+        """Return the pyramid, and the tokens after fusion and final norm."""
         features = self.encoder(clips, packing)
         tokens = features.tokens if self.fusion is None else self.fusion(features, packing)
-        return self.norm(tokens)
+        return Features(features.pyramid, self.norm(tokens))
 
 
 class Autoencoder(FusedEncoder):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .blocks import multiply_adds
 from .encoder import Encoder
-from .pooling import POOLED_PARTS, pool_tokens
+from .pooling import pool_features, pooled_width
 from .sizes import ClassifierConfig, apply_overrides
 
 
@@ -37,7 +37,7 @@ class Classifier(nn.Module):
             raise ValueError(f"probe is {config.probe!r}; expected none in a Classifier: build a Probe")
         self.config = config
         self.encoder = Encoder(config)
-        width = self.encoder.width * POOLED_PARTS[config.pool]
+        width = pooled_width(config, config.pool)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.dropout = nn.Dropout(config.head_dropout)
         self.head = nn.Linear(width, num_classes)
@@ -51,7 +51,8 @@ class Classifier(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Map clips `(B, C, T, H, W)` to logits `(B, num_classes)`."""
-        pooled = pool_tokens(self.encode(clips), self.config.pool, self.config.grid[0])
+        pyramid, tokens = self.encoder(clips, self.encoder.packing(clips, None))
+        pooled = pool_features(tokens, pyramid, self.config.pool, self.config.grid[0])
         return self.head(self.dropout(self.norm(pooled)))
 
     def encode(self, clips: Tensor, visible: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from .autoencoder import FusedEncoder
 from .classifier import check_num_classes, init_head
-from .encoder import init_as_convolution, init_as_transformer
-from .pooling import POOLED_PARTS, pool_tokens
+from .encoder import Features, init_as_convolution, init_as_transformer
+from .pooling import pool_features, pooled_width
 from .sizes import ClassifierConfig, Pool, ProbeKind, apply_overrides
 
 
@@ -44,16 +45,16 @@ class Probe(FusedEncoder):
         check_num_classes(num_classes)
         super().__init__(config, config.msd)
         self.requires_grad_(False)
-        width = self.encoder.width
+        width, pooled = self.encoder.width, pooled_width(config, config.pool)
         self.head: LinearHead | AttentiveHead | KNNHead | LogisticHead
         if config.probe == "linear":
-            self.head = LinearHead(width, num_classes, config.head_init_std, config.pool, config.grid[0])
+            self.head = LinearHead(pooled, num_classes, config.head_init_std, config.pool, config.grid[0])
         elif config.probe == "attentive":
             self.head = AttentiveHead(width, config.heads, num_classes, config.head_init_std)
         elif config.probe == "knn":
             self.head = KNNHead(width, num_classes)
         elif config.probe == "logistic":
-            self.head = LogisticHead(width, num_classes, config.head_init_std, config.pool, config.grid[0])
+            self.head = LogisticHead(pooled, num_classes, config.head_init_std, config.pool, config.grid[0])
         else:
             raise ValueError(
                 f"probe is none; expected {', '.join(get_args(ProbeKind))} in a Probe, or build a Classifier"
@@ -83,7 +84,13 @@ class Probe(FusedEncoder):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Map clips `(B, C, T, H, W)` to logits `(B, num_classes)`."""
-        return self.head(self.encode(clips))
+        features = self.features(clips)
+        return self.head(features.tokens, features.pyramid)
+
+    @torch.no_grad()
+    def features(self, clips: Tensor) -> Features:
+        """Return what the head reads, without gradients: the stages' outputs and the tokens of `encode`."""
+        return self._features(clips, self.encoder.packing(clips, None))
 
 
 class LinearHead(nn.Module):
@@ -99,7 +106,6 @@ class LinearHead(nn.Module):
         super().__init__()
         self.head_init_std = head_init_std
         self.pool, self.frames = pool, frames
-        width *= POOLED_PARTS[pool]
         self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False)
         self.linear = nn.Linear(width, num_classes)
 
@@ -108,9 +114,9 @@ class LinearHead(nn.Module):
         self.norm.reset_running_stats()
         init_head(self.linear, self.head_init_std)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, pyramid: Sequence[Tensor] = ()) -> Tensor:
         """`(B, N, D)` -> `(B, num_classes)`."""
-        return self.linear(self.norm(pool_tokens(tokens, self.pool, self.frames)))
+        return self.linear(self.norm(pool_features(tokens, pyramid, self.pool, self.frames)))
 
 
 class LogisticHead(LinearHead):
@@ -128,9 +134,9 @@ class LogisticHead(LinearHead):
         """Length of a feature."""
         return self.linear.in_features
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Return the features `(B, K)` of tokens `(B, N, D)`."""
-        return pool_tokens(tokens.float(), self.pool, self.frames)
+    def embed(self, tokens: Tensor, pyramid: Sequence[Tensor] = ()) -> Tensor:
+        """Return the pooled features `(B, K)` of tokens `(B, N, D)` and the convolutional stages' outputs."""
+        return pool_features(tokens, pyramid, self.pool, self.frames).float()
 
     def fit(self, features: Tensor, labels: Tensor) -> None:
         """Fit to labelled features, `(R, K)` and `(R,)`. A class without a record is never answered.
@@ -195,7 +201,7 @@ class AttentiveHead(nn.Module):
         nn.init.normal_(self.query, std=0.02)
         init_head(self.linear, self.head_init_std)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, pyramid: Sequence[Tensor] = ()) -> Tensor:
         """`(B, N, D)` -> `(B, num_classes)`."""
         batch, count, width = tokens.shape
         q = self.q(self.query).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
@@ -229,7 +235,7 @@ class KNNHead(nn.Module):
         """Length of a feature."""
         return self.features.shape[1]
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, pyramid: Sequence[Tensor] = ()) -> Tensor:
         """Return the features `(B, D)`, of length 1, of tokens `(B, N, D)`."""
         return F.normalize(tokens.float().mean(dim=1), dim=1)
 
@@ -237,7 +243,7 @@ class KNNHead(nn.Module):
         """Store labelled features, `(R, D)` and `(R,)`, scaled to length 1, in place of those before."""
         self.features, self.labels = F.normalize(features, dim=1), labels
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, pyramid: Sequence[Tensor] = ()) -> Tensor:
         """`(B, N, D)` -> `(B, num_classes)`; their softmax is each class's share of the votes.
 
         Raises:

@@ -203,8 +203,8 @@ class ClassifierConfig(EncoderConfig):
     features and trains nothing; logistic, fitted at once by regularised logistic regression, for few labels. none:
     finetune everything."""
     pool: Pool = "mean"
-    """How the head pools tokens: mean; or motion, the mean beside the change over time, on average and where it is
-    largest (classifier, linear and logistic probe)."""
+    """What the head reads: the mean over tokens; or motion, beside it the convolutional stages' change over time, on
+    average and where it is largest (classifier, linear and logistic probe)."""
     msd: bool = True
     """Probes read the tokens after fusion and norm, as pretrained. A finetuned classifier has no fusion."""
     head_init_std: float | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import isqrt, prod
 from typing import Any, Literal
 
-from video_convmae.models.pooling import POOLED_PARTS
 from video_convmae.models.sizes import SIZES
 
 from .files import Tensors
@@ -101,6 +100,5 @@ def _mlp_ratio(tensors: Tensors, stages: list[str]) -> float:
 def _head_arguments(weights: Weights) -> dict[str, Any]:
     """Return the arguments of a classifier's head; its width over that of a token says how the tokens are pooled."""
     classes, width = weights.tensors["head.weight"].shape
-    parts = width // len(embedding_weights(weights.tensors)[-1])
-    pool = next((pool for pool, count in POOLED_PARTS.items() if count == parts), "mean")
-    return {"num_classes": classes} | ({"pool": pool} if pool != "mean" else {})
+    pools = {} if width == len(embedding_weights(weights.tensors)[-1]) else {"pool": "motion"}
+    return {"num_classes": classes} | pools
