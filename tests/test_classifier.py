@@ -293,7 +293,7 @@ def test_motion_that_cannot_be_pooled_is_an_error(settings: dict, message: str) 
 
 
 def test_a_logistic_head_is_fitted_at_once() -> None:
-    """It answers as scikit-learn's own regression with the penalty that cross-validation prefers."""
+    """It tells classes apart that shift the mean token, and keeps its answers in a state dict."""
     head = probe("logistic").head
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
@@ -308,7 +308,7 @@ def test_a_logistic_head_is_fitted_at_once() -> None:
 
 @pytest.mark.parametrize("counts", [(9, 11), (6, 0, 6), (1, 6, 6)], ids=str)
 def test_a_logistic_head_fits_few_records(counts: tuple[int, ...]) -> None:
-    """Two classes; a class without any record; a class of one, which cannot be cross-validated."""
+    """Two classes; a class without any record; a class of one."""
     head = probe("logistic", num_classes=len(counts)).head
     labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
     features = torch.randn(len(labels), 192, generator=torch.Generator().manual_seed(0)) + 3 * labels[:, None]
