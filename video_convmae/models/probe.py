@@ -122,9 +122,8 @@ class LinearHead(nn.Module):
 class LogisticHead(LinearHead):
     """A LinearHead that is fitted at once, by logistic regression with an L2 penalty on the standardised features.
 
-    Where labels are few, a regularised fit to the end is better than some steps of AdamW, and nothing is to be tuned. The
-    penalty is a prior on standardised features, which more records outweigh. Choosing it by cross-validation on 80
-    videos was worse (docs/results.md).
+    For few labels: nothing is to be tuned. The penalty is a prior on standardised features, which more records
+    outweigh; choosing it by cross-validation on 80 videos was worse (docs/results.md).
     """
 
     STRENGTH = 1e-2  # inverse of the penalty, scikit-learn's C
