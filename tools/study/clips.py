@@ -42,7 +42,6 @@ HOW = ("right", "down right", "down", "down left", "left", "up left", "up", "up 
 WHAT = tuple(str(digit) for digit in range(10))
 TASKS = {"how": HOW, "what": WHAT}
 
-INNER = 0.8  # of a clip's side is seen by a model, in the middle or shifted by up to a tenth
 VALIDATION_DIGITS = 30  # of each of the ten digits' 174 to 183 drawings
 RECIPE = 4  # raise it when the same settings give other clips, so that earlier folders are made again
 SETTINGS_FILE = "settings.json"
@@ -74,7 +73,7 @@ def make_digit_clips(
     output: str | Path,
     train: int = 4000,
     validation: int = 400,
-    size: int = 40,
+    size: int = 32,
     frames: int = 8,
     seed: int = 0,
     processes: int | None = None,
@@ -138,27 +137,25 @@ def photographs(split: str) -> list[Image.Image]:
 
 
 def draw_clip(split: str, what: int, how: int, size: int, frames: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a clip, uint8 (T, size, size, 3), with a margin of a tenth on each side for crops that shift it.
+    """Draw a clip, uint8 (T, size, size, 3).
 
-    In the inner 0.8 of the frame, which a model sees: the digit is 0.4 to 0.6 of it wide, its way 0.25 to 0.43 of it
-    long with its middle in the middle half; it is bright or dark. The background is 12 to 25% of a photograph's width,
-    and drifts up to 6% of that.
+    The digit is 0.4 to 0.6 of the frame wide, its way 0.25 to 0.43 of the frame long with its middle in the middle half
+    of the frame; it is bright or dark. The background is 12 to 25% of a photograph's width, and drifts up to 6% of that.
     """
     photos, drawings = photographs(split), digit_drawings(split)[what]
     photo, drawing = photos[rng.integers(len(photos))], drawings[rng.integers(len(drawings))]
     time = np.linspace(-0.5, 0.5, frames)[:, None]
 
-    seen = INNER * size
-    view = rng.uniform(0.12, 0.25) * photo.width / INNER
+    view = rng.uniform(0.12, 0.25) * photo.width
     drift = _vector(rng.uniform(0, 2 * math.pi)) * rng.uniform(0, 0.06) * photo.width
     margin = (view + np.abs(drift)) / 2
     centre = rng.uniform(margin, np.array(photo.size) - margin)
     boxes = [(*(middle - view / 2), *(middle + view / 2)) for middle in centre + time * drift]
     background = np.stack([np.asarray(photo.resize((size, size), Image.Resampling.BILINEAR, box)) for box in boxes])
 
-    width = rng.uniform(0.4, 0.6) * seen
-    way = _vector(how * math.pi / 4) * rng.uniform(0.25, 0.43) * seen
-    places = size / 2 + rng.uniform(-0.25, 0.25, 2) * seen + time * way
+    width = rng.uniform(0.4, 0.6) * size
+    way = _vector(how * math.pi / 4) * rng.uniform(0.25, 0.43) * size
+    places = rng.uniform(0.25, 0.75, 2) * size + time * way
     colour = rng.uniform(170, 255, 3) if rng.random() < 0.5 else rng.uniform(0, 85, 3)
     alpha = np.stack([_stamp(drawing, width, place, size) for place in places])[..., None]
     return (background * (1 - alpha) + colour * alpha).round().clip(0, 255).astype(np.uint8)
@@ -238,7 +235,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to make the clips in")
     parser.add_argument("--train", type=int, default=4000, help="training clips (default %(default)s)")
     parser.add_argument("--validation", type=int, default=400, help="validation clips (default %(default)s)")
-    parser.add_argument("--size", type=int, default=40, help="side of a clip in pixels (default %(default)s)")
+    parser.add_argument("--size", type=int, default=32, help="side of a clip in pixels (default %(default)s)")
     parser.add_argument("--frames", type=int, default=8, help="frames of a clip, 8 a second (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of digits, places and colours (default %(default)s)")
     parser.add_argument("--processes", type=int, help="default: one for each core")

@@ -32,7 +32,7 @@ from tools.study.training import finetune_on, pretrain_on
 from video_convmae.atomic import write_text
 from video_convmae.engine.checkpoint import checkpoint_name
 
-PRETRAIN_STEPS = 6000
+PRETRAIN_STEPS = 4000
 TRAIN_CLIPS, VALIDATION_CLIPS = 20_000, 2_000
 CHANCE = {"how": 1 / 8, "what": 1 / 10}
 
@@ -63,7 +63,7 @@ PLAIN = (
     "--model.strides=[8]",
     "--model.position_table=flat",
 )
-IMAGE = ("--model.num_frames=1", "--mask.kind=random")
+IMAGE = ("--model.num_frames=1", "--mask.kind=random", "--mask.ratio=0.75")
 MODELS = {
     "VideoConvMAE-MSD": StudyModel(several=True, curve=True),
     "VideoConvMAE": StudyModel(model=("--model.msd=false",), several=True),
@@ -71,9 +71,9 @@ MODELS = {
     "from scratch (hybrid)": StudyModel(stages=(), several=True),
     "from scratch (plain ViT)": StudyModel(model=PLAIN, stages=(), several=True),
     "MSD, half of the hidden tokens predicted": StudyModel(stages=(("--mask.decoder_ratio=0.5",),), several=True),
-    "MSD, tube mask 0.9": StudyModel(stages=(("--mask.ratio=0.9",),)),
-    "MSD, random mask 0.75": StudyModel(stages=(("--mask.kind=random",),)),
-    "MSD, frame mask 0.5": StudyModel(stages=(("--mask.kind=frame", "--mask.ratio=0.5"),)),
+    "MSD, tube mask 0.75": StudyModel(stages=(("--mask.kind=tube", "--mask.ratio=0.75"),)),
+    "MSD, tube mask 0.9": StudyModel(stages=(("--mask.kind=tube", "--mask.ratio=0.9"),)),
+    "MSD, random mask 0.75": StudyModel(stages=(("--mask.kind=random", "--mask.ratio=0.75"),)),
     "MSD, temporal kernel 1": StudyModel(model=("--model.temporal_kernel=1",)),
     "MSD, temporal kernel 5": StudyModel(model=("--model.temporal_kernel=5",)),
     "image MSD, inflated": StudyModel(stages=(IMAGE,)),
@@ -112,13 +112,13 @@ FEW_LABELS = Measurement("how", "finetune", 200, 400)
 MEASUREMENTS = (
     FEW_LABELS,
     Measurement("how", "finetune", 1000, 400),
-    Measurement("what", "finetune", 10_000, 2000, ("--validate.every=0.64",)),  # 200 steps
+    Measurement("what", "finetune", 10_000, 2000, ("--validate.every_steps=200",)),
     Measurement("how", "attentive", 1000, 1000, (*PROBE, "--model.probe=attentive")),
     Measurement("how", "linear", 1000, 1000, (*PROBE, "--model.probe=linear", "--optim.lr=1e-2")),
     Measurement("how", "knn", 1000, 0, ("--model.probe=knn",)),
 )
 AS_LONG_AS_THEY_LIKE = Measurement("how", "finetune", 1000, 4000)  # of models from scratch
-CURVE = (750, 1500, 3000)  # steps of pretraining after which few labels are also tried
+CURVE = (500, 1000, 2000)  # steps of pretraining after which few labels are also tried
 
 
 def main() -> None:
