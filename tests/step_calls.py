@@ -53,7 +53,7 @@ def count_calls(folder: Path, workers: int) -> set[CodeType]:
                 f"--output={folder / f'run_{workers}'}",
                 f"--data.workers={workers}",
                 "--train.batch_size=2",
-                "--train.epochs=1",
+                "--train.max_steps=4",
             ]
         )
     finally:

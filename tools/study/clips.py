@@ -140,7 +140,8 @@ def draw_clip(split: str, what: int, how: int, size: int, frames: int, rng: np.r
     """Draw a clip, uint8 (T, size, size, 3).
 
     The digit is 0.4 to 0.6 of the frame wide, its way 0.25 to 0.43 of the frame long with its middle in the middle half
-    of the frame; it is bright or dark. The background is 12 to 25% of a photograph's width, and drifts up to 6% of that.
+    of the frame; it is bright or dark. The background is 12 to 25% of a photograph's width and drifts up to 6% of that
+    width.
     """
     photos, drawings = photographs(split), digit_drawings(split)[what]
     photo, drawing = photos[rng.integers(len(photos))], drawings[rng.integers(len(drawings))]

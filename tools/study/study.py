@@ -24,12 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from video_convmae.benchmark.environment import describe_machine
 
 from tools.study.clips import make_digit_clips
 from tools.study.training import finetune_on, pretrain_on
 from video_convmae.atomic import write_text
+from video_convmae.data.decoding.process import ReaderProcess
+from video_convmae.data.records import read_list
+from video_convmae.engine.baselines import fit_and_score, mean_frame, motion_energy
 from video_convmae.engine.checkpoint import checkpoint_name
 
 PRETRAIN_STEPS = 4000
@@ -79,6 +83,7 @@ MODELS = {
     "image MSD, inflated": StudyModel(stages=(IMAGE,)),
     "image MSD, inflated, pretrained on video": StudyModel(stages=(IMAGE, ())),
 }
+BASELINES = {"motion energy + logistic regression": motion_energy, "mean frame + logistic regression": mean_frame}
 QUICK = ("VideoConvMAE-MSD", "VideoMAE (plain ViT)", "from scratch (hybrid)")
 
 
@@ -102,9 +107,12 @@ class Measurement:
         return f"*{self.task}*, {self.protocol}, {self.labels} labels{steps}"
 
     def matches(self, row: Row) -> bool:
-        """Return whether a row is a result of it."""
-        ours = (self.task, self.protocol, self.labels, self.steps)
-        return ours == tuple(row[name] for name in ("task", "protocol", "labels", "steps"))
+        """Return whether a row is a result of it; a baseline stands with the models that were finetuned as long."""
+        if (self.task, self.labels) != (row["task"], row["labels"]):
+            return False
+        if row["model"] in BASELINES:
+            return self.protocol == "finetune" and self != AS_LONG_AS_THEY_LIKE
+        return (self.protocol, self.steps) == (row["protocol"], row["steps"])
 
 
 PROBE = ("--data.augmentation.crop=whole", "--mixing.smoothing=0", "--optim.weight_decay=0")
@@ -144,7 +152,8 @@ def main() -> None:
     processes = args.processes or (1 if args.device.startswith("cuda") else os.cpu_count())
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for future in as_completed([pool.submit(measure_model, *each, args) for each in several + single]):
+        jobs = [pool.submit(measure_model, *each, args) for each in several + single]
+        for future in as_completed([pool.submit(measure_baselines, args), *jobs]):
             future.result()
     print(table(collect_rows(args.output)))
 
@@ -189,6 +198,39 @@ def measure_model(name: str, seed: int, args: argparse.Namespace) -> None:
         print(f"{name}, seed {seed}, {column.title}: top-1 {row['top1']:.1%}", flush=True)
 
 
+def measure_baselines(args: argparse.Namespace) -> None:
+    """Fit the trivial baselines to the labelled clips of each task; without a GPU, seeds or steps."""
+    known = {row_key(row) for row in collect_rows(args.output)}
+    for column in (FEW_LABELS,) if args.quick else MEASUREMENTS:
+        row: Row = {"task": column.task, "protocol": "linear", "labels": column.labels}
+        row |= {"seed": 0, "steps": 0, "pretrain_steps": 0}
+        missing = [name for name in BASELINES if row_key(row | {"model": name}) not in known]
+        if column.protocol != "finetune" or not missing:
+            continue
+        train, train_labels = _read_clips(args.output / "data", f"train_{column.task}", column.labels)
+        test, test_labels = _read_clips(args.output / "data", f"validation_{column.task}", None)
+        for name in missing:
+            features = [BASELINES[name](clips).numpy() for clips in (train, test)]
+            fit = fit_and_score(features[0], train_labels, features[1], test_labels)
+            result = row | {"model": name, "top1": fit.top1, **describe_machine()}
+            folder = args.output / "runs" / "baselines" / f"{name.split()[0]}_{column.task}_{column.labels}"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "row.json", json.dumps(result) + "\n")
+            write_results(args.output)
+            print(f"{name}, {column.title}: top-1 {fit.top1:.1%}", flush=True)
+
+
+def _read_clips(data: Path, name: str, count: int | None) -> tuple[torch.Tensor, np.ndarray]:
+    """Return the first clips of a list, `(R, C, T, H, W)` uint8, and their labels."""
+    records = read_list(data / f"{name}.txt", root=data)
+    with ReaderProcess("pyav") as process:
+        clips = []
+        for record in list(records)[:count]:
+            with process.open(record) as reader:
+                clips.append(torch.from_numpy(reader.read(np.arange(len(reader)))))
+    return torch.stack(clips).permute(0, 4, 1, 2, 3), records.labels[:count]
+
+
 def row_key(row: Row) -> tuple:
     """Return what tells a row from others."""
     return tuple(row[name] for name in ("model", "task", "protocol", "labels", "seed", "steps", "pretrain_steps"))
@@ -205,7 +247,8 @@ def collect_rows(output: Path) -> list[Row]:
     known = json.loads((output / "results.json").read_text()) if (output / "results.json").exists() else []
     found = [json.loads(path.read_text()) for path in sorted(output.glob("runs/*/*/row.json"))]
     rows = {row_key(row): row for row in known + found}
-    return sorted(rows.values(), key=lambda row: (list(MODELS).index(row["model"]), row["seed"]))
+    order = [*MODELS, *BASELINES]
+    return sorted(rows.values(), key=lambda row: (order.index(row["model"]), row["seed"]))
 
 
 def write_results(output: Path) -> None:
@@ -221,7 +264,7 @@ def table(rows: list[Row]) -> str:
     shown = [row for row in rows if row["pretrain_steps"] in (0, whole)]
     columns = [column for column in (*MEASUREMENTS, AS_LONG_AS_THEY_LIKE) if any(map(column.matches, shown))]
     lines = ["| model | " + " | ".join(column.title for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name in MODELS:
+    for name in [*MODELS, *BASELINES]:
         cells = []
         for column in columns:
             cells.append(cell([row["top1"] for row in shown if row["model"] == name and column.matches(row)]))

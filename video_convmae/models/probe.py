@@ -156,7 +156,8 @@ class LogisticHead(LinearHead):
         if len(classes) == 2:  # one row, the log of the second's odds
             weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
         with torch.no_grad():
-            assert self.norm.running_mean is not None and self.norm.running_var is not None
+            assert self.norm.running_mean is not None
+            assert self.norm.running_var is not None
             self.norm.running_mean.copy_(torch.from_numpy(mean))
             self.norm.running_var.copy_(torch.from_numpy(variance))
             self.linear.weight.zero_()
