@@ -41,7 +41,7 @@ def draw_study(path: Path) -> None:
         drawing.text(LEFT - 8, y + 5, f"{percent}%", 14, "end")
     for steps in (0, *sorted(curve)):
         drawing.text(place(steps, 0)[0], TOP + HEIGHT + 22, f"{steps:,}", 14)
-    drawing.text(LEFT + WIDTH / 2, TOP + HEIGHT + 44, "pretraining steps of 32 clips without labels", 14)
+    drawing.text(LEFT + WIDTH / 2, TOP + HEIGHT + 44, "pretraining steps of 16 clips without labels", 14)
     for values, colour, label in zip(flat.values(), (ORANGE, INK), ("from scratch", "motion energy, regression")):
         if values:
             y = place(0, statistics.mean(values))[1]

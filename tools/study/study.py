@@ -36,7 +36,7 @@ from video_convmae.data.records import read_list
 from video_convmae.engine.baselines import fit_and_score, mean_frame, motion_energy
 from video_convmae.engine.checkpoint import checkpoint_name
 
-PRETRAIN_STEPS = 4000
+PRETRAIN_STEPS, PRETRAIN_BATCH = 6000, 16  # of configs/debug/demo.yaml
 TRAIN_CLIPS, VALIDATION_CLIPS = 20_000, 2_000
 CHANCE = {"how": 1 / 8, "what": 1 / 10}
 
@@ -126,7 +126,7 @@ MEASUREMENTS = (
     Measurement("how", "knn", 1000, 0, ("--model.probe=knn",)),
 )
 AS_LONG_AS_THEY_LIKE = Measurement("how", "finetune", 1000, 4000)  # of models from scratch
-CURVE = (500, 1000, 2000)  # steps of pretraining after which few labels are also tried
+CURVE = (750, 1500, 3000)  # steps of pretraining after which few labels are also tried
 
 
 def main() -> None:
@@ -184,7 +184,7 @@ def measure_model(name: str, seed: int, args: argparse.Namespace) -> None:
         for number, edits in enumerate(model.stages):
             start = [] if weights is None else [f"--init.weights={weights}"]
             weights = folder / f"pretrain_{number}"
-            length = [f"--train.max_steps={whole}", f"--train.keep_every={CURVE[0] * 32 / TRAIN_CLIPS}"]
+            length = [f"--train.max_steps={whole}", f"--train.keep_every={CURVE[0] * PRETRAIN_BATCH / TRAIN_CLIPS}"]
             pretrain_on(data, weights, *settings, *start, *length, *edits)
         if weights is not None and pretrain_steps < whole:
             weights = weights / "checkpoints" / checkpoint_name(pretrain_steps)
