@@ -166,13 +166,12 @@ def measure_model(name: str, seed: int, args: argparse.Namespace) -> None:
         args.output / "data",
     )
     whole = round(args.scale * PRETRAIN_STEPS) if model.stages else 0
-    planned = [(column, whole) for column in ((FEW_LABELS,) if args.quick else MEASUREMENTS)]
-    if not model.stages and not args.quick:
-        planned.append((AS_LONG_AS_THEY_LIKE, whole))
+    planned = [(FEW_LABELS, whole)]
     if model.curve and not args.quick:
         planned += [(FEW_LABELS, round(args.scale * steps)) for steps in CURVE]
-    if not model.several:
-        planned = [(column, steps) for column, steps in planned if column.task == "how"]
+    if not args.quick:
+        columns = MEASUREMENTS[1:] if model.stages else (*MEASUREMENTS[1:], AS_LONG_AS_THEY_LIKE)
+        planned += [(column, whole) for column in columns if model.several or column.task == "how"]
     known = {row_key(row) for row in collect_rows(args.output)}
     settings = [*model.model, f"--seed={seed}", f"--device={args.device}"]
     for column, pretrain_steps in planned:
