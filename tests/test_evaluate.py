@@ -230,7 +230,7 @@ def test_off_a_terminal_lines_tell_the_speed(
     lines = re.findall(r"^(\d+)/13 videos, \d+\.\d videos/s$", said, re.MULTILINE)
     assert lines == ["2", "4", "6", "8", "10", "12", "13"]
     assert metrics["videos_per_second"] == pytest.approx(13 / metrics["seconds"])
-    assert re.search(r"12 records scored, 1 failed; \d+\.\d videos/s$", said.strip())
+    assert re.search(r"12 records scored, 1 failed; \d+\.\d videos/s$", said, re.MULTILINE)
     monkeypatch.setattr(Progress, "EVERY", 1000.0)
     run(parse(EvaluateConfig, options(trained, videos, tmp_path, "--workers=0")))
     assert "/12 videos" not in capsys.readouterr().out

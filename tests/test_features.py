@@ -76,6 +76,7 @@ def runs(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         "classifier": ClassifierConfig(**SHAPE, head_init_std=0.1),
         "linear": ClassifierConfig(**SHAPE, probe="linear", head_init_std=0.1),
         "attentive": ClassifierConfig(**SHAPE, probe="attentive"),
+        "motion": ClassifierConfig(**SHAPE, pool="motion"),
     }
     configs = {
         "pretrained": PretrainConfig(output="", data=DataConfig(**data), model=AutoencoderConfig(**SHAPE)),
@@ -302,6 +303,7 @@ def test_colours_are_principal_components_and_the_same_at_all_times() -> None:
         ("classifier", "4.mp4", 5, "evidence: a token adds"),  # frames, three stages, evidence
         ("linear", "4.mp4", 6, "evidence: a token adds"),
         ("attentive", "4.mp4", 5, "(AttentiveHead) are no sum over tokens"),
+        ("motion", "4.mp4", 4, "model.pool is motion"),
         ("published", "image.png", 5, "evidence: a token adds"),
     ],
 )

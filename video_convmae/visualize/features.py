@@ -52,8 +52,11 @@ def token_evidence(model: Classifier | Probe, tokens: Tensor, label: int) -> Evi
     and the mean over channels of m is the mean of the mean(x). A linear probe standardises with fixed numbers instead.
 
     Raises:
-        TypeError: the head is not linear in the tokens, as an attentive probe's.
+        TypeError: the head is not linear in the tokens, as an attentive probe's or one that reads their change.
     """
+    pool = model.config.pool if isinstance(model, Classifier) else getattr(model.head, "pool", "mean")
+    if pool != "mean":
+        raise TypeError(f"model.pool is {pool}: the logits are no sum over tokens, so no evidence is shown")
     if isinstance(model, Classifier):
         norm, linear = model.norm, model.head
         spread = (torch.var(tokens.mean(dim=0), correction=0) + norm.eps).sqrt()
