@@ -70,7 +70,7 @@ def finetuning(videos: Path, *edits: str) -> FinetuneConfig:
 
 def test_a_finished_run_becomes_weights_of_no_machine(run: Path, weights: Path, videos: Path) -> None:
     ours, theirs = read_file(weights), read_file(run / "model.safetensors")
-    assert all(torch.equal(ours["model"][name], tensor) for name, tensor in theirs["model"].items())
+    assert all(torch.equal(ours["model"][name], tensor.half()) for name, tensor in theirs["model"].items())
     assert ours["config"]["model"] == theirs["config"]["model"]
     assert str(videos) in json.dumps(theirs["config"])
     assert "/" not in json.dumps(ours["config"])
@@ -92,7 +92,10 @@ def test_a_run_whose_paths_are_unknown_or_that_is_too_large_is_refused(
 def test_weights_load_by_name(run: Path, weights: Path, videos: Path, name: str) -> None:
     ours, theirs = video_convmae.load(name), video_convmae.load(run)
     assert isinstance(ours.model, Autoencoder)
-    assert torch.equal(ours.features(videos / "0.mp4"), theirs.features(videos / "0.mp4"))
+    found = ours.features(videos / "0.mp4")
+    torch.testing.assert_close(
+        found, theirs.features(videos / "0.mp4"), atol=1e-2, rtol=1e-2
+    )  # it lies there as float16
     assert read_weights(name).heads == 4
 
 

@@ -3,8 +3,9 @@
     python -m tools.study.ship runs/moving_digits tiny-moving-digits
 
 writes video_convmae/pretrained/NAME.safetensors: the run's model.safetensors (the average of the weights, if the run
-kept one) with its configuration, but for what concerns the machine that trained it. Write the card beside it, NAME.md:
-data, steps, curves, probes, rights. The file then loads by its name: `video_convmae.load(NAME)`, `--init.weights NAME`.
+kept one) as float16, which loads into float32, and its configuration, but for what concerns the machine that trained
+it. Write the card beside it, NAME.md: data, steps, curves, probes, rights. The file then loads by its name:
+`video_convmae.load(NAME)`, `--init.weights NAME`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ MACHINE = {
     "data.reader": "auto",
     "data.memory": 0.0,
     "data.start_method": None,
+    "probe.list": None,
 }
 
 
@@ -59,7 +61,7 @@ def ship(run: Path, name: str) -> Path:
     config = without_machine(published["config"])
     path = shipped.WEIGHTS / f"{name}.safetensors"
     path.parent.mkdir(exist_ok=True)
-    save_file(published["model"], path, config)
+    save_file({key: tensor.half() for key, tensor in published["model"].items()}, path, config)
     if (size := path.stat().st_size) >= MAX_BYTES:
         path.unlink()
         raise UserError(f"{run} has {size:,} bytes of weights; expected less than {MAX_BYTES:,}: ship a smaller model")
@@ -84,3 +86,7 @@ def without_machine(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, str) and ("/" in value or "\\" in value):
             raise UserError(f"{name} is {value!r}, which looks like a path; add the field to MACHINE in {__file__}")
     return to_plain(from_plain(PretrainConfig, config))
+
+
+if __name__ == "__main__":
+    main()
