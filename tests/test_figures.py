@@ -45,3 +45,12 @@ def test_measured_ratios_are_medians_of_their_pairs_and_say_where_they_were_meas
     parts = dict(measured["counted"]["parts"])
     for name, total in parts.pop("sum").items():
         assert sum(part.get(name, 0) for part in parts.values()) == pytest.approx(total, abs=0.3)
+
+
+def test_the_pages_quote_the_study_as_measured() -> None:
+    rows = json.loads((ROOT / "docs" / "study.json").read_text(encoding="utf-8"))
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/results.md")]
+    assert all(row["commit"] and row["device"] for row in rows)
+    for row in rows:
+        if (row["task"], row["labels"], row["steps"]) == ("how", 200, 400):
+            assert all(f"{100 * row['top1']:.1f}%" in page for page in pages), row
