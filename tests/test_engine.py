@@ -25,12 +25,13 @@ from video_convmae.data.loader import Batch
 from video_convmae.engine import checkpoint
 from video_convmae.engine.checkpoint import Checkpoint, CheckpointError, Saver
 from video_convmae.engine.distributed import DistInfo
-from video_convmae.engine.log import BadRecordLog, RunLog, TooManyBadRecords
+from video_convmae.engine.log import BadRecordLog, NullLog, RunLog, TooManyBadRecords
 from video_convmae.engine.optim import Schedule, parameter_groups
 from video_convmae.engine.options import LogConfig, OptimConfig, TrainConfig
 from video_convmae.engine.parallel import RECOMPUTED, parallelize
 from video_convmae.engine.tasks import Normalizer
 from video_convmae.engine.trainer import NonFiniteLoss, StopSignal, Trainer
+from video_convmae.engine.validation import Validation, Validator
 from video_convmae.weights import files
 
 ALONE = DistInfo(0, 1, torch.device("cpu"))
@@ -62,6 +63,18 @@ def test_a_run_of_max_steps_replaces_its_epochs() -> None:
     assert build_optimization(nn.Linear(2, 2), OptimConfig(), train, 2048, 117).schedule.steps == 8
     with pytest.raises(ValueError, match=r"train\.max_steps is 0"):
         TrainConfig(max_steps=0)
+    optim = OptimConfig(warmup_epochs=40, warmup_steps=3)
+    assert build_optimization(nn.Linear(2, 2), optim, train, 2048, 117).schedule.warmup == 3
+
+
+def test_validations_may_be_counted_in_steps() -> None:
+    def due(validation: Validation) -> list[int]:
+        validator = Validator(validation, 10, 25, NullLog(), None)  # type: ignore[arg-type]  # nothing is saved
+        return [step for step in range(26) if validator.is_due(step)]
+
+    assert due(Validation(lambda model: {}, nn.Module, every=1.2)) == [12, 24, 25]
+    assert due(Validation(lambda model: {}, nn.Module, every=1.2, every_steps=7)) == [7, 14, 21, 25]
+    assert due(Validation(lambda model: {}, nn.Module, every_steps=20, from_start=True)) == [0, 20, 25]
 
 
 def test_vectors_and_positions_are_not_decayed() -> None:
