@@ -41,6 +41,7 @@ from video_convmae.benchmark.files import PHOTOGRAPHS, photograph
 HOW = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
 WHAT = tuple(str(digit) for digit in range(10))
 TASKS = {"how": HOW, "what": WHAT}
+SPLITS = tuple(PHOTOGRAPHS)  # train, validation
 
 VALIDATION_DIGITS = 30  # of each of the ten digits' 174 to 183 drawings
 RECIPE = 4  # raise it when the same settings give other clips, so that earlier folders are made again
@@ -91,10 +92,10 @@ def make_digit_clips(
     """
     settings = ClipSettings(train, validation, size, frames, seed)
     output = Path(output)
-    if _is_complete(output, settings):
+    if is_complete(output, asdict(settings), TASKS):
         print(f"{output} already holds these clips")
         return
-    _remove_own_files(output)
+    remove_clips(output, CLIP_NAME)
     with (
         ProcessPoolExecutor(processes or os.cpu_count(), get_context("spawn")) as pool,
         tqdm(total=train + validation, desc="making clips", unit="clip") as progress,
@@ -199,32 +200,30 @@ def write_h264(path: Path, frames: np.ndarray, fps: int) -> None:
 def _make_clip(output: Path, split: str, index: int, settings: ClipSettings) -> str:
     """Make one clip; returns its path in the folder."""
     classes = clip_classes(index)
-    rng = np.random.default_rng([settings.seed, list(PHOTOGRAPHS).index(split), index])
+    rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
     frames = draw_clip(split, classes["what"], classes["how"], settings.size, settings.frames, rng)
     name = f"{split}/{index:05d}_{WHAT[classes['what']]}_{HOW[classes['how']].replace(' ', '_')}.mp4"
     write_h264(output / name, frames, fps=8)
     return name
 
 
-def _lists(output: Path) -> Iterable[Path]:
-    return (output / f"{split}_{task}.txt" for split in PHOTOGRAPHS for task in TASKS)
-
-
-def _is_complete(output: Path, settings: ClipSettings) -> bool:
+def is_complete(output: Path, settings: dict[str, Any], tasks: Iterable[str]) -> bool:
+    """Return whether a folder holds the clips of these settings and their lists of these tasks."""
+    lists = [output / f"{split}_{task}.txt" for split in SPLITS for task in tasks]
     try:
         held = json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
-        lines = [line for path in _lists(output) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line for path in lists for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
         return False
-    return held == asdict(settings) and all((output / line.rsplit(" ", 1)[0]).is_file() for line in lines)
+    return held == settings and all((output / line.rsplit(" ", 1)[0]).is_file() for line in lines)
 
 
-def _remove_own_files(output: Path) -> None:
-    """Remove clips of earlier calls, and nothing else: the folder may hold a user's files."""
+def remove_clips(output: Path, name: re.Pattern[str]) -> None:
+    """Remove clips of earlier calls, by their names, and nothing else: the folder may hold a user's files."""
     (output / SETTINGS_FILE).unlink(missing_ok=True)
-    for split in PHOTOGRAPHS:
+    for split in SPLITS:
         for path in output.glob(f"{split}/*.mp4"):
-            if CLIP_NAME.fullmatch(path.name):
+            if name.fullmatch(path.name):
                 path.unlink()
 
 

@@ -40,7 +40,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tools.study.clips import write_h264
+from tools.study.clips import SETTINGS_FILE, SPLITS, is_complete, remove_clips, write_h264
 
 # Class names, ViZDoom's buttons, and which way a button moves the agent: degrees counter-clockwise from its view.
 BUTTONS = {
@@ -52,7 +52,6 @@ BUTTONS = {
     "turn right": ("TURN_RIGHT", None),
 }
 CLASSES = tuple(BUTTONS)
-SPLITS = ("train", "validation")
 
 FRAMES = 16
 TICS = 2  # a frame. The game has 35 a second; a turn is 7 degrees a frame, 5 of 64 pixels
@@ -65,7 +64,6 @@ MAX_TRIES = 200  # about one start of three is taken
 HEIGHTS = {120: "RES_160X120", 240: "RES_320X240", 480: "RES_640X480"}
 
 RECIPE = 1  # raise it when the same settings give other clips, so that earlier folders are made again
-SETTINGS_FILE = "settings.json"
 CLIP_NAME = re.compile(r"\d{5}_(move|strafe|turn)_[a-z]+_map\d\d\.mp4")
 
 
@@ -123,11 +121,11 @@ def make_doom_clips(
     """
     settings = DoomSettings(train, validation, size, seed)
     output = Path(output).resolve()  # the processes work in another folder
-    if _is_complete(output, settings):
+    if is_complete(output, asdict(settings), ["how"]):
         print(f"{output} already holds these clips")
         return
     _import_vizdoom()
-    _remove_own_files(output)
+    remove_clips(output, CLIP_NAME)
     with (
         TemporaryDirectory() as scratch,
         ProcessPoolExecutor(processes or os.cpu_count(), get_context("spawn"), os.chdir, (scratch,)) as pool,
@@ -325,24 +323,6 @@ def _import_vizdoom() -> Any:
 
 def _wad_path() -> Path:
     return Path(_import_vizdoom().__file__).parent / "freedoom2.wad"
-
-
-def _is_complete(output: Path, settings: DoomSettings) -> bool:
-    try:
-        held = json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
-        lines = [line for split in SPLITS for line in (output / f"{split}_how.txt").read_text("utf-8").splitlines()]
-    except (OSError, ValueError):
-        return False
-    return held == asdict(settings) and all((output / line.rsplit(" ", 1)[0]).is_file() for line in lines)
-
-
-def _remove_own_files(output: Path) -> None:
-    """Remove clips of earlier calls, and nothing else: the folder may hold a user's files."""
-    (output / SETTINGS_FILE).unlink(missing_ok=True)
-    for split in SPLITS:
-        for path in output.glob(f"{split}/*.mp4"):
-            if CLIP_NAME.fullmatch(path.name):
-                path.unlink()
 
 
 def main() -> None:

@@ -38,7 +38,6 @@ from video_convmae.engine.checkpoint import checkpoint_name
 
 PRETRAIN_STEPS, PRETRAIN_BATCH = 6000, 16  # of configs/debug/demo.yaml
 TRAIN_CLIPS, VALIDATION_CLIPS = 20_000, 2_000
-CHANCE = {"how": 1 / 8, "what": 1 / 10}
 
 Edits = tuple[str, ...]
 Row = dict[str, Any]  # model, task, protocol, labels, seed, top1, steps, pretrain_steps, commit, device
@@ -160,11 +159,8 @@ def main() -> None:
 
 def measure_model(name: str, seed: int, args: argparse.Namespace) -> None:
     """Pretrain a model, then take every measurement that has no row yet."""
-    model, folder, data = (
-        MODELS[name],
-        args.output / "runs" / f"{list(MODELS).index(name)}_{seed}",
-        args.output / "data",
-    )
+    model, data = MODELS[name], args.output / "data"
+    folder = args.output / "runs" / f"{list(MODELS).index(name)}_{seed}"
     whole = round(args.scale * PRETRAIN_STEPS) if model.stages else 0
     planned = [(FEW_LABELS, whole)]
     if model.curve and not args.quick:

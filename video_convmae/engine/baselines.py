@@ -27,6 +27,7 @@ from video_convmae.data.records import Records
 
 from .evaluation import Evaluation, best_classes
 from .inference import ListInference
+from .probing import choose_records
 from .watchdog import heartbeat
 
 CELLS, PIXELS = 8, 16  # along a side, of motion energy and of the mean frame
@@ -126,9 +127,7 @@ def choose_training_records(records: Records) -> Records:
     labelled = np.flatnonzero(records.labels >= 0)
     if not len(labelled):
         raise ValueError("no record of the training list has a label: baselines need data.train with labels")
-    order = labelled[np.argsort(records.labels[labelled], kind="stable")]
-    count = min(MAX_RECORDS, len(order))
-    chosen = np.sort(order[np.arange(count) * len(order) // count])
+    chosen = labelled[choose_records(records.labels[labelled], min(MAX_RECORDS, len(labelled)))]
     return Records([records[int(index)] for index in chosen], records.format)
 
 
