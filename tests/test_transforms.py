@@ -92,27 +92,6 @@ def test_one_draw_for_every_frame() -> None:
     assert (clip == clip[:, :1]).all()
 
 
-@given(height=st.integers(8, 60), width=st.integers(8, 60), shift=st.floats(0, 0.4), seed=st.integers(0, 2**31))
-def test_a_shift_moves_the_frame_and_repeats_its_border(height: int, width: int, shift: float, seed: int) -> None:
-    rows, columns = np.mgrid[0:height, 0:width].astype(np.uint8)
-    frames = np.stack([np.stack([rows, columns, rows], axis=-1)] * 2)
-    augmentation = augment(crop="shift", shift=shift)
-    drawn = augmentation.draw(height, width, generator(seed))
-    assert abs(drawn.top) <= round(shift * height)
-    assert abs(drawn.left) <= round(shift * width)
-    moved = augmentation.apply(frames, drawn, (height, width)).numpy()
-    expected_rows = np.clip(np.arange(height) + drawn.top, 0, height - 1)
-    expected_columns = np.clip(np.arange(width) + drawn.left, 0, width - 1)
-    np.testing.assert_array_equal(moved[0, 1], np.broadcast_to(expected_rows[:, None], (height, width)))
-    np.testing.assert_array_equal(moved[1, 1], np.broadcast_to(expected_columns[None], (height, width)))
-
-
-def test_shifts_reach_every_place() -> None:
-    augmentation = augment(crop="shift", shift=0.1)
-    drawn = [augmentation.draw(32, 32, generator(seed)) for seed in range(500)]
-    assert {each.top for each in drawn} == {each.left for each in drawn} == set(range(-3, 4))
-
-
 def test_a_flip_mirrors_and_a_full_crop_keeps_the_pixels() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
     plain = Augmentation().apply(frames, ClipTransform(0, 0, 40, 40), (40, 40))

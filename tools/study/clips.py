@@ -7,7 +7,8 @@ small part of a photograph, which drifts a random way. The same clips carry two 
 appearance, as in Kinetics) and **how** (which way it moves, as in Something-Something). As the background moves too,
 neither one frame nor the sum of all motion tells the direction. The photographs ship inside the wheels of scikit-image
 and scikit-learn; nothing is downloaded. Digits and photographs are split before anything is drawn: validation clips
-show others than training clips.
+show others than training clips. Training clips are a quarter wider, so that random crops of the size of a validation
+clip move the scene by up to an eighth.
 
 Output: `train/*.mp4`, `validation/*.mp4`; the lists `train_how.txt`, `train_what.txt` and those of the validation
 (`path label`, relative to the folder), each with its class names beside it (`train_how.labels.txt`); and, last of all,
@@ -44,7 +45,8 @@ TASKS = {"how": HOW, "what": WHAT}
 SPLITS = tuple(PHOTOGRAPHS)  # train, validation
 
 VALIDATION_DIGITS = 30  # of each of the ten digits' 174 to 183 drawings
-RECIPE = 4  # raise it when the same settings give other clips, so that earlier folders are made again
+MARGIN = 8  # a training clip has size // MARGIN pixels more on every side
+RECIPE = 5  # raise it when the same settings give other clips, so that earlier folders are made again
 SETTINGS_FILE = "settings.json"
 CLIP_NAME = re.compile(r"\d{5}_\d_(up|down|left|right).*\.mp4")
 
@@ -85,7 +87,7 @@ def make_digit_clips(
         output: destination folder. Clips that an earlier call with other settings left there are removed.
         train: training clips; the 80 pairs of a digit and a direction come in turn.
         validation: validation clips.
-        size: side of a clip in pixels; what is seen does not depend on it.
+        size: side of a validation clip in pixels; what is seen does not depend on it.
         frames: frames of a clip, 8 a second.
         seed: clips of another seed show other digits at other places.
         processes: None: one for each core.
@@ -137,29 +139,31 @@ def photographs(split: str) -> list[Image.Image]:
     return [photograph(name) for name in PHOTOGRAPHS[split]]
 
 
-def draw_clip(split: str, what: int, how: int, size: int, frames: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a clip, uint8 (T, size, size, 3).
+def draw_clip(
+    split: str, what: int, how: int, size: int, frames: int, rng: np.random.Generator, margin: int = 0
+) -> np.ndarray:
+    """Draw a clip of `size` pixels and a margin around them: uint8 (T, size + 2 margin, size + 2 margin, 3).
 
-    The digit is 0.4 to 0.6 of the frame wide, its way 0.25 to 0.43 of the frame long with its middle in the middle half
-    of the frame; it is bright or dark. The background is 12 to 25% of a photograph's width and drifts up to 6% of that
-    width.
+    Within `size`, the digit is 0.4 to 0.6 wide, its way 0.25 to 0.43 long with its middle in the middle half; it is
+    bright or dark. The background is 12 to 25% of a photograph's width and drifts up to 6% of that width.
     """
     photos, drawings = photographs(split), digit_drawings(split)[what]
     photo, drawing = photos[rng.integers(len(photos))], drawings[rng.integers(len(drawings))]
     time = np.linspace(-0.5, 0.5, frames)[:, None]
 
-    view = rng.uniform(0.12, 0.25) * photo.width
+    side = size + 2 * margin
+    view = rng.uniform(0.12, 0.25) * photo.width * side / size
     drift = _vector(rng.uniform(0, 2 * math.pi)) * rng.uniform(0, 0.06) * photo.width
-    margin = (view + np.abs(drift)) / 2
-    centre = rng.uniform(margin, np.array(photo.size) - margin)
+    border = (view + np.abs(drift)) / 2
+    centre = rng.uniform(border, np.array(photo.size) - border)
     boxes = [(*(middle - view / 2), *(middle + view / 2)) for middle in centre + time * drift]
-    background = np.stack([np.asarray(photo.resize((size, size), Image.Resampling.BILINEAR, box)) for box in boxes])
+    background = np.stack([np.asarray(photo.resize((side, side), Image.Resampling.BILINEAR, box)) for box in boxes])
 
     width = rng.uniform(0.4, 0.6) * size
     way = _vector(how * math.pi / 4) * rng.uniform(0.25, 0.43) * size
-    places = rng.uniform(0.25, 0.75, 2) * size + time * way
+    places = margin + rng.uniform(0.25, 0.75, 2) * size + time * way
     colour = rng.uniform(170, 255, 3) if rng.random() < 0.5 else rng.uniform(0, 85, 3)
-    alpha = np.stack([_stamp(drawing, width, place, size) for place in places])[..., None]
+    alpha = np.stack([_stamp(drawing, width, place, side) for place in places])[..., None]
     return (background * (1 - alpha) + colour * alpha).round().clip(0, 255).astype(np.uint8)
 
 
@@ -201,7 +205,8 @@ def _make_clip(output: Path, split: str, index: int, settings: ClipSettings) -> 
     """Make one clip; returns its path in the folder."""
     classes = clip_classes(index)
     rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
-    frames = draw_clip(split, classes["what"], classes["how"], settings.size, settings.frames, rng)
+    margin = settings.size // MARGIN if split == "train" else 0
+    frames = draw_clip(split, classes["what"], classes["how"], settings.size, settings.frames, rng, margin)
     name = f"{split}/{index:05d}_{WHAT[classes['what']]}_{HOW[classes['how']].replace(' ', '_')}.mp4"
     write_h264(output / name, frames, fps=8)
     return name
@@ -235,7 +240,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to make the clips in")
     parser.add_argument("--train", type=int, default=4000, help="training clips (default %(default)s)")
     parser.add_argument("--validation", type=int, default=400, help="validation clips (default %(default)s)")
-    parser.add_argument("--size", type=int, default=32, help="side of a clip in pixels (default %(default)s)")
+    parser.add_argument("--size", type=int, default=32, help="side of a validation clip in pixels (default 32)")
     parser.add_argument("--frames", type=int, default=8, help="frames of a clip, 8 a second (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of digits, places and colours (default %(default)s)")
     parser.add_argument("--processes", type=int, help="default: one for each core")

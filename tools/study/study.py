@@ -7,7 +7,7 @@
 Each model is pretrained on all training clips without labels, and then measured with few: *how* (which of eight ways a
 digit moves) and *what* (which digit). Validation clips show digits and photographs that no training clip shows. A model
 from scratch is finetuned alone, for as many steps, and in columns of their own for ten times as many. On a CPU each
-core trains a model of its own.
+core trains a model of its own. *How* with the fewest labels comes first, for every model, and then the rest.
 
 results.json, a list of rows, and table.md are written after every measurement. The same command resumes the study.
 """
@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torchvision.transforms.v2.functional import center_crop
 from video_convmae.benchmark.environment import describe_machine
 
 from tools.study.clips import make_digit_clips
@@ -36,8 +37,8 @@ from video_convmae.data.records import read_list
 from video_convmae.engine.baselines import fit_and_score, mean_frame, motion_energy
 from video_convmae.engine.checkpoint import checkpoint_name
 
-PRETRAIN_STEPS, PRETRAIN_BATCH = 6000, 16  # of configs/debug/demo.yaml
-TRAIN_CLIPS, VALIDATION_CLIPS = 20_000, 2_000
+PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 32  # of configs/debug/demo.yaml
+TRAIN_CLIPS, VALIDATION_CLIPS, SIZE = 20_000, 2_000, 32
 
 Edits = tuple[str, ...]
 Row = dict[str, Any]  # model, task, protocol, labels, seed, top1, steps, pretrain_steps, commit, device
@@ -114,7 +115,7 @@ class Measurement:
         return (self.protocol, self.steps) == (row["protocol"], row["steps"])
 
 
-PROBE = ("--data.augmentation.crop=whole", "--mixing.smoothing=0", "--optim.weight_decay=0")
+PROBE = ("--mixing.mixup=0", "--mixing.smoothing=0", "--optim.weight_decay=0")
 FEW_LABELS = Measurement("how", "finetune", 200, 400)
 MEASUREMENTS = (
     FEW_LABELS,
@@ -122,10 +123,10 @@ MEASUREMENTS = (
     Measurement("what", "finetune", 10_000, 2000, ("--validate.every_steps=200",)),
     Measurement("how", "attentive", 1000, 1000, (*PROBE, "--model.probe=attentive")),
     Measurement("how", "linear", 1000, 1000, (*PROBE, "--model.probe=linear", "--optim.lr=1e-2")),
-    Measurement("how", "knn", 1000, 0, ("--model.probe=knn",)),
+    Measurement("how", "knn", VALIDATION_CLIPS // 2, 0),  # of the probe beside pretraining: half the validation clips
 )
 AS_LONG_AS_THEY_LIKE = Measurement("how", "finetune", 1000, 4000)  # of models from scratch
-CURVE = (750, 1500, 3000)  # steps of pretraining after which few labels are also tried
+CURVE = (500, 1000, 2000)  # steps of pretraining after which few labels are also tried
 
 
 def main() -> None:
@@ -147,50 +148,76 @@ def main() -> None:
         args.models, args.seeds = list(QUICK), 1
     make_digit_clips(args.output / "data", round(args.scale * TRAIN_CLIPS), VALIDATION_CLIPS)
     several = [(name, seed) for seed in range(args.seeds) for name in args.models if MODELS[name].several]
-    single = [(name, 0) for name in args.models if not MODELS[name].several]
+    models = several + [(name, 0) for name in args.models if not MODELS[name].several]
     processes = args.processes or (1 if args.device.startswith("cuda") else os.cpu_count())
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        jobs = [pool.submit(measure_model, *each, args) for each in several + single]
-        for future in as_completed([pool.submit(measure_baselines, args), *jobs]):
-            future.result()
+        jobs = [pool.submit(measure_baselines, args)]
+        for part in (slice(1), slice(1, None)):
+            jobs += [pool.submit(measure_model, *each, plan_model(each[0], args)[part], args) for each in models]
+            for future in as_completed(jobs):
+                future.result()
     print(table(collect_rows(args.output)))
 
 
-def measure_model(name: str, seed: int, args: argparse.Namespace) -> None:
+def plan_model(name: str, args: argparse.Namespace) -> list[tuple[Measurement, int]]:
+    """Return what is measured of a model, each after how many steps of pretraining; few labels first."""
+    model = MODELS[name]
+    whole = round(args.scale * PRETRAIN_STEPS) if model.stages else 0
+    planned = [(FEW_LABELS, whole)]
+    if args.quick:
+        return planned
+    if model.curve:
+        planned += [(FEW_LABELS, round(args.scale * steps)) for steps in CURVE]
+    columns = [column for column in MEASUREMENTS[1:] if model.several or column.task == "how"]
+    if not model.stages:
+        columns = [column for column in columns if column.protocol != "knn"] + [AS_LONG_AS_THEY_LIKE]
+    return planned + [(column, whole) for column in columns]
+
+
+def measure_model(name: str, seed: int, planned: list[tuple[Measurement, int]], args: argparse.Namespace) -> None:
     """Pretrain a model, then take every measurement that has no row yet."""
     model, data = MODELS[name], args.output / "data"
     folder = args.output / "runs" / f"{list(MODELS).index(name)}_{seed}"
-    whole = round(args.scale * PRETRAIN_STEPS) if model.stages else 0
-    planned = [(FEW_LABELS, whole)]
-    if model.curve and not args.quick:
-        planned += [(FEW_LABELS, round(args.scale * steps)) for steps in CURVE]
-    if not args.quick:
-        columns = MEASUREMENTS[1:] if model.stages else (*MEASUREMENTS[1:], AS_LONG_AS_THEY_LIKE)
-        planned += [(column, whole) for column in columns if model.several or column.task == "how"]
-    known = {row_key(row) for row in collect_rows(args.output)}
     settings = [*model.model, f"--seed={seed}", f"--device={args.device}"]
+    known = {row_key(row) for row in collect_rows(args.output)}
     for column, pretrain_steps in planned:
         row: Row = {"model": name, "task": column.task, "protocol": column.protocol, "labels": column.labels}
         row |= {"seed": seed, "steps": column.steps, "pretrain_steps": pretrain_steps}
         if row_key(row) in known:
             continue
-        weights: Path | None = None
-        for number, edits in enumerate(model.stages):
-            start = [] if weights is None else [f"--init.weights={weights}"]
-            weights = folder / f"pretrain_{number}"
-            length = [f"--train.max_steps={whole}", f"--train.keep_every={CURVE[0] * PRETRAIN_BATCH / TRAIN_CLIPS}"]
-            pretrain_on(data, weights, *settings, *start, *length, *edits)
-        if weights is not None and pretrain_steps < whole:
-            weights = weights / "checkpoints" / checkpoint_name(pretrain_steps)
+        weights = pretrain_model(model, folder, settings, args)
         run = folder / f"{column.task}_{column.protocol}_{column.labels}_{column.steps}_{pretrain_steps}"
-        metrics = finetune_on(data, column.task, column.labels, column.steps, run, weights, *settings, *column.edits)
-        row |= {"top1": metrics["val_top1"], **describe_machine(args.device)}
+        if column.protocol == "knn" and weights is not None:
+            row["top1"] = json.loads((weights / "metrics.json").read_text())["probe_knn_top1"]
+        else:
+            if weights is not None and pretrain_steps < args.scale * PRETRAIN_STEPS:
+                weights = weights / "checkpoints" / checkpoint_name(pretrain_steps)
+            edits = [*settings, *column.edits]
+            metrics = finetune_on(data, column.task, column.labels, column.steps, run, weights, *edits)
+            row["top1"] = metrics["val_top1"]
+        row |= describe_machine(args.device)
         if column.protocol == "finetune":
             row["steps_to_half"] = steps_to_half(run)
+        run.mkdir(parents=True, exist_ok=True)
         write_text(run / "row.json", json.dumps(row) + "\n")
         write_results(args.output)
         print(f"{name}, seed {seed}, {column.title}: top-1 {row['top1']:.1%}", flush=True)
+
+
+def pretrain_model(model: StudyModel, folder: Path, settings: list[str], args: argparse.Namespace) -> Path | None:
+    """Pretrain a model, unless that is done; returns the run of the last stage. None: a model from scratch."""
+    data = args.output / "data"
+    weights: Path | None = None
+    every = CURVE[0] * PRETRAIN_BATCH / TRAIN_CLIPS  # in epochs; as many steps whatever the scale
+    watch = [f"--probe.list={data / 'validation_how.txt'}", f"--probe.records={VALIDATION_CLIPS}"]
+    watch += [f"--train.keep_every={every}", f"--probe.every={every}"]
+    for number, edits in enumerate(model.stages):
+        start = [] if weights is None else [f"--init.weights={weights}"]
+        weights = folder / f"pretrain_{number}"
+        length = f"--train.max_steps={round(args.scale * PRETRAIN_STEPS)}"
+        pretrain_on(data, weights, *settings, *start, length, *watch, *edits)
+    return weights
 
 
 def measure_baselines(args: argparse.Namespace) -> None:
@@ -216,14 +243,15 @@ def measure_baselines(args: argparse.Namespace) -> None:
 
 
 def _read_clips(data: Path, name: str, count: int | None) -> tuple[torch.Tensor, np.ndarray]:
-    """Return the first clips of a list, `(R, C, T, H, W)` uint8, and their labels."""
+    """Return the first clips of a list, `(R, C, T, H, W)` uint8, without the margin of training clips; their labels."""
     records = read_list(data / f"{name}.txt", root=data)
     with ReaderProcess("pyav") as process:
         clips = []
         for record in list(records)[:count]:
             with process.open(record) as reader:
                 clips.append(torch.from_numpy(reader.read(np.arange(len(reader)))))
-    return torch.stack(clips).permute(0, 4, 1, 2, 3), records.labels[:count]
+    pixels = torch.stack(clips).permute(0, 4, 1, 2, 3)
+    return center_crop(pixels, [SIZE, SIZE]), records.labels[:count]
 
 
 def row_key(row: Row) -> tuple:

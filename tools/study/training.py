@@ -45,7 +45,7 @@ def finetune_on(
         data: folder of the clips.
         task: how or what.
         labelled: number of clips; the pairs of a digit and a direction come in turn.
-        steps: of the optimizer; 0 for nearest neighbours.
+        steps: of the optimizer.
         run: the run folder.
         weights: where to start; None: from scratch.
         edits: of the configuration.
@@ -63,7 +63,7 @@ def finetune_on(
             f"--data.validation={data / f'validation_{task}.txt'}",
             f"--data.labels={data / f'train_{task}.labels.txt'}",
             f"--data.root={data}",
-            *([f"--train.max_steps={steps}"] if steps else []),
+            f"--train.max_steps={steps}",
         ]
         start = [] if weights is None else [f"--init.weights={weights}"]
         finetune(parse(FinetuneConfig, [*arguments, *start, *edits]))

@@ -25,17 +25,14 @@ _RAND_AUGMENT = re.compile(
 class AugmentationConfig:
     """Augmentation of a training clip, in this order: crop, resize, flip, RandAugment, random erasing."""
 
-    crop: Literal["multi_scale", "random_resized", "shift", "whole"] = "multi_scale"
-    """multi_scale (VideoMAE), random_resized (MAE), shift (the full frame, moved and then resized), or whole: the full
-    frame, resized."""
+    crop: Literal["multi_scale", "random_resized", "whole"] = "multi_scale"
+    """multi_scale (VideoMAE), random_resized (MAE), or whole: the full frame, resized."""
     scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
     """multi_scale: side of the crop over the frame's short side."""
     area: tuple[float, float] = (0.5, 1.0)
     """random_resized: range of the crop's share of the frame's area."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """random_resized: range of the aspect ratio, width over height."""
-    shift: float = 0.1
-    """shift: largest way along each side, over that side; the border repeats the frame's last pixels."""
     flip: bool = False
     """Mirror half of the clips. Leave it off where class names mention left or right."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -49,12 +46,8 @@ class AugmentationConfig:
     combined with rand_augment or reprob."""
 
     def __post_init__(self) -> None:
-        if self.crop not in ("multi_scale", "random_resized", "shift", "whole"):
-            raise ValueError(
-                f"augmentation.crop is {self.crop!r}; expected 'multi_scale', 'random_resized', 'shift' or 'whole'"
-            )
-        if not 0 <= self.shift < 1:
-            raise ValueError(f"augmentation.shift is {self.shift}; expected a share of the frame's side, 0 to below 1")
+        if self.crop not in ("multi_scale", "random_resized", "whole"):
+            raise ValueError(f"augmentation.crop is {self.crop!r}; expected 'multi_scale', 'random_resized' or 'whole'")
         if not all(0 < scale <= 1 for scale in self.scales) or not self.scales:
             raise ValueError(f"augmentation.scales is {self.scales}; expected numbers above 0 and up to 1")
         if not 0 <= self.reprob <= 1:

@@ -35,7 +35,7 @@ class ClipTransform:
     """A drawn transform of a clip: a crop in pixels, and what follows it. By default only the crop.
 
     Args:
-        top, left, height, width: the crop; where it leaves the frame, the frame's last pixels are repeated.
+        top, left, height, width: the crop.
         flip: mirror every frame.
         rand_augment_seed: seed of RandAugment's operations; None: no RandAugment.
         erase_seed: seed of the erased rectangle and its noise; None: no erasing.
@@ -51,13 +51,8 @@ class ClipTransform:
 
     def crop(self, frames: np.ndarray, places: np.ndarray | None = None) -> np.ndarray:
         """Crop the frames at `places`, None: all: `(F, H, W, 3)` -> `(T, height, width, 3)`, contiguous."""
-        (top, left), (bottom, right) = (self.top, self.left), (self.top + self.height, self.left + self.width)
-        crop = frames[:, max(0, top) : bottom, max(0, left) : right]
-        crop = np.ascontiguousarray(crop if places is None else crop[places])  # copies no pixel outside the crop
-        if crop.shape[1:3] == (self.height, self.width):
-            return crop
-        missing = [(max(0, -top), max(0, bottom - frames.shape[1])), (max(0, -left), max(0, right - frames.shape[2]))]
-        return np.pad(crop, [(0, 0), *missing, (0, 0)], "edge")
+        crop = frames[:, self.top : self.top + self.height, self.left : self.left + self.width]
+        return np.ascontiguousarray(crop if places is None else crop[places])  # copies no pixel outside the crop
 
 
 @dataclass(frozen=True)
@@ -92,10 +87,7 @@ class Augmentation:
         elif config.crop == "random_resized":
             crop = random_resized_crop(height, width, config.area, config.aspect, generator)
         else:
-            top, left = 0, 0
-            if config.crop == "shift":
-                top, left = (_draw_shift(config.shift * side, generator) for side in (height, width))
-            crop = top, left, height, width
+            crop = 0, 0, height, width
         flip, rand_augment_seed, erase_seed = False, None, None
         if config.flip:
             flip = bool(torch.rand((), generator=generator) < 0.5)
@@ -159,12 +151,6 @@ def multi_scale_crop(
     places = [(y, x) for y in (0, 2, 4) for x in (0, 2, 4)] + [(y, x) for y in (1, 3) for x in (1, 3)]
     y, x = places[int(torch.randint(len(places), (), generator=generator))]
     return y * ((height - crop_height) // 4), x * ((width - crop_width) // 4), crop_height, crop_width
-
-
-def _draw_shift(largest: float, generator: torch.Generator | None) -> int:
-    """Draw whole pixels, up to `largest` either way."""
-    most = round(largest)
-    return int(torch.randint(-most, most + 1, (), generator=generator))
 
 
 def random_resized_crop(
