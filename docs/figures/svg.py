@@ -6,6 +6,7 @@ Backgrounds are transparent, and the colour of text has a contrast of 4 or more 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -59,6 +60,49 @@ class Drawing:
     def write(self, path: Path) -> None:
         """Write the file."""
         path.write_text("\n".join([self._head, *self._lines, "</svg>"]) + "\n", encoding="utf-8")
+
+
+class Axes:
+    """A plot in a drawing: a rectangle, the ranges of its values, and a grid.
+
+    Args:
+        drawing: where to draw.
+        box: left, top, width and height on the drawing.
+        x_range, y_range: first and last value along each side.
+        ticks: marks along x and along y, each a value and its label.
+    """
+
+    def __init__(
+        self,
+        drawing: Drawing,
+        box: tuple[float, float, float, float],
+        x_range: tuple[float, float],
+        y_range: tuple[float, float],
+        ticks: tuple[Sequence[tuple[float, str]], Sequence[tuple[float, str]]],
+    ) -> None:
+        self._drawing, self._box, self._x, self._y = drawing, box, x_range, y_range
+        left, top, width, height = box
+        for value, label in ticks[1]:
+            y = self.place(x_range[0], value)[1]
+            drawing.line([(left, y), (left + width, y)], stroke_opacity=0.3, stroke_width=1)
+            drawing.text(left - 8, y + 5, label, 14, "end")
+        for value, label in ticks[0]:
+            drawing.text(self.place(value, y_range[0])[0], top + height + 22, label, 14)
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Return where a value is drawn."""
+        left, top, width, height = self._box
+        right = left + width * (x - self._x[0]) / (self._x[1] - self._x[0])
+        return round(right, 1), round(top + height * (1 - (y - self._y[0]) / (self._y[1] - self._y[0])), 1)
+
+    def curve(self, points: Sequence[tuple[float, Sequence[float]]], colour: str, **style: object) -> None:
+        """Draw a line through the mean of each point's values, and their standard deviation where there are several."""
+        means = [(x, statistics.mean(values)) for x, values in points]
+        self._drawing.line([self.place(*point) for point in means], stroke=colour, stroke_width=2.5, **style)
+        for (x, mean), (_, values) in zip(means, points):
+            if len(values) > 1:
+                spread = statistics.stdev(values)
+                self._drawing.line([self.place(x, mean - spread), self.place(x, mean + spread)], stroke=colour)
 
 
 def _attributes(style: dict[str, object]) -> str:

@@ -9,7 +9,8 @@ digit moves) and *what* (which digit). Validation clips show digits and photogra
 from scratch is finetuned alone, for as many steps, and in columns of their own for ten times as many. On a CPU each
 core trains a model of its own. *How* with the fewest labels comes first, for every model, and then the rest.
 
-results.json, a list of rows, and table.md are written after every measurement. The same command resumes the study.
+results.json, a list of rows, curves.json, what the logs of pretraining say, and table.md are written after every
+measurement. The same command resumes the study.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ MODELS = {
     "MSD, random mask 0.75": StudyModel(stages=(("--mask.kind=random", "--mask.ratio=0.75"),)),
     "MSD, temporal kernel 1": StudyModel(model=("--model.temporal_kernel=1",)),
     "MSD, temporal kernel 5": StudyModel(model=("--model.temporal_kernel=5",)),
+    "MSD, learning rate too high": StudyModel(stages=(("--optim.lr=3e-2",),)),
     "image MSD, inflated": StudyModel(stages=(IMAGE,)),
     "image MSD, inflated, pretrained on video": StudyModel(stages=(IMAGE, ())),
 }
@@ -120,7 +122,7 @@ FEW_LABELS = Measurement("how", "finetune", 200, 400)
 MEASUREMENTS = (
     FEW_LABELS,
     Measurement("how", "finetune", 1000, 400),
-    Measurement("what", "finetune", 10_000, 2000, ("--validate.every_steps=200",)),
+    Measurement("what", "finetune", 10_000, 2000, ("--mixing.mixup=0", "--validate.every_steps=200")),
     Measurement("how", "attentive", 1000, 1000, (*PROBE, "--model.probe=attentive")),
     Measurement("how", "linear", 1000, 1000, (*PROBE, "--model.probe=linear", "--optim.lr=1e-2")),
     Measurement("how", "knn", VALIDATION_CLIPS // 2, 0),  # of the probe beside pretraining: half the validation clips
@@ -274,10 +276,27 @@ def collect_rows(output: Path) -> list[Row]:
     return sorted(rows.values(), key=lambda row: (order.index(row["model"]), row["seed"]))
 
 
+def collect_curves(output: Path) -> list[Row]:
+    """Return loss, nearest neighbours, linear probe, effective rank and deviation over the steps of each pretraining.
+
+    One row a run; a value is a list of (step, value). A model that is pretrained in stages shows the first.
+    """
+    curves = []
+    for folder in sorted(output.glob("runs/*/pretrain_0")):
+        number, seed = map(int, folder.parent.name.split("_"))
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        row: Row = {"model": list(MODELS)[number], "seed": seed}
+        for name in ("loss", "probe_knn_top1", "probe_linear_top1", "probe_rank", "probe_std"):
+            row[name] = [(line["step"], round(line[name], 4)) for line in lines if line.get(name) is not None]
+        curves.append(row)
+    return curves
+
+
 def write_results(output: Path) -> None:
-    """Write results.json and table.md."""
+    """Write results.json, curves.json and table.md."""
     rows = collect_rows(output)
-    write_text(output / "results.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    for name, values in (("results", rows), ("curves", collect_curves(output))):
+        write_text(output / f"{name}.json", "[\n" + ",\n".join(map(json.dumps, values)) + "\n]\n")
     write_text(output / "table.md", table(rows) + "\n")
 
 
