@@ -94,7 +94,7 @@ def make_digit_clips(
     """
     settings = ClipSettings(train, validation, size, frames, seed)
     output = Path(output)
-    if is_complete(output, asdict(settings), TASKS):
+    if is_complete(output, asdict(settings), [f"{split}_{task}" for split in SPLITS for task in TASKS]):
         print(f"{output} already holds these clips")
         return
     remove_clips(output, CLIP_NAME)
@@ -212,12 +212,12 @@ def _make_clip(output: Path, split: str, index: int, settings: ClipSettings) -> 
     return name
 
 
-def is_complete(output: Path, settings: dict[str, Any], tasks: Iterable[str]) -> bool:
-    """Return whether a folder holds the clips of these settings and their lists of these tasks."""
-    lists = [output / f"{split}_{task}.txt" for split in SPLITS for task in tasks]
+def is_complete(output: Path, settings: dict[str, Any], lists: Iterable[str]) -> bool:
+    """Return whether a folder holds the clips of these settings and the lists of these names."""
+    paths = [output / f"{name}.txt" for name in lists]
     try:
         held = json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
-        lines = [line for path in lists for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
         return False
     return held == settings and all((output / line.rsplit(" ", 1)[0]).is_file() for line in lines)
@@ -226,10 +226,9 @@ def is_complete(output: Path, settings: dict[str, Any], tasks: Iterable[str]) ->
 def remove_clips(output: Path, name: re.Pattern[str]) -> None:
     """Remove clips of earlier calls, by their names, and nothing else: the folder may hold a user's files."""
     (output / SETTINGS_FILE).unlink(missing_ok=True)
-    for split in SPLITS:
-        for path in output.glob(f"{split}/*.mp4"):
-            if name.fullmatch(path.name):
-                path.unlink()
+    for path in output.glob("*/*.mp4"):
+        if name.fullmatch(path.name):
+            path.unlink()
 
 
 def main() -> None:

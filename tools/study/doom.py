@@ -121,7 +121,7 @@ def make_doom_clips(
     """
     settings = DoomSettings(train, validation, size, seed)
     output = Path(output).resolve()  # the processes work in another folder
-    if is_complete(output, asdict(settings), ["how"]):
+    if is_complete(output, asdict(settings), [f"{split}_how" for split in SPLITS]):
         print(f"{output} already holds these clips")
         return
     _import_vizdoom()

@@ -295,9 +295,14 @@ def collect_curves(output: Path) -> list[Row]:
 def write_results(output: Path) -> None:
     """Write results.json, curves.json and table.md."""
     rows = collect_rows(output)
-    for name, values in (("results", rows), ("curves", collect_curves(output))):
-        write_text(output / f"{name}.json", "[\n" + ",\n".join(map(json.dumps, values)) + "\n]\n")
+    write_rows(output / "results.json", rows)
+    write_rows(output / "curves.json", collect_curves(output))
     write_text(output / "table.md", table(rows) + "\n")
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Write a list of rows as JSON, one a line."""
+    write_text(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def table(rows: list[Row]) -> str:
@@ -312,8 +317,12 @@ def table(rows: list[Row]) -> str:
             cells.append(cell([row["top1"] for row in shown if row["model"] == name and column.matches(row)]))
         if any(each != "-" for each in cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    machines = dict.fromkeys(f"{row['device']}, commit {row['commit']}" for row in rows)
-    return "\n".join([*lines, "", "; ".join(machines)])
+    return "\n".join([*lines, "", origins(rows)])
+
+
+def origins(rows: list[Row]) -> str:
+    """Return the machines and commits that rows were measured with."""
+    return "; ".join(dict.fromkeys(f"{row['device']}, commit {row['commit']}" for row in rows))
 
 
 def cell(values: list[float]) -> str:

@@ -19,6 +19,8 @@ from video_convmae.config import FinetuneConfig, to_plain
 
 def finetune(config: FinetuneConfig) -> int:
     """Run a configuration; return the steps done (0 for a probe that is fitted at once)."""
+    import torch
+
     from video_convmae import build
     from video_convmae.engine.distributed import init_distributed
     from video_convmae.engine.fit import fit_probe
@@ -34,6 +36,7 @@ def finetune(config: FinetuneConfig) -> int:
             print(f"{num_classes} classes")
         if config.model.probe not in ("knn", "logistic"):
             return build.build_finetuning(config, info, records, validation).fit()
+        torch.manual_seed(config.seed)  # of a random encoder
         probe = build.build_classifier(config.model, num_classes)
         report = build.load_initial_weights(config.init, probe)
         if info.is_main:
