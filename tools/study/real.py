@@ -62,7 +62,7 @@ COPY_DISTANCE = 0.5  # 0.14 at most between a clip and its encodings, 1.4 or mor
 
 TRAIN_CLIPS = 80
 RECIPE = 1  # raise it when the same settings give other clips, so that earlier folders are refused
-CLIP_NAME = re.compile(r"\d{3}_\d{3}_[a-z0-9]+\.mp4")
+CLIP_NAME = re.compile(r"\d{3,}_\d{3,}_[a-z0-9]+\.mp4")
 RANDOM = "random weights"
 
 
@@ -217,7 +217,7 @@ def draw_played(
     """Draw a second of a clip, played `factors[label]` times as fast (-1: backward), cropped to 60 to 100%."""
     factor = factors[label]
     step = abs(factor) * max(rate / FPS, 1)  # no frame is shown twice
-    start = rng.uniform(0, len(frames) - 1 - step * (FPS - 1))
+    start = rng.uniform(0, max(0, len(frames) - 1 - step * (FPS - 1)))
     times = np.floor(start + step * np.arange(FPS)).astype(int)
     box = draw_box(frames, rng.uniform(0.6, 1), rng)
     return np.stack([picture(frames[time], box, WIDTH, HEIGHT) for time in times[:: 1 if factor > 0 else -1]])
@@ -362,7 +362,7 @@ def make_set(name: str, videos: Path, sources: list[Source], output: Path, clips
 def write_split(output: Path, split: int, seed: int) -> Path:
     """Write `train.txt` and `validation.txt` of a split of a set; returns their folder."""
     lines = (output / "all.txt").read_text(encoding="utf-8").splitlines(keepends=True)
-    sources = np.array([int(Path(line).name[:3]) for line in lines])
+    sources = np.array([int(Path(line).name.split("_")[0]) for line in lines])
     labels = np.array([int(line.split()[-1]) for line in lines])
     folder = output / f"split_{split}"
     folder.mkdir(exist_ok=True)
@@ -410,7 +410,7 @@ def weights_digest(init: str) -> str:
 
 def measure_split(folder: Path, row: dict[str, Any], weights: str | None) -> None:
     """Run the documented commands on a split, unless its row is there; `weights` None: random ones, of the split."""
-    run = folder / row["model"].replace(", ", "-").replace(" ", "-").replace("/", "-")
+    run = folder / re.sub(r"[^\w.-]+", "-", row["model"])
     if (run / "row.json").exists():
         return
     start = [f"--seed={row['split']}"] if weights is None else [f"--init.weights={weights}"]
