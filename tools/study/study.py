@@ -117,12 +117,13 @@ class Measurement:
         return (self.protocol, self.steps) == (row["protocol"], row["steps"])
 
 
-PROBE = ("--mixing.mixup=0", "--mixing.smoothing=0", "--optim.weight_decay=0")
+UNMIXED = ("--mixing.mixup=0", "--mixing.cutmix=0")
+PROBE = (*UNMIXED, "--mixing.smoothing=0", "--optim.weight_decay=0")
 FEW_LABELS = Measurement("how", "finetune", 200, 400)
 MEASUREMENTS = (
     FEW_LABELS,
     Measurement("how", "finetune", 1000, 400),
-    Measurement("what", "finetune", 10_000, 2000, ("--mixing.mixup=0", "--validate.every_steps=200")),
+    Measurement("what", "finetune", 10_000, 2000, (*UNMIXED, "--validate.every_steps=200")),
     Measurement("how", "attentive", 1000, 1000, (*PROBE, "--model.probe=attentive")),
     Measurement("how", "linear", 1000, 1000, (*PROBE, "--model.probe=linear", "--optim.lr=1e-2")),
     Measurement("how", "knn", VALIDATION_CLIPS // 2, 0),  # of the probe beside pretraining: half the validation clips
