@@ -17,10 +17,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from video_convmae.atomic import write_text
 from video_convmae.data.datasets import STEP, sample_generator
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.loader import Batch
@@ -45,6 +43,7 @@ from .metrics import StepMetrics, Stopwatch
 from .optim import Optimization
 from .options import LogConfig, TrainConfig
 from .parallel import full_tensor, is_sharded, no_sync, unwrap
+from .run_folder import claim, write_config
 from .tasks import Task, autocast
 from .validation import Validation, Validator
 from .watchdog import heartbeat
@@ -67,6 +66,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     ema: EMA | None
     config: dict[str, Any]
+    records: str | None = None  # digest of the training list
     step: int = 0
 
     def parts(self) -> dict[str, Any]:
@@ -82,6 +82,7 @@ class TrainState:
             },
             "scaler": self.scaler.state_dict(),
             "config": self.config,
+            "records": self.records,
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -149,6 +150,7 @@ class Trainer:
         folder: the run folder.
         bad_records: log of records that could not be read.
         run_config: configuration of the run as plain data, kept in config.yaml and every checkpoint.
+        records: digest of the training list, kept in every checkpoint.
         seed: of the run.
         validation: measurement beside training; its values are logged in a line of their own.
         resume_from: checkpoint to resume from, the same on every rank.
@@ -166,6 +168,7 @@ class Trainer:
         folder: Path,
         bad_records: BadRecordLog,
         run_config: dict[str, Any],
+        records: str | None = None,
         seed: int = 0,
         validation: Validation | None = None,
         resume_from: Checkpoint | None = None,
@@ -176,7 +179,7 @@ class Trainer:
         model = unwrap(task.model)
         scaler = torch.amp.GradScaler(info.device.type, enabled=train.precision == "fp16")
         ema = None if train.ema is None else EMA(model, train.ema)
-        self.state = TrainState(model, optimization.optimizer, scaler, ema, run_config)
+        self.state = TrainState(model, optimization.optimizer, scaler, ema, run_config, records)
         self.metrics = StepMetrics()
         self.stopwatch = Stopwatch(info.device, log.profile)
         self.stop_signal = StopSignal()
@@ -196,6 +199,7 @@ class Trainer:
         """Train; return the steps done: all of the schedule's, or fewer where a signal ended the run.
 
         Raises:
+            UserError: another run writes into the folder.
             NonFiniteLoss: with `on_nonfinite: stop`.
             TooManyBadRecords: see `BadRecordLog`.
             LoaderError: a loading process ended, of this rank or of another.
@@ -203,15 +207,23 @@ class Trainer:
                 After these and after TooManyBadRecords the state of the last whole step is saved.
             CheckpointError: a checkpoint could not be written; earlier ones are whole.
         """
+        with claim(self.folder, self.info):
+            return self._fit()
+
+    def _fit(self) -> int:
         started, state = time.perf_counter(), self.state
         if self.info.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.yaml", yaml.safe_dump(state.config, sort_keys=False))
+            write_config(self.folder, state.config, 0 if self.resume_from is None else self.resume_from.step)
         if self.resume_from is not None:
             heartbeat(f"reading {self.resume_from.path}")
             state.restore(self.resume_from)
             if self.info.is_main:
                 print(f"resumes from step {state.step}, read from {self.resume_from.path.parent}", flush=True)
+                if state.step == self.steps:
+                    print(
+                        f"{self.folder} is finished: all of its {self.steps} steps are done and nothing is trained; "
+                        f"another run has another --output, and --init.weights {self.folder} starts it from this one"
+                    )
         first_step = state.step
         if self.info.is_main:
             self.log = RunLog(self.folder, first_step, self.steps)
