@@ -95,7 +95,7 @@ def steps(name: str, info: DistInfo, way: dict | None) -> dict[str, list]:
         optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())
         optimizer.step()
         optimizer.zero_grad()
-        average.update(bare)
+        average.update(bare, step)
     result["weights"] = [full_tensor(t).clone() for t in bare.state_dict().values()]
     result["average"] = [full_tensor(t).clone() for t in average.tensors.values()]
     return result

@@ -330,7 +330,7 @@ def build_optimization(
         steps_per_epoch: optimizer steps of one pass over the list.
 
     Raises:
-        ValueError: so few epochs that there is no step.
+        ValueError: so few epochs that there is no step, or a warm-up as long as the run.
     """
     steps = round(train.epochs * steps_per_epoch) if train.max_steps is None else train.max_steps
     if steps < 1:
@@ -345,6 +345,12 @@ def build_optimization(
         peak, end = (base * effective_batch / 256 for base in (config.base_lr, config.base_min_lr))
         origin = f"lr {peak:.3g} = base_lr {config.base_lr:.3g} x effective batch {effective_batch} / 256"
     warmup = round(config.warmup_epochs * steps_per_epoch) if config.warmup_steps is None else config.warmup_steps
+    if warmup and warmup >= steps:
+        given = f"warmup_epochs is {config.warmup_epochs:g}, {warmup} steps" if config.warmup_steps is None else None
+        raise UserError(
+            f"optim.{given or f'warmup_steps is {warmup}'}, and the run has {steps}: the learning rate would never "
+            "reach its peak; expected fewer (--optim.warmup_steps), or a longer run"
+        )
     schedule = Schedule(peak, end, warmup, steps)
     scales = None
     if config.layer_decay != 1:
@@ -524,6 +530,12 @@ def _build_trainer(
     report = load_initial_weights(config.init, model) if resume_from is None else None
     plan = plan_batches(config, info, None if resume_from is None else resume_from.config)
     config = replace(config, train=replace(config.train, effective_batch=plan.global_batch))
+    together = plan.per_device * config.data.repeats * plan.ranks
+    if together < 2 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+        raise UserError(
+            f"the probe's BatchNorm needs two clips or more in a forward pass of all devices; train.batch_size "
+            f"{config.train.batch_size} on {plan.ranks} devices gives {together}: raise train.batch_size"
+        )
     steps_per_epoch = ResumableBatchSampler(count, plan, config.seed, 0, 0).steps_per_epoch
     wrapped = parallelize(
         model.to(info.device),

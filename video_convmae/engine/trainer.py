@@ -48,6 +48,8 @@ from .tasks import Task, autocast
 from .validation import Validation, Validator
 from .watchdog import heartbeat
 
+MAX_SKIPPED = 50  # steps in a row; fp16's loss scale has then fallen from 65,536 to less than 1e-10
+
 
 class NonFiniteLoss(UserError, RuntimeError):
     """A loss or gradient was not finite; the message names steps and records."""
@@ -181,6 +183,7 @@ class Trainer:
         ema = None if train.ema is None else EMA(model, train.ema)
         self.state = TrainState(model, optimization.optimizer, scaler, ema, run_config, records)
         self.metrics = StepMetrics()
+        self.skipped = 0  # steps in a row, up to now, whose gradients were not finite
         self.stopwatch = Stopwatch(info.device, log.profile)
         self.stop_signal = StopSignal()
         self.trace = Trace(folder, info.rank, log.trace)
@@ -316,7 +319,7 @@ class Trainer:
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if state.ema is not None:
-                state.ema.update(state.model)
+                state.ema.update(state.model, state.step)
         state.step += 1
         self.metrics.add_step(step_loss, norm)
 
@@ -371,10 +374,19 @@ class Trainer:
         state, metrics, info = self.state, self.metrics, self.info
         heartbeat(f"logging step {state.step}")
         values = metrics.summarize(state.step, self.optimization, info, self.stopwatch.take(len(metrics)))
+        if state.scaler.is_enabled():
+            values["loss_scale"] = state.scaler.get_scale()
         if nonfinite := metrics.nonfinite_steps(state.step, self.train.precision, info):
             if self.train.on_nonfinite == "stop":
                 raise NonFiniteLoss(f"{nonfinite}; the newest checkpoint is from before")
             self.log.print(f"{nonfinite}; skipped")
+        self.skipped = metrics.count_skipped(self.skipped)
+        if self.skipped >= min(MAX_SKIPPED, self.steps):
+            scale = f", fp16's loss scale is {values['loss_scale']:g}" if "loss_scale" in values else ""
+            raise NonFiniteLoss(
+                f"the gradients of the last {self.skipped} steps were not finite{scale}: no weight has changed; "
+                "try bf16 or fp32, a smaller optim.lr, or optim.clip_grad"
+            )
         try:
             new = self.bad_records.add(self._all_bad_records(), write=info.is_main)
         except TooManyBadRecords as error:
