@@ -9,7 +9,8 @@ import pickle
 import re
 import shutil
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -431,6 +432,24 @@ def test_wrapping_changes_neither_values_nor_names(recomputed: str, compile: boo
     assert torch.equal(*losses)
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(bare.parameters(), wrapped.parameters()))
     assert list(wrapped.state_dict()) == names
+
+
+@pytest.mark.parametrize("recomputed", RECOMPUTED)
+def test_checkpointed_blocks_are_compiled_too(recomputed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    model = create_autoencoder("tiny", num_frames=4, image_size=32)
+    wrapped = parallelize(model, ALONE, activation_checkpointing=recomputed, compile=True)
+    clips, visible = torch.randn(2, 3, 4, 32, 32), torch.tensor([True, False, False, True] * 4).view(2, 2, 2, 2)
+    wrapped(clips, visible).loss.backward()
+    assert len(graphs) == 4  # a block of each stage, and of the decoder
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_pixels_go_there_and_back() -> None:

@@ -6,12 +6,16 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from clips import encode
+from test_pretrain import ENVIRONMENT
 
 from video_convmae.build import cap_workers
 from video_convmae.cli import run as run_cli
@@ -20,7 +24,7 @@ from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import FinetuneConfig, PretrainConfig, flatten, to_plain
 from video_convmae.engine.distributed import DistInfo
-from video_convmae.engine.run_folder import FREE, TOLD, check_unchanged, claim
+from video_convmae.engine.run_folder import FREE, TOLD, check_unchanged
 from video_convmae.errors import UserError
 
 ALONE = DistInfo(0, 1, torch.device("cpu"))
@@ -141,15 +145,28 @@ def test_a_probe_that_is_fitted_at_once_does_not_hide_below_a_trained_run(clips:
         finetune(parse(FinetuneConfig, arguments(clips, tmp_path, "--model.probe=knn")))
 
 
-def test_a_folder_has_one_writer(tmp_path: Path) -> None:
-    with claim(tmp_path, ALONE):
-        second = claim(tmp_path, ALONE)
-        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on .*; expected one run a folder"):
-            second.__enter__()
-        with claim(tmp_path / "another", ALONE):
-            pass
-    with claim(tmp_path, ALONE):
-        pass
+def test_a_folder_has_one_writer(clips: Path, tmp_path: Path) -> None:
+    """Until its process dies: a forked child, as a loading process is one, does not prolong it."""
+    holder = (
+        "import os, sys, time, torch; from pathlib import Path; from video_convmae.engine.run_folder import claim\n"
+        "from video_convmae.engine.distributed import DistInfo\n"
+        f"with claim(Path({str(tmp_path)!r}), DistInfo(0, 1, torch.device('cpu'))):\n"
+        "    child = os.fork()\n"
+        "    print(child, flush=True) if child else None\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        with pytest.raises(UserError, match=rf"in use by process {process.pid} on .*; expected one run a folder"):
+            pretrain(parse(PretrainConfig, arguments(clips, tmp_path)))
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+        process.kill()
+        process.wait()
+        pretrain(parse(PretrainConfig, arguments(clips, tmp_path)))
+        os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])

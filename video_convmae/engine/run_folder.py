@@ -91,8 +91,8 @@ def claim(folder: Path, info: DistInfo) -> Iterator[None]:
         file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  # closed below, which ends the claim
         try:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would live on in forked loading processes
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             error = (
                 f"{folder} is in use by {file.read().strip() or 'another process'}; expected one run a folder: wait "
