@@ -54,6 +54,7 @@ def count_calls(folder: Path, workers: int) -> set[CodeType]:
                 f"--data.workers={workers}",
                 "--train.batch_size=2",
                 "--train.max_steps=4",
+                "--optim.warmup_steps=0",
             ]
         )
     finally:

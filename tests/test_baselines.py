@@ -71,7 +71,13 @@ def make(folder: Path, draw: Callable[[int, np.random.Generator], np.ndarray]) -
     edits = ["--config=debug/finetune", "--model.num_frames=4", "--model.image_size=32", "--data.stride=2"]
     edits += [f"--data.train={folder / 'train.txt'}", f"--data.validation={folder / 'test.txt'}"]
     edits += [f"--data.root={folder}", "--data.workers=0", "--data.max_bad_fraction=0.5", "--device=cpu"]
-    edits += ["--train.max_steps=1", "--optim.lr=0", "--train.batch_size=4", f"--output={folder / 'run'}"]
+    edits += [
+        "--train.max_steps=1",
+        "--optim.warmup_steps=0",
+        "--optim.lr=0",
+        "--train.batch_size=4",
+        f"--output={folder / 'run'}",
+    ]
     finetune(parse(FinetuneConfig, edits))
     return folder
 
@@ -126,7 +132,14 @@ def test_images_have_no_motion(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     (tmp_path / "list.txt").write_text("".join(f"{tmp_path / str(i)}.png {i % 2}\n" for i in range(8)))
     edits = ["--config=debug/finetune", "--model.num_frames=1", "--model.image_size=32", "--data.format=image"]
     edits += [f"--data.train={tmp_path / 'list.txt'}", f"--data.validation={tmp_path / 'list.txt'}"]
-    edits += ["--data.workers=0", "--device=cpu", "--train.max_steps=1", "--train.batch_size=4", "--test.segments=1"]
+    edits += [
+        "--data.workers=0",
+        "--device=cpu",
+        "--train.max_steps=1",
+        "--optim.warmup_steps=0",
+        "--train.batch_size=4",
+    ]
+    edits += ["--test.segments=1"]
     finetune(parse(FinetuneConfig, [*edits, f"--output={tmp_path / 'run'}"]))
     metrics = evaluate(parse(EvaluateConfig, options(tmp_path, tmp_path / "test")))
     assert metrics["baselines"] == {"largest_class": 0.5, "mean_frame": 1}

@@ -182,6 +182,7 @@ def test_a_shrunken_copy_takes_two_steps(path: Path, videos: Path, tmp_path: Pat
         model=AutoencoderConfig(**small_model(path, frames)),
         data=replace(config.data, train=str(videos / images), root=str(videos), reader="pyav", workers=0),
         train=replace(config.train, batch_size=2, accumulate=1, effective_batch=2, max_steps=2, log_every=1),
+        optim=replace(config.optim, warmup_steps=0),
     )
     assert pretrain(small) == 2
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -225,6 +226,7 @@ def test_a_shrunken_classifier_takes_two_steps(path: Path, videos: Path, tmp_pat
             workers=0,
         ),
         train=replace(config.train, batch_size=2, accumulate=1, effective_batch=2, max_steps=2, log_every=1),
+        optim=replace(config.optim, warmup_steps=0),
         validate=replace(config.validate, precision="fp32"),
         test=replace(config.test, precision="fp32"),
     )

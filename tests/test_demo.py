@@ -73,7 +73,7 @@ def test_predictions_of_both_runs_are_drawn(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("\n".join(HOW) + "\n")
     edits = [f"--config={CONFIGS / 'finetune_demo.yaml'}", f"--data.train={tmp_path / 'validation_how.txt'}"]
     edits += [f"--data.root={tmp_path}", "--data.validation=null", f"--data.labels={tmp_path / 'labels.txt'}"]
-    edits += ["--train.max_steps=1", "--train.batch_size=2", "--model.depths=[1,1,1]"]
+    edits += ["--train.max_steps=1", "--optim.warmup_steps=0", "--train.batch_size=2", "--model.depths=[1,1,1]"]
     finetune(parse(FinetuneConfig, [*edits, f"--output={tmp_path / 'run'}"]))
     draw_predictions([tmp_path / "run", tmp_path / "run"], tmp_path, tmp_path / "predictions.png")
     with Image.open(tmp_path / "predictions.png") as picture:

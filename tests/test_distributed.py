@@ -38,12 +38,14 @@ def test_every_recipe_wrapped_in_every_way_equals_the_bare_model(ranks: int, cap
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     recipes = {line["recipe"] for line in lines}
     assert recipes == {"pretrain", "finetune", "probe, linear", "probe, attentive"}
-    assert len(lines) == 8 * 4 - 2
+    assert len(lines) == 8 * 4 - 2 + 6
     with capsys.disabled():
         print("\n\nrecipe             way                    relative difference of loss, gradient, weights")
         for line in lines:
             differences = "  ".join(f"{line[name]:.1e}" for name in ("loss", "gradient", "weights"))
             print(f"{line['recipe']:18} {line['way']:22} {differences}")
+    for line in lines:  # compiled: a graph for a block of each stage and of the decoder, or more
+        assert line["graphs"] >= 4 if "compiled" in line["way"] else line["graphs"] == 0, line
     for line in lines:
         compressed = "bf16" in line["way"]
         for name in ("loss", "norm", "gradient", "weights", "average"):

@@ -9,7 +9,8 @@ import pickle
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ from video_convmae.engine.parallel import RECOMPUTED, parallelize
 from video_convmae.engine.tasks import Normalizer
 from video_convmae.engine.trainer import NonFiniteLoss, StopSignal, Trainer
 from video_convmae.engine.validation import Validation, Validator
+from video_convmae.errors import UserError
 from video_convmae.weights import files
 
 ALONE = DistInfo(0, 1, torch.device("cpu"))
@@ -55,12 +57,15 @@ def test_the_learning_rate_follows_the_batch_and_says_so() -> None:
     assert scaled.schedule.end == pytest.approx(8e-5)
     assert (scaled.schedule.warmup, scaled.schedule.steps) == (40 * 117, 800 * 117)
     assert scaled.origin == "lr 0.0012 = base_lr 0.00015 x effective batch 2048 / 256"
-    assert build_optimization(model, OptimConfig(lr=3e-4), TrainConfig(epochs=1), 2048, 10).schedule.peak == 3e-4
+    assert (
+        build_optimization(model, OptimConfig(lr=3e-4, warmup_epochs=0), TrainConfig(epochs=1), 2048, 10).schedule.peak
+        == 3e-4
+    )
 
 
 def test_a_run_of_max_steps_replaces_its_epochs() -> None:
     train = TrainConfig(epochs=800, max_steps=8)
-    assert build_optimization(nn.Linear(2, 2), OptimConfig(), train, 2048, 117).schedule.steps == 8
+    assert build_optimization(nn.Linear(2, 2), OptimConfig(warmup_steps=0), train, 2048, 117).schedule.steps == 8
     with pytest.raises(ValueError, match=r"train\.max_steps is 0"):
         TrainConfig(max_steps=0)
     optim = OptimConfig(warmup_epochs=40, warmup_steps=3)
@@ -270,6 +275,12 @@ def test_bad_records_are_written_once_and_counted(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("optim", [OptimConfig(warmup_epochs=1), OptimConfig(warmup_steps=9)])
+def test_a_warmup_that_does_not_fit_is_an_error(optim: OptimConfig) -> None:
+    with pytest.raises(UserError, match=r"optim.warmup_(epochs is 1, 9 steps|steps is 9), and the run has 9"):
+        build_optimization(nn.Linear(2, 2), optim, TrainConfig(epochs=1), 4, 9)
+
+
 # The loop
 
 
@@ -286,15 +297,15 @@ class Toy:
         return loss, {"residual": loss.detach().sqrt()}
 
 
-def batches(first: int, last: int, broken: int | None = None) -> Iterator[Batch]:
+def batches(first: int, last: int, broken: Collection[int] = ()) -> Iterator[Batch]:
     for step in range(first, last):
         clips = torch.randint(0, 2, (4, 1, 1, 2, 2), generator=torch.Generator().manual_seed(step))
-        labels = torch.full((4,), math.inf) if step == broken else torch.ones(4)
+        labels = torch.full((4,), math.inf) if step in broken else torch.ones(4)
         visible = torch.ones(4, 1, 1, 1, dtype=torch.bool)
         yield Batch(clips, visible, None, labels, torch.arange(4) + 10 * step, ())
 
 
-def run(folder: Path, steps: int = 12, broken: int | None = None, end: int | None = None, **changes: object) -> Toy:
+def run(folder: Path, steps: int = 12, broken: Collection[int] = (), end: int | None = None, **changes: object) -> Toy:
     """Train the toy until `end`, on a schedule of `steps`."""
     task = Toy()
     config = TrainConfig(**{"epochs": 1, "precision": "fp32", "log_every": 4, "save_every": 0.5, **changes})
@@ -369,15 +380,30 @@ def test_a_repeated_signal_is_one_request_and_ctrl_c_twice_ends_at_once() -> Non
 
 def test_a_non_finite_loss_stops_the_run_and_names_step_and_records(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLoss, match=r"step 6: loss inf.*rank 0's records \[50, 51, 52, 53\]"):
-        run(tmp_path, broken=5)
+        run(tmp_path, broken=[5])
     assert checkpoint.find_latest(tmp_path / "checkpoints")[0] is None  # the step of the checkpoint was the bad one
 
 
 def test_a_non_finite_step_can_be_skipped(tmp_path: Path) -> None:
-    skipped = run(tmp_path / "skip", broken=5, on_nonfinite="skip")
+    skipped = run(tmp_path / "skip", broken=[5], on_nonfinite="skip")
     assert weights(skipped).isfinite().all()
     lines = [json.loads(line) for line in (tmp_path / "skip" / "log.jsonl").read_text().splitlines()]
     assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_gradients_that_are_never_finite_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLoss, match=r"gradients of the last 12 steps were not finite: no weight has changed"):
+        run(tmp_path / "short", broken=range(12), on_nonfinite="skip")
+    with pytest.raises(NonFiniteLoss, match="gradients of the last 52 steps"):  # logged every fourth step
+        run(tmp_path / "long", steps=80, broken=range(20, 80), on_nonfinite="skip")
+    run(tmp_path / "now_and_then", steps=120, broken=[*range(30), *range(40, 80)], on_nonfinite="skip")
+
+
+def test_the_average_of_a_short_run_follows_it(tmp_path: Path) -> None:
+    task = run(tmp_path, steps=80, ema=0.9999)
+    average = load_state(tmp_path)["ema"]["0.weight"]
+    now, start = task.model[0].weight.detach(), Toy().model[0].weight.detach()
+    assert (average - now).norm() < 0.2 * (start - now).norm()
 
 
 # Wrapping
@@ -406,6 +432,24 @@ def test_wrapping_changes_neither_values_nor_names(recomputed: str, compile: boo
     assert torch.equal(*losses)
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(bare.parameters(), wrapped.parameters()))
     assert list(wrapped.state_dict()) == names
+
+
+@pytest.mark.parametrize("recomputed", RECOMPUTED)
+def test_checkpointed_blocks_are_compiled_too(recomputed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    model = create_autoencoder("tiny", num_frames=4, image_size=32)
+    wrapped = parallelize(model, ALONE, activation_checkpointing=recomputed, compile=True)
+    clips, visible = torch.randn(2, 3, 4, 32, 32), torch.tensor([True, False, False, True] * 4).view(2, 2, 2, 2)
+    wrapped(clips, visible).loss.backward()
+    assert len(graphs) == 4  # a block of each stage, and of the decoder
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_pixels_go_there_and_back() -> None:

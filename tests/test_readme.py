@@ -241,7 +241,7 @@ def test_the_example_of_a_mask_runs() -> None:
 
 SHORT = (
     "--model.size tiny --model.image_size 32 --model.num_frames 4 --train.max_steps 2 --train.batch_size 4 "
-    "--device cpu --data.workers 0"
+    "--optim.warmup_steps 0 --device cpu --data.workers 0"
 )
 
 

@@ -37,7 +37,8 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def data(videos: Path) -> list[str]:
     edits = [f"--data.train={videos / 'list.txt'}", f"--data.root={videos}", "--data.workers=0", "--data.stride=1"]
-    return [*edits, "--device=cpu", "--train.batch_size=2", "--train.max_steps=2", "--train.precision=fp32"]
+    edits += ["--device=cpu", "--train.precision=fp32", "--train.batch_size=2", "--train.max_steps=2"]
+    return [*edits, "--optim.warmup_steps=0"]
 
 
 @pytest.fixture(scope="module")

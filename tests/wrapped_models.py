@@ -52,6 +52,17 @@ WAYS = {
     "fsdp, checkpointed": {"parallel": "fsdp", "activation_checkpointing": "all"},
     "fsdp, bf16 gradients": {"parallel": "fsdp", "compress_gradients": True},
 }
+for parallel in ("ddp", "fsdp"):
+    for recomputed in ("none", "conv", "all"):
+        way = {"parallel": parallel, "compile": True, "activation_checkpointing": recomputed}
+        WAYS[f"{parallel}, compiled, {recomputed} checkpointed"] = way
+GRAPHS: list[str] = []  # that were compiled
+
+
+def compile_graph(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
+    """Count a graph in place of generating code for it."""
+    GRAPHS.append(str(graph.graph))
+    return graph.forward
 
 
 def batch(visible_of: tuple[int, int, int], step: int, records: slice) -> Batch:
@@ -95,7 +106,7 @@ def steps(name: str, info: DistInfo, way: dict | None) -> dict[str, list]:
         optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())
         optimizer.step()
         optimizer.zero_grad()
-        average.update(bare)
+        average.update(bare, step)
     result["weights"] = [full_tensor(t).clone() for t in bare.state_dict().values()]
     result["average"] = [full_tensor(t).clone() for t in average.tensors.values()]
     return result
@@ -110,14 +121,19 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 def main() -> None:
     """Print a line for each case."""
     torch.set_num_threads(1)
+    torch.compile = partial(torch.compile, backend=compile_graph)
     with init_distributed("cpu", 120) as info:
         for name in RECIPES:
             bare = steps(name, info, None)
             for title, way in WAYS.items():
                 if "BatchNorm" in str(RECIPES[name][0]()) and "accumulates" in way:
                     continue  # its statistics are those of one forward pass
+                if "compile" in way and name != "pretrain":
+                    continue
+                torch._dynamo.reset()
+                GRAPHS.clear()
                 wrapped = steps(name, info, way)
-                line = {"recipe": name, "way": title, "ranks": info.world_size}
+                line = {"recipe": name, "way": title, "ranks": info.world_size, "graphs": len(GRAPHS)}
                 for value in ("loss", "norm"):
                     pairs = zip(wrapped[value], bare[value])
                     line[value] = max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Generator
@@ -23,10 +24,11 @@ from video_convmae.config import (
     MaskConfig,
     PretrainConfig,
     RunConfig,
+    flatten,
     to_plain,
 )
 from video_convmae.data.datasets import ClipDataset, TestViewDataset
-from video_convmae.data.decoding import resolve_reader
+from video_convmae.data.decoding import DecodeError, resolve_reader
 from video_convmae.data.decoding.memory import MemoryReader
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.loader import Batch, BatchPlan, ResumableBatchSampler, iter_batches
@@ -45,9 +47,11 @@ from video_convmae.engine.optim import Optimization, Schedule, parameter_groups
 from video_convmae.engine.options import OptimConfig, ProtocolConfig, TrainConfig
 from video_convmae.engine.parallel import parallelize, unwrap
 from video_convmae.engine.probing import choose_records, measure_probe, plan_probe
+from video_convmae.engine.run_folder import check_unchanged
 from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, Task
 from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
+from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
@@ -82,8 +86,57 @@ def load_initial_weights(config: InitConfig, model: Autoencoder | Classifier | P
 
 
 def read_records(data: DataConfig) -> Records:
-    """Read the training list."""
+    """Read the training list.
+
+    Raises:
+        ListError: the list cannot be used, or data.root is no folder.
+    """
+    check_root(data.root)
     return read_list(data.train, data.format, data.root)
+
+
+def check_root(root: str, origin: str = "data.root") -> None:
+    """Raise a ListError unless the folder exists that a list's relative paths are joined to."""
+    if root and not Path(root).is_dir():
+        raise ListError(f"{origin} is {root!r}, which is no folder here; expected the one that the list's paths lie in")
+
+
+def try_records(data: DataConfig, records: Records, info: DistInfo, count: int = 5) -> None:
+    """Read a frame of some of the records, up to the first that can be read: a wrong folder is met before any work.
+
+    The main process does it for all.
+
+    Raises:
+        ListError: none of them can be read.
+    """
+    error = None
+    if info.is_main:
+        errors: list[str] = []
+        with ReaderProcess(data.reader, data.decode_timeout) as process:
+            for place in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int):
+                try:
+                    with process.open(records[int(place)]) as reader:
+                        reader.read([0])
+                    break
+                except DecodeError as met:
+                    errors.append(str(met))
+            else:
+                error = (
+                    f"none of {len(errors)} records of {data.train} that were tried can be read ({errors[0]}); check "
+                    f"data.root, which is {data.root!r}, and the files: video-convmae check-videos names the bad ones"
+                )
+    if (error := all_gather_object(error)[0]) is not None:
+        raise ListError(error)
+
+
+def cap_workers(workers: int, info: DistInfo) -> int:
+    """Return the loading processes of a device: with those of the machine's other devices no more than its cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    capped = min(workers, max(1, cores // devices))
+    if capped < workers and info.is_main:
+        print(f"data.workers is {workers} for each of {devices} devices, on {cores} cores: {capped} are used")
+    return capped
 
 
 def read_validation_records(data: LabelledDataConfig) -> Records:
@@ -277,7 +330,7 @@ def build_optimization(
         steps_per_epoch: optimizer steps of one pass over the list.
 
     Raises:
-        ValueError: so few epochs that there is no step.
+        ValueError: so few epochs that there is no step, or a warm-up as long as the run.
     """
     steps = round(train.epochs * steps_per_epoch) if train.max_steps is None else train.max_steps
     if steps < 1:
@@ -292,6 +345,12 @@ def build_optimization(
         peak, end = (base * effective_batch / 256 for base in (config.base_lr, config.base_min_lr))
         origin = f"lr {peak:.3g} = base_lr {config.base_lr:.3g} x effective batch {effective_batch} / 256"
     warmup = round(config.warmup_epochs * steps_per_epoch) if config.warmup_steps is None else config.warmup_steps
+    if warmup and warmup >= steps:
+        given = f"warmup_epochs is {config.warmup_epochs:g}, {warmup} steps" if config.warmup_steps is None else None
+        raise UserError(
+            f"optim.{given or f'warmup_steps is {warmup}'}, and the run has {steps}: the learning rate would never "
+            "reach its peak; expected fewer (--optim.warmup_steps), or a longer run"
+        )
     schedule = Schedule(peak, end, warmup, steps)
     scales = None
     if config.layer_decay != 1:
@@ -313,9 +372,12 @@ def build_optimization(
 # Runs
 
 
-def resolve_config(config: Config) -> Config:
-    """Decide what the configuration leaves open, once: `reader: auto`, and the precision of validation and test."""
-    config = replace(config, data=replace(config.data, reader=resolve_reader(config.data.reader)))
+def resolve_config(config: Config, info: DistInfo) -> Config:
+    """Decide what the configuration leaves open, once: `reader: auto`, the precision of validation and test, and how
+    many loading processes this machine has cores for.
+    """
+    workers = cap_workers(config.data.workers, info)
+    config = replace(config, data=replace(config.data, reader=resolve_reader(config.data.reader), workers=workers))
     if not isinstance(config, FinetuneConfig):
         return config
     validate = replace(config.validate, precision=config.validate.precision or config.train.precision)
@@ -461,9 +523,19 @@ def _build_trainer(
     """
     folder, count = Path(config.output), len(clips)
     resume_from = _checkpoint_to_resume(folder / "checkpoints", info)
+    digest = clips.records.digest(config.data.root)
+    if resume_from is not None:
+        _check_resumed(config, resume_from, digest, info)
+    try_records(config.data, clips.records, info)
     report = load_initial_weights(config.init, model) if resume_from is None else None
     plan = plan_batches(config, info, None if resume_from is None else resume_from.config)
     config = replace(config, train=replace(config.train, effective_batch=plan.global_batch))
+    together = plan.per_device * config.data.repeats * plan.ranks
+    if together < 2 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+        raise UserError(
+            f"the probe's BatchNorm needs two clips or more in a forward pass of all devices; train.batch_size "
+            f"{config.train.batch_size} on {plan.ranks} devices gives {together}: raise train.batch_size"
+        )
     steps_per_epoch = ResumableBatchSampler(count, plan, config.seed, 0, 0).steps_per_epoch
     wrapped = parallelize(
         model.to(info.device),
@@ -502,10 +574,33 @@ def _build_trainer(
         folder=folder,
         bad_records=BadRecordLog(folder / "bad_records.jsonl", count, config.data.max_bad_fraction),
         run_config=to_plain(config),
+        records=digest,
         seed=config.seed,
         validation=validation(optimization, plan.global_batch),
         resume_from=resume_from,
     )
+
+
+def _check_resumed(
+    config: PretrainConfig | FinetuneConfig, checkpoint: Checkpoint, digest: str, info: DistInfo
+) -> None:
+    """Print what has changed since the run began.
+
+    Raises:
+        UserError: what its weights, data order or schedule are made of has changed.
+    """
+    before, now = (dict(flatten(values)) for values in (checkpoint.config, to_plain(config)))
+    changed = check_unchanged(Path(config.output), before, now)
+    records = checkpoint.info.get("records")  # not in checkpoints of earlier versions
+    if records not in (None, digest):
+        raise UserError(
+            f"the records of {config.data.train} are not those that {config.output} began with; expected the same list "
+            f"in the same order: restore it, or give another --output (--init.weights {config.output} starts from "
+            "these weights)"
+        )
+    if info.is_main:
+        for line in changed:
+            print(f"changed since the run began: {line}", flush=True)
 
 
 def _checkpoint_to_resume(folder: Path, info: DistInfo) -> Checkpoint | None:

@@ -10,6 +10,7 @@ are defined beside that part. Nothing here imports torch, so that `--help` is fa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -287,3 +288,12 @@ def from_plain(kind: type[Config], values: dict[str, Any]) -> Config:
         return kind(**parser.instantiate(parser.parse_object(values)).as_dict())
     except Exception as error:
         raise ValueError(f"no {kind.__name__} of this version: {error}") from error
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted names and values of nested groups."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     folder = Path(config.output)
     with init_distributed(config.device) as info:
         loaded, path, digest = load_model(config, info)
-        data, protocol = merge_options(config, loaded)
+        data, protocol = merge_options(config, loaded, info)
         if not isinstance(data, LabelledDataConfig) or data.num_classes is None:
             raise ValueError(
                 f"{config.weights} was pretrained only: it has no classes (video-convmae finetune adds them)"
@@ -142,11 +142,19 @@ def load_model(config: InferenceConfig, info: DistInfo) -> tuple[Predictor, Path
     return predictor.load(source, labels=labels, ema=config.ema, reader=config.reader), path, digest
 
 
-def merge_options(config: InferenceConfig, loaded: Predictor) -> tuple[DataConfig, ProtocolConfig]:
-    """Return the run's own data and test protocol, with the command's options in their place."""
+def merge_options(config: InferenceConfig, loaded: Predictor, info: DistInfo) -> tuple[DataConfig, ProtocolConfig]:
+    """Return the run's own data and test protocol, with the command's options in their place.
+
+    Raises:
+        ListError: the folder of the list's paths does not exist; the message says who named it.
+    """
+    from video_convmae.build import cap_workers, check_root
+
     run, options = loaded.config, vars(config)
     data_fields = ("root", "format", "sampling", "stride", "workers")
     data = replace(run.data, **{name: options[name] for name in data_fields if options[name] is not None})
+    data = replace(data, workers=cap_workers(data.workers, info))
+    check_root(data.root, f"data.root of {config.weights}" if config.root is None else "--root")
     protocol = getattr(run, "test", ProtocolConfig())
     fields = {name: options[name] for name in ProtocolConfig.__dataclass_fields__ if options[name] is not None}
     fields.setdefault("precision", protocol.precision or run.train.precision)

@@ -41,7 +41,7 @@ def extract_features(config: FeaturesConfig) -> Path:
     config = replace(config, segments=config.segments or 1, crops=config.crops or 1)
     with init_distributed(config.device) as info:
         loaded, path, digest = load_model(config, info)
-        data, protocol = merge_options(config, loaded)
+        data, protocol = merge_options(config, loaded, info)
         records = read_list(config.list, data.format, data.root)
         shape, source = feature_shape(loaded.model, config.kind), feature_source(loaded.model, config.kind)
         about = {

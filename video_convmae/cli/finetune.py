@@ -25,8 +25,8 @@ def finetune(config: FinetuneConfig) -> int:
     from video_convmae.engine.distributed import init_distributed
     from video_convmae.engine.fit import fit_probe
 
-    config = build.resolve_config(config)
     with init_distributed(config.device, config.hang_timeout) as info:
+        config = build.resolve_config(config, info)
         records = build.read_records(config.data)
         validation = None if config.data.validation is None else build.read_validation_records(config.data)
         num_classes = build.count_classes(config.data, *[each for each in (records, validation) if each is not None])

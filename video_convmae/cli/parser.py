@@ -19,7 +19,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from itertools import pairwise
@@ -31,6 +31,7 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from video_convmae.config import flatten
 from video_convmae.errors import UserError
 from video_convmae.shipped import find_config
 
@@ -148,15 +149,6 @@ def merge(base: dict[str, Any], edits: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted names and values of nested groups."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def fields_of(kind: type, prefix: str = "") -> dict[str, Field]:

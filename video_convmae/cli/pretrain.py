@@ -19,9 +19,8 @@ def pretrain(config: PretrainConfig) -> int:
     from video_convmae.build import build_pretraining, resolve_config
     from video_convmae.engine.distributed import init_distributed
 
-    config = resolve_config(config)
     with init_distributed(config.device, config.hang_timeout) as info:
-        return build_pretraining(config, info).fit()
+        return build_pretraining(resolve_config(config, info), info).fit()
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -89,11 +89,20 @@ class Records(Sequence[Record]):
         label, frames = int(self.labels[index]), int(self._num_frames[index])
         return Record(path, label if label >= 0 else None, frames if frames >= 0 else None, self.format)
 
-    def digest(self) -> str:
-        """Return the SHA-256 of the records in their order: the same for the same list under another file name."""
+    def digest(self, root: str | Path | None = None) -> str:
+        """Return the SHA-256 of the records in their order: the same for the same list under another file name.
+
+        With the folder that its paths were joined to, it is also the same where that folder has moved.
+        """
         digest = hashlib.sha256()
-        for array in (self._paths, self._ends, self.labels, self._num_frames):
-            digest.update(array.tobytes())
+        if root is None:
+            digest.update(self._paths.tobytes())
+            digest.update(self._ends.tobytes())
+        else:
+            for record in self:
+                digest.update(os.fsencode(record.path.removeprefix(os.path.join(root, ""))) + b"\0")
+        digest.update(self.labels.tobytes())
+        digest.update(self._num_frames.tobytes())
         return digest.hexdigest()
 
 

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from video_convmae.errors import UserError
+
 from .options import HANG_TIMEOUT
 from .watchdog import Watchdog
 
@@ -53,6 +55,9 @@ def init_distributed(device: str = "auto", hang_timeout: float = HANG_TIMEOUT) -
         device: auto (CUDA if available), cpu, cuda, or one device such as cuda:1.
         hang_timeout: seconds without a heartbeat after which this process ends and says what each rank was doing. A
             collective gives up after twice as many, since the other ranks' heartbeats are then unknown.
+
+    Raises:
+        UserError: there is no such device.
     """
     local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -60,6 +65,13 @@ def init_distributed(device: str = "auto", hang_timeout: float = HANG_TIMEOUT) -
         chosen = f"cuda:{local_rank}"
     on_cuda = chosen.startswith("cuda")
     if on_cuda:
+        if not torch.cuda.is_available():
+            raise UserError(f"device is {device!r}, and PyTorch finds no CUDA device; expected cpu or auto")
+        if (torch.device(chosen).index or 0) >= (count := torch.cuda.device_count()):
+            raise UserError(
+                f"process {local_rank} of this machine needs {chosen}, and there are {count} CUDA devices; expected at "
+                f"most {count} processes a machine (torchrun --nproc_per_node {count})"
+            )
         torch.cuda.set_device(chosen)
     else:
         keep_freed_memory()

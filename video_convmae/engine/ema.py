@@ -12,9 +12,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class EMA:
     """An exponential moving average of the weights; running statistics are copied.
 
+    The decay is warmed up as timm's ModelEmaV3 does with its defaults: 1 - (1 + step)^(-2/3) until it reaches `decay`.
+    Without that, an average of 0.9999 over 80 steps is still the initial weights.
+
     Args:
         model: whose tensors it starts with; if they are sharded, so is the average.
-        decay: weight of the average in each update.
+        decay: largest weight of the average in an update.
 
     Attributes:
         tensors: by name, as in the model's state_dict.
@@ -22,7 +25,7 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        self._mix = get_ema_multi_avg_fn(decay)
+        self._decay = decay
         self._is_started = False
 
     def resume(self, model: nn.Module | None) -> None:
@@ -32,12 +35,13 @@ class EMA:
         self._is_started = True
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Average in the weights after a step; the first update replaces the initial weights of a new model."""
+    def update(self, model: nn.Module, step: int) -> None:
+        """Average in the weights after a step, counted from 0; the first one replaces a new model's initial weights."""
         now = model.state_dict()
         averaged = [name for name, _ in model.named_parameters()] if self._is_started else []
         if averaged:
-            self._mix([self.tensors[name] for name in averaged], [now[name] for name in averaged], None)
+            mix = get_ema_multi_avg_fn(min(self._decay, 1 - (1 + step) ** (-2 / 3)))
+            mix([self.tensors[name] for name in averaged], [now[name] for name in averaged], None)
         self._copy(now, now.keys() - set(averaged))
         self._is_started = True
 

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from video_convmae.atomic import write_text
+from video_convmae.errors import UserError
 from video_convmae.models.probe import KNNHead, LogisticHead, Probe
 
-from .checkpoint import checkpoint_name, save_checkpoint
+from .checkpoint import checkpoint_name, list_checkpoints, save_checkpoint, step_of
 from .distributed import barrier
 from .inference import ListInference, chunk_folder
 from .log import BadRecordLog, last_words
+from .run_folder import claim, write_config
 from .validation import Validation
 
 
@@ -43,15 +44,29 @@ def fit_probe(
 
     Raises:
         TooManyBadRecords: see `BadRecordLog`.
+        UserError: the folder holds a run that was trained, or another process writes into it.
     """
+    with claim(folder, inference.info):
+        _fit_probe(inference, folder, max_bad_fraction, run_config, validation)
+
+
+def _fit_probe(
+    inference: ListInference,
+    folder: Path,
+    max_bad_fraction: float,
+    run_config: dict[str, Any],
+    validation: Validation | None,
+) -> None:
     model, info, records = inference.model, inference.info, inference.views.records
     if not isinstance(model, Probe) or not isinstance(model.head, KNNHead | LogisticHead):
         raise TypeError(f"the model is a {type(model).__name__}; expected a Probe with model.probe knn or logistic")
     head = model.head
     started = time.perf_counter()
+    trained = [path for path in list_checkpoints(folder / "checkpoints") if step_of(path)]
+    if trained:  # it would be taken for the newest
+        raise UserError(f"{folder} holds a trained run ({trained[-1].name}); give another --output")
     if info.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", yaml.safe_dump(run_config, sort_keys=False))
+        write_config(folder, run_config, 0)
     weights = hashlib.sha256(b"".join(t.numpy(force=True).tobytes() for t in model.state_dict().values())).hexdigest()
     settings = {name: run_config[name] for name in ("data", "model", "validate", "seed")}
     chunks = chunk_folder(folder, settings | {"weights": weights, "records": records.digest()})

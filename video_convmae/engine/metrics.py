@@ -121,6 +121,12 @@ class StepMetrics:
         ]
         return "not finite at " + "; ".join(line for lines in all_gather_object(own) for line in lines)
 
+    def count_skipped(self, before: int) -> int:
+        """Return how many steps in a row, up to the last, had gradients that are not finite; `before`: so far."""
+        for norm in self._norm_values:
+            before = 0 if math.isfinite(norm) else before + 1
+        return before
+
 
 def _finite_mean(values: list[float]) -> float | None:
     """Return the mean of the finite values; None if there are none (JSON has no NaN)."""

@@ -1,7 +1,7 @@
-"""A model on many devices: activation checkpointing, compilation, DDP or FSDP2, applied from outside the model.
+"""A model on many devices: compilation, activation checkpointing, DDP or FSDP2, applied from outside the model.
 
-The order is fixed: activation checkpointing of each block, compilation of each block, then DDP, or FSDP2
-(`fully_shard` of each block and of the whole).
+The order is fixed: each block is compiled, then checkpointed (the other way round nothing is compiled), then DDP, or
+FSDP2 (`fully_shard` of each block and of the whole).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def parallelize(
     compress_gradients: bool = False,
     accumulates: bool = False,
 ) -> nn.Module:
-    """Apply activation checkpointing and compilation, then replicate or shard the model.
+    """Apply compilation and activation checkpointing, then replicate or shard the model.
 
     Under DDP its parameters stay the same objects; under FSDP2 they become sharded ones of the same names, so create
     the optimizer afterwards.
@@ -65,11 +65,11 @@ def parallelize(
     """
     blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
     for block in blocks:
-        if isinstance(block, RECOMPUTED[activation_checkpointing]):
-            # The method is wrapped, not the module: a wrapping module would change the parameters' names.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        # The method is wrapped, not the module: a wrapping module would change the parameters' names.
         if compile:
-            block.compile()
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        if isinstance(block, RECOMPUTED[activation_checkpointing]):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
     if info.world_size == 1:
         return model
     _synchronise_batch_norms(model)

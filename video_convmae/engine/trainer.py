@@ -17,10 +17,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from video_convmae.atomic import write_text
 from video_convmae.data.datasets import STEP, sample_generator
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.loader import Batch
@@ -45,9 +43,12 @@ from .metrics import StepMetrics, Stopwatch
 from .optim import Optimization
 from .options import LogConfig, TrainConfig
 from .parallel import full_tensor, is_sharded, no_sync, unwrap
+from .run_folder import claim, write_config
 from .tasks import Task, autocast
 from .validation import Validation, Validator
 from .watchdog import heartbeat
+
+MAX_SKIPPED = 50  # steps in a row; fp16's loss scale has then fallen from 65,536 to less than 1e-10
 
 
 class NonFiniteLoss(UserError, RuntimeError):
@@ -67,6 +68,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     ema: EMA | None
     config: dict[str, Any]
+    records: str | None = None  # digest of the training list
     step: int = 0
 
     def parts(self) -> dict[str, Any]:
@@ -82,6 +84,7 @@ class TrainState:
             },
             "scaler": self.scaler.state_dict(),
             "config": self.config,
+            "records": self.records,
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -149,6 +152,7 @@ class Trainer:
         folder: the run folder.
         bad_records: log of records that could not be read.
         run_config: configuration of the run as plain data, kept in config.yaml and every checkpoint.
+        records: digest of the training list, kept in every checkpoint.
         seed: of the run.
         validation: measurement beside training; its values are logged in a line of their own.
         resume_from: checkpoint to resume from, the same on every rank.
@@ -166,6 +170,7 @@ class Trainer:
         folder: Path,
         bad_records: BadRecordLog,
         run_config: dict[str, Any],
+        records: str | None = None,
         seed: int = 0,
         validation: Validation | None = None,
         resume_from: Checkpoint | None = None,
@@ -176,8 +181,9 @@ class Trainer:
         model = unwrap(task.model)
         scaler = torch.amp.GradScaler(info.device.type, enabled=train.precision == "fp16")
         ema = None if train.ema is None else EMA(model, train.ema)
-        self.state = TrainState(model, optimization.optimizer, scaler, ema, run_config)
+        self.state = TrainState(model, optimization.optimizer, scaler, ema, run_config, records)
         self.metrics = StepMetrics()
+        self.skipped = 0  # steps in a row, up to now, whose gradients were not finite
         self.stopwatch = Stopwatch(info.device, log.profile)
         self.stop_signal = StopSignal()
         self.trace = Trace(folder, info.rank, log.trace)
@@ -196,6 +202,7 @@ class Trainer:
         """Train; return the steps done: all of the schedule's, or fewer where a signal ended the run.
 
         Raises:
+            UserError: another run writes into the folder.
             NonFiniteLoss: with `on_nonfinite: stop`.
             TooManyBadRecords: see `BadRecordLog`.
             LoaderError: a loading process ended, of this rank or of another.
@@ -203,15 +210,23 @@ class Trainer:
                 After these and after TooManyBadRecords the state of the last whole step is saved.
             CheckpointError: a checkpoint could not be written; earlier ones are whole.
         """
+        with claim(self.folder, self.info):
+            return self._fit()
+
+    def _fit(self) -> int:
         started, state = time.perf_counter(), self.state
         if self.info.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.yaml", yaml.safe_dump(state.config, sort_keys=False))
+            write_config(self.folder, state.config, 0 if self.resume_from is None else self.resume_from.step)
         if self.resume_from is not None:
             heartbeat(f"reading {self.resume_from.path}")
             state.restore(self.resume_from)
             if self.info.is_main:
                 print(f"resumes from step {state.step}, read from {self.resume_from.path.parent}", flush=True)
+                if state.step == self.steps:
+                    print(
+                        f"{self.folder} is finished: all of its {self.steps} steps are done and nothing is trained; "
+                        f"another run has another --output, and --init.weights {self.folder} starts it from this one"
+                    )
         first_step = state.step
         if self.info.is_main:
             self.log = RunLog(self.folder, first_step, self.steps)
@@ -304,7 +319,7 @@ class Trainer:
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if state.ema is not None:
-                state.ema.update(state.model)
+                state.ema.update(state.model, state.step)
         state.step += 1
         self.metrics.add_step(step_loss, norm)
 
@@ -359,10 +374,19 @@ class Trainer:
         state, metrics, info = self.state, self.metrics, self.info
         heartbeat(f"logging step {state.step}")
         values = metrics.summarize(state.step, self.optimization, info, self.stopwatch.take(len(metrics)))
+        if state.scaler.is_enabled():
+            values["loss_scale"] = state.scaler.get_scale()
         if nonfinite := metrics.nonfinite_steps(state.step, self.train.precision, info):
             if self.train.on_nonfinite == "stop":
                 raise NonFiniteLoss(f"{nonfinite}; the newest checkpoint is from before")
             self.log.print(f"{nonfinite}; skipped")
+        self.skipped = metrics.count_skipped(self.skipped)
+        if self.skipped >= min(MAX_SKIPPED, self.steps):
+            scale = f", fp16's loss scale is {values['loss_scale']:g}" if "loss_scale" in values else ""
+            raise NonFiniteLoss(
+                f"the gradients of the last {self.skipped} steps were not finite{scale}: no weight has changed; "
+                "try bf16 or fp32, a smaller optim.lr, or optim.clip_grad"
+            )
         try:
             new = self.bad_records.add(self._all_bad_records(), write=info.is_main)
         except TooManyBadRecords as error:
