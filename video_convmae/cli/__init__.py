@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -31,6 +32,9 @@ EXPECTED = (UserError, ValueError, OSError, ImportError)
 
 def main(*command: str) -> int:
     """Run `video-convmae` with `command` before the process's own arguments; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a file name may be no text, or none that the terminal can show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = [*command, *sys.argv[1:]]
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):

@@ -20,6 +20,7 @@ from video_convmae.config import FinetuneConfig, to_plain
 def finetune(config: FinetuneConfig) -> int:
     """Run a configuration; return the steps done (0 for a probe that is fitted at once)."""
     from video_convmae import build
+    from video_convmae.data.labels import label_notes
     from video_convmae.engine.distributed import init_distributed
     from video_convmae.engine.fit import fit_probe
 
@@ -32,6 +33,8 @@ def finetune(config: FinetuneConfig) -> int:
         config = replace(config, data=replace(config.data, labels=labels, num_classes=num_classes))
         if info.is_main:
             print(f"{num_classes} classes")
+            for note in label_notes(num_classes, labels, records, validation):
+                print(f"labels: {note}")
         if config.model.probe not in ("knn", "logistic"):
             return build.build_finetuning(config, info, records, validation).fit()
         probe = build.build_classifier(config.model, num_classes)

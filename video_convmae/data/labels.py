@@ -152,22 +152,19 @@ def label_notes(
         validation: the list that is tested on.
     """
     seen = np.unique(records.labels[records.labels >= 0])
+    gaps = _gaps(seen, num_classes) if len(seen) else []
     notes = []
-    if len(seen) and seen[0] == 1 and not names:
+    if gaps[:1] == [(0, 0)] and not names:
+        gaps = gaps[1:]
         notes.append(
-            f"labels begin at 1, so that the model has a class 0 without records: {num_classes} classes, not "
+            f"labels begin at 1, so the model has a class 0 without records: {num_classes} classes, not "
             f"{num_classes - 1}; if the list counts from 1, subtract 1 from every label"
         )
-    elif len(seen) and len(seen) < num_classes:
-        gaps = _gaps(seen, num_classes)
-        quoted = (
-            f" ({', '.join(repr(names[n]) for first, last in gaps for n in range(first, last + 1))})"
-            if (names and num_classes - len(seen) <= _NAMED)
-            else ""
-        )
-        notes.append(
-            f"{num_classes - len(seen)} of the {num_classes} classes have no record in the list: {_text(gaps)}{quoted}"
-        )
+    if gaps:
+        missing = [n for first, last in gaps[:_NAMED] for n in range(first, min(last, first + _NAMED) + 1)]
+        quoted = f" ({', '.join(repr(names[n]) for n in missing[:_NAMED])})" if names else ""
+        count = sum(last - first + 1 for first, last in gaps)
+        notes.append(f"{count} of the {num_classes} classes have no record in the list: {_text(gaps)}{quoted}")
     if validation is not None:
         unseen = np.setdiff1d(validation.labels[validation.labels >= 0], seen)
         if len(unseen):
