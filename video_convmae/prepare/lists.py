@@ -395,7 +395,7 @@ def write_list(
     labels: Sequence[str],
     format: ListFormat = "video",
     counts: Mapping[str, int] | None = None,
-    root: Path = Path(),
+    root: str | Path = "",
 ) -> None:
     """Write a list and its class names; the list is replaced only if `read_list` reads the same rows back.
 
@@ -432,7 +432,7 @@ def quote_names(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names[:EXAMPLES]) + (", ..." if len(names) > EXAMPLES else "") or "none"
 
 
-def _check_read_back(path: Path, records: Sequence[Record], root: Path) -> None:
+def _check_read_back(path: Path, records: Sequence[Record], root: str | Path) -> None:
     """Compare a written list with its records. Only the reader of lists knows the names that a list cannot hold."""
     problem = ""
     try:
