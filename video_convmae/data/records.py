@@ -237,11 +237,15 @@ def _names_file(line: str, format: ListFormat, root: str | Path) -> bool:
 
 _SUFFIXES = "|".join(sorted(suffix[1:] for suffix in {*VIDEO_SUFFIXES, *IMAGE_SUFFIXES}))
 _BEHIND_THE_NAME = re.compile(rf"""^.*\.(?:{_SUFFIXES})(?=[\s,;|"'])(.*)$""", re.IGNORECASE)
-_SEPARATED = re.compile(r"""^.+?["']?\s*(,|;|\||::)\s*["']?-?\d+["']?(?:\s+\d+)*$""")
-_OF_FILES = {"path", "file", "filename", "filepath", "video", "videos", "clip", "image", "img", "name", "id", "folder"}
+_SEPARATED = re.compile(
+    r"""^.+?["']?\s*(,|;|\||::)\s*["']?-?\d+["']?(?:\s+\d+)*$"""  # before the last field, or behind a first number
+    r"""|^["']?\d+["']?\s*([,;|])"""
+)
+_OF_FILES = {"path", "file", "filename", "filepath", "video", "videos", "videopath", "videoname", "vid", "clip",
+             "image", "img", "name", "id", "folder", "dir"}  # fmt: skip
 _OF_OTHERS = {"label", "labels", "class", "category", "target", "action", "start", "end", "time", "num", "frame",
               "frames", "count", "total", "duration", "length", "fps", "width", "height", "split", "subset", "index",
-              "is", "cc", "youtube", "caption", "text", "dir"}  # fmt: skip
+              "is", "cc", "youtube", "caption", "text"}  # fmt: skip
 _EXPECTED = {"video": "path label", "image": "path label", "frames": "folder count label"}
 
 
@@ -251,11 +255,14 @@ def _other_form(line: str, format: ListFormat, is_first: bool) -> str | None:
     if is_first and _is_header(line):
         return f"a header; {expected}: remove it, and write the columns of the other lines in this form"
     if found := _SEPARATED.match(line):
-        mark = found[1]
+        mark = found[1] or found[2]
         return (
             f"{mark!r} separates the fields; {expected}, and no quotes: sed 's/{mark}/ /g' FILE > list.txt writes that"
         )
-    if format == "frames" or not (found := _BEHIND_THE_NAME.match(line)) or "/" in found[1]:
+    if format == "frames":
+        count = len(_split_off_integers(line)[1])
+        return f"{count} numbers stand behind the folder; {expected}: a record has one label" if count > 2 else None
+    if not (found := _BEHIND_THE_NAME.match(line)) or "/" in found[1]:
         return None
     behind = found[1].strip()
     if behind[0] in ",;|\"'":
@@ -273,7 +280,7 @@ def _other_form(line: str, format: ListFormat, is_first: bool) -> str | None:
 
 def _is_header(line: str) -> bool:
     """Return whether a line names columns: of words that columns have, or of any words with commas between."""
-    words = set(re.findall("[a-z]+", line.lower()))
+    words = set(re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", line).lower()))
     if re.search(r"[\d/.#]", line) or not words & _OF_FILES:
         return False
     return words <= _OF_FILES | _OF_OTHERS or any(mark in line for mark in ",;|\t")

@@ -52,7 +52,7 @@ def read_text(path: str | Path, title: str = "the file") -> str:
     text = _MARK_AT_LINE.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise ListError(f"{title} {path} holds a zero byte in line {line}: it is damaged or no text; write it again")
+        raise ListError(f"{title} {path} holds a zero byte in line {line}: it is no text, or damaged; save it as UTF-8")
     return text
 
 
