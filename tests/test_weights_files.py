@@ -55,23 +55,3 @@ def test_no_strange_code_is_executed(tmp_path: Path) -> None:
     assert not trace.exists()
     with pytest.raises(ValueError, match="cannot be read as weights"):
         read_file(tmp_path / "absent.pth")
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_a_file_may_be_written_over_the_one_that_was_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
-) -> None:
-    path = tmp_path / f"weights{suffix}"
-    save_file({"a": torch.ones(3)}, path)
-    save_file(read_file(path) if suffix == ".safetensors" else read_file(path)["model"], path)
-    before = path.read_bytes()
-
-    def stopped(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", stopped)
-    monkeypatch.setattr("video_convmae.weights.files.safetensors_torch.save_file", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        save_file({"a": torch.zeros(3)}, path)
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -13,8 +13,6 @@ from safetensors import safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from video_convmae.atomic import replacing
-
 Tensors: TypeAlias = "dict[str, Tensor]"
 
 EXTRAS = ("config", "geometry")  # plain data beside the tensors; in .safetensors, JSON in the metadata
@@ -61,12 +59,11 @@ def save_file(
         name: tensor.contiguous().clone() for name, tensor in tensors.items()
     }  # safetensors refuses shared memory
     extras = {name: value for name, value in zip(EXTRAS, (config, geometry)) if value is not None}
-    with replacing(path, "wb") as file:  # it may be the file that the tensors were read from
-        if path.suffix == ".safetensors":
-            metadata = {"format": "pt", **{name: json.dumps(value) for name, value in extras.items()}}
-            safetensors_torch.save_file(tensors, file.name, metadata=metadata)
-        else:
-            torch.save({"model": tensors, **extras}, file)
+    if path.suffix == ".safetensors":
+        metadata = {"format": "pt", **{name: json.dumps(value) for name, value in extras.items()}}
+        safetensors_torch.save_file(tensors, path, metadata=metadata)
+    else:
+        torch.save({"model": tensors, **extras}, path)
 
 
 def run_config(path: Path) -> dict[str, Any] | None:
