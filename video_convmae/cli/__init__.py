@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -33,8 +32,7 @@ EXPECTED = (UserError, ValueError, OSError, ImportError)
 def main(*command: str) -> int:
     """Run `video-convmae` with `command` before the process's own arguments; returns the exit code."""
     for stream in (sys.stdout, sys.stderr):  # a file name may be no text, or none that the terminal can show
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")
     arguments = [*command, *sys.argv[1:]]
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):

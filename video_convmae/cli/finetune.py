@@ -30,11 +30,11 @@ def finetune(config: FinetuneConfig) -> int:
         validation = None if config.data.validation is None else build.read_validation_records(config.data)
         num_classes = build.count_classes(config.data, *[each for each in (records, validation) if each is not None])
         labels = build.read_class_names(config.data)
+        for note in label_notes(num_classes, labels, records, validation) if info.is_main else ():
+            print(f"labels: {note}")
         config = replace(config, data=replace(config.data, labels=labels, num_classes=num_classes))
         if info.is_main:
             print(f"{num_classes} classes")
-            for note in label_notes(num_classes, labels, records, validation):
-                print(f"labels: {note}")
         if config.model.probe not in ("knn", "logistic"):
             return build.build_finetuning(config, info, records, validation).fit()
         probe = build.build_classifier(config.model, num_classes)
