@@ -292,12 +292,13 @@ def test_no_source_is_packed_over(tar: tuple[str, ...], tmp_path: Path, capsys: 
     with tarfile.open(tmp_path / "shards" / "000000.tar", "w") as archive:
         archive.add(source, "a.mp4")
     root, row = (tmp_path / "shards", "000000.tar#a.mp4") if tar else (tmp_path / "videos", "a.mp4")
-    (tmp_path / "list.txt").write_text(f"{row} 0\n")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "all.txt").write_text(f"{row} 0\n")
     (tmp_path / "link").symlink_to(root)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for settings in (False, True):  # a folder that is new, and one that holds packed videos already
         for folder in (root, tmp_path / "link"):
-            options = [tmp_path / "list.txt", "--root", folder, "--out", tmp_path, *tar]
+            options = [tmp_path / "lists" / "all.txt", "--root", folder, "--out", tmp_path, *tar]
             assert run_cli("pack-videos", [str(option) for option in options]) == 1
             assert "is a source, and would be overwritten" in capsys.readouterr().err
         assert {path: path.read_bytes() for path in before} == before
