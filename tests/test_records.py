@@ -106,6 +106,7 @@ def test_a_file_of_such_a_name_is_a_record(tmp_path: Path, line: str) -> None:
 def test_other_files_are_recognised(tmp_path: Path) -> None:
     for text, message in (
         ('[{"id": "1"}]', "is JSON"),
+        ("<!DOCTYPE html>\n<html>", "is a web page"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "pointer of Git LFS"),
     ):
         with pytest.raises(ListError, match=message):

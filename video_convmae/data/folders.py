@@ -81,8 +81,9 @@ def scan_folder(root: Path, kind: ListFormat = "video") -> Tree:
     tree = Tree(root, kind)
     first: dict[tuple[int, int], str] = {}
     for path, identity, files in _walk(root, "", ()):
-        if first.setdefault(identity, path) != path:
-            tree.linked[path] = first[identity]
+        known = first.setdefault(identity, path)
+        if known != path and not any(path.startswith(other + os.sep) for other in tree.linked):
+            tree.linked[path] = known
         wanted = 0
         for name, is_file in files:
             suffix = os.path.splitext(name)[1].lower()

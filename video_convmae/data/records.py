@@ -291,6 +291,8 @@ def _refuse_other_files(path: str | Path, text: str) -> None:
     start = text.lstrip()[:200]
     if start.startswith("version https://git-lfs"):
         raise ListError(f"{path} is a pointer of Git LFS, not the list itself: get it with git lfs pull")
+    if start.lower().startswith(("<!doctype", "<html")):
+        raise ListError(f"{path} is a web page, not a list: download the file itself")
     if start[:1] in ("[", "{"):
         try:
             json.loads(text)
