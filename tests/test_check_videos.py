@@ -321,6 +321,75 @@ def test_an_interrupted_check_leaves_the_list_that_it_reads(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_no_record_of_a_list_in_another_encoding_is_lost(folder: Path, tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "list.txt").write_text(f"{GOOD[2]} 0\r\n{GOOD[0]} 1\r\n", encoding=encoding, newline="")
+    (tmp_path / "list.labels.txt").write_text("eins\nzwölf\n", encoding=encoding)
+    options = [tmp_path / "list.txt", "--root", folder, "--out", tmp_path / "out", "--reader", "pyav"]
+    assert run_cli("check-videos", [str(option) for option in options]) == 0
+    clean = tmp_path / "out" / "clean.txt"
+    assert clean.read_text(encoding="utf-8") == f"{GOOD[2]} 0\n{GOOD[0]} 1\n"
+    assert class_names(clean) == ["eins", "zwölf"]
+
+
+def test_rows_that_are_bad_now_are_kept_beside_the_list(tmp_path: Path) -> None:
+    """A disk that is not mounted makes every record bad: the only list of them must not become an empty one."""
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name)
+    (tmp_path / "list.txt").write_text("a.mp4 0\nb.mp4 1\n")
+    out = tmp_path / "out"
+    check(tmp_path, out)
+    assert not (out / "clean.before.txt").exists()
+    os.rename(tmp_path / "b.mp4", tmp_path / "c.mp4")
+    options = [out / "clean.txt", "--root", tmp_path, "--out", out, "--reader", "pyav"]
+    assert run_cli("check-videos", [str(option) for option in options]) == 0
+    assert (out / "clean.txt").read_text() == "a.mp4 0\n"
+    assert (out / "clean.before.txt").read_text() == "a.mp4 0\nb.mp4 1\n"
+
+
+def test_what_it_reads_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(tmp_path / "a.mp4")
+    (tmp_path / "clean.before.txt").write_text("a.mp4 0\n")
+    (tmp_path / "link.txt").symlink_to("clean.before.txt")
+    for name in ("clean.before.txt", "link.txt"):
+        options = [tmp_path / name, "--root", tmp_path, "--out", tmp_path, "--reader", "pyav"]
+        assert run_cli("check-videos", [str(option) for option in options]) == 1
+        assert "would be overwritten" in capsys.readouterr().err
+    options = [tmp_path / "link.txt", "--root", tmp_path / "gone", "--out", tmp_path / "out"]
+    assert run_cli("check-videos", [str(option) for option in options]) == 1
+    assert f"--root {tmp_path}/gone is not a folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        ((1, 2), "labels begin at 1"),
+        ((0, 3), "2 of the 4 classes have no record in the list: 1 to 2"),
+        ((0, 2_000_000_000), "a.mp4 has the label 2000000000, and the list has 2 labels"),
+        ((0, 1), None),
+    ],
+)
+def test_labels_are_looked_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], labels: tuple[int, int], note: str | None
+) -> None:
+    write_video(tmp_path / "a.mp4")
+    (tmp_path / "list.txt").write_text("".join(f"a.mp4 {label}\n" for label in labels))
+    check(tmp_path, tmp_path / "out")
+    notes = json.loads((tmp_path / "out" / "summary.json").read_text())["labels"]
+    assert [note in each for each in notes] == ([] if note is None else [True])
+    assert (note or "labels:") in capsys.readouterr().out or note is None
+
+
+def test_class_names_that_are_no_text(tmp_path: Path) -> None:
+    """make-list writes them as text; a file of names from elsewhere is read all the same."""
+    write_video(tmp_path / "a.mp4")
+    (tmp_path / "list.txt").write_text("a.mp4 0\n")
+    (tmp_path / "list.labels.txt").write_bytes(b"caf\xe9\n")
+    check(tmp_path, tmp_path / "out")
+    assert (tmp_path / "out" / "clean.labels.txt").read_text(encoding="utf-8") == "café\n"
+
+
 @pytest.mark.parametrize("reader", ["pyav", "auto"])
 def test_torch_is_not_imported(reader: str, tmp_path: Path) -> None:
     """Even where "auto" has to try torchcodec: a child process imports torch for it."""

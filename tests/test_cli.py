@@ -174,6 +174,47 @@ def test_a_missing_list_is_one_line_and_with_debug_a_traceback(tmp_path: Path) -
 # ---- configurations -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "kept"),
+    [
+        ("show-features", ["run", "clip.png", "--output=clip.png"], "clip.png"),
+        ("show-features", ["run", "clip.png", "--output=link/clip.png"], "clip.png"),
+        ("reconstruct", ["run", "reconstruction.mp4", "--output=."], "reconstruction.mp4"),
+        ("evaluate", ["--weights=run", "--output=run", "--device=cpu"], "run/metrics.json"),
+        ("features", ["--weights=run", "--list=list.txt", "--output=run", "--device=cpu"], "run/bad_records.jsonl"),
+    ],
+)
+def test_no_command_writes_over_what_it_reads(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    command: str,
+    arguments: list[str],
+    kept: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("run/config.yaml", "list.txt", kept):
+        (tmp_path / name).write_text("mine")
+    assert cli.run(command, arguments) == 1
+    assert "would be" in capsys.readouterr().err
+    assert (tmp_path / kept).read_text() == "mine"
+
+
+def test_names_that_no_terminal_can_show_are_printed(tmp_path: Path) -> None:
+    folder = os.fsdecode(b"caf\xe9")
+    (tmp_path / folder / "a").mkdir(parents=True)
+    (tmp_path / folder / "a" / "x.mp4").touch()
+    for encoding in ("utf-8", "ascii"):
+        command = [sys.executable, "-m", "video_convmae", "make-list", "folders", "--root", folder, "--out", "l.txt"]
+        done = subprocess.run(
+            command, env=ENVIRONMENT | {"PYTHONIOENCODING": encoding}, cwd=tmp_path, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert rb"0 files under caf\udce9 were not listed" in done.stdout
+
+
 def test_fields_and_edits() -> None:
     assert parse(TripConfig, ["--output=x"]) == TripConfig("x")
     given = ["--output", "x", "--plot", "--speed.rate", "1e-3", "--speed.steps=[4,5,6]", "--speed.kind=b"]

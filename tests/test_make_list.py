@@ -8,9 +8,11 @@ import os
 import unicodedata
 from pathlib import Path
 
+import clips
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from video_convmae.cli import run as run_cli
 from video_convmae.data.records import ListError, read_list
@@ -295,8 +297,10 @@ def test_a_name_that_no_list_can_hold_is_refused(tmp_path: Path, path: str) -> N
 
 
 @pytest.mark.parametrize("path", ["take 2", "folder 3/take 4 -1", "a 0 -1", "-1", "7", "x -1/y.mp4", "a.mp4 5 6"])
-def test_names_that_end_in_numbers(tmp_path: Path, path: str) -> None:
-    tool.write_list(tmp_path / "list.txt", [(path, 3)], ["a"])
+def test_names_that_end_in_numbers(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, path)  # else "a.mp4 5 6 3" has three labels
+    tool.write_list(tmp_path / "list.txt", [(path, 3)], ["a"], root="")
     assert rows_of(tmp_path / "list.txt") == [(path, 3)]
 
 
@@ -364,3 +368,155 @@ def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (empty / "clap_test_split1.txt").write_text("a.avi 3\n")
     assert "clap_test_split1.txt, line 1" in fails(capsys, "hmdb51", "--splits", empty, "--part", "test", *ends)
     assert not out.exists()
+
+
+# What is listed: links, frames, suffixes; what is written over
+
+
+def test_class_folders_that_are_links_are_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "v", "a/x.mp4", "a/sub/y.mp4", "c/z.mp4")
+    (tmp_path / "v" / "b").symlink_to(tmp_path / "v" / "a")
+    (tmp_path / "v" / "c" / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    printed = run(capsys, "folders", "--root", tmp_path / "v", "--out", tmp_path / "l.txt")
+    assert rows_of(tmp_path / "l.txt") == [
+        ("a/sub/y.mp4", 0),
+        ("a/x.mp4", 0),
+        ("b/sub/y.mp4", 1),
+        ("b/x.mp4", 1),
+        ("c/z.mp4", 2),
+    ]
+    assert "b is the same folder as a (a link)" in printed
+    assert "broken link or no file 1" in printed
+
+
+def test_folders_of_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = tmp_path / "frames", tmp_path / "list.txt"
+    touch(root, *(f"run/clip 1/img_{i:05d}.jpg" for i in range(3)), "run/clip 1/Thumbs.db")
+    touch(root, *(f"walk/deep/v.1/{i}.png" for i in range(2)), "walk/readme.txt", "walk/empty/notes.txt")
+    printed = run(capsys, "folders", "--format", "frames", "--root", root, "--out", out)
+    assert out.read_text() == "run/clip 1 3 0\nwalk/deep/v.1 2 1\n"
+    assert [(r.path, r.num_frames, r.label) for r in read_list(out, "frames")] == [
+        ("run/clip 1", 3, 0),
+        ("walk/deep/v.1", 2, 1),
+    ]
+    assert ".db 1" in printed
+
+    touch(tmp_path / "ssv2", *(f"78687/{i:06d}.jpg" for i in range(4)), "42326/000001.jpg", "42326.txt")
+    annotation = ["--annotation", ssv2_json(tmp_path / "t.json"), "--root", tmp_path / "ssv2", "--out", out]
+    run(capsys, "ssv2", "--format", "frames", *annotation)
+    names = tool.read_labels(shipped_labels("something_something_v2"))
+    assert out.read_text().splitlines() == [
+        f"78687 4 {names.index('Holding something next to something')}",
+        f"42326 1 {names.index('Something falling like a feather or paper')}",
+    ]
+    (tmp_path / "t.json").write_text('[{"id": "78687"}]')
+    run(capsys, "ssv2", "--format", "frames", *annotation)
+    assert out.read_text() == "78687 0 4\n"  # without a label
+
+
+def test_every_suffix_that_is_listed_is_opened() -> None:
+    """tests/clips.py makes what encoders here can write; by suffix, the kinds are in the list."""
+    suffixes = {Path(name).suffix for name in clips.GOOD}
+    assert suffixes <= set(tool.SUFFIXES["video"])
+    assert {".3gp", ".asf", ".vob", ".ogv", ".m2v", ".mts", ".gif"} <= set(tool.SUFFIXES["video"])
+    readable = {suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN}
+    assert set(tool.SUFFIXES["image"]) <= readable | {".avif"}  # of newer Pillows
+
+
+def test_annotations_in_other_encodings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    annotation, out = k400_csv(tmp_path / "train.csv"), tmp_path / "out.txt"
+    touch(tmp_path / "v", "-0xyz.mp4")
+    text = annotation.read_text()
+    for encoding in ("utf-8-sig", "utf-16", "utf-16-le"):
+        annotation.write_bytes(text.encode(encoding))
+        run(capsys, "kinetics400", "--annotation", annotation, "--root", tmp_path / "v", "--out", out)
+        assert rows_of(out) == [("-0xyz.mp4", 1)]
+    annotation.write_bytes(text.encode() + b"\0")
+    arguments = ["--annotation", annotation, "--root", tmp_path / "v", "--out", out]
+    assert "holds a zero byte in line" in fails(capsys, "kinetics400", *arguments)
+
+
+def test_class_names_that_are_no_text_are_written_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "v", os.fsdecode(b"caf\xe9/a.mp4"))
+    run(capsys, "folders", "--root", tmp_path / "v", "--out", tmp_path / "l.txt")
+    assert (tmp_path / "l.labels.txt").read_text(encoding="utf-8") == "café\n"
+    assert (tmp_path / "l.txt").read_bytes() == b"caf\xe9/a.mp4 0\n"
+
+
+def test_what_is_read_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "v"
+    touch(root, "-0xyz.mp4")
+    annotation = k400_csv(tmp_path / "train.csv")
+    os.symlink(annotation, tmp_path / "link.txt")
+    k400_csv(tmp_path / "x.labels.txt")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for read, out in (("train.csv", "train.csv"), ("train.csv", "link.txt"), ("x.labels.txt", "x.txt")):
+        arguments = ["--annotation", tmp_path / read, "--root", root, "--out", tmp_path / out]
+        assert "would be overwritten" in fails(capsys, "kinetics400", *arguments)
+    arguments = ["--annotation", annotation, "--root", root, "--out"]
+    assert "is a folder; expected the list to write" in fails(capsys, "kinetics400", *arguments, root)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    for _ in range(2):  # the names of an earlier list may be read and written again
+        names = [] if _ == 0 else ["--labels", tmp_path / "y.labels.txt"]
+        run(capsys, "kinetics400", *arguments, tmp_path / "y.txt", *names)
+        assert rows_of(tmp_path / "y.txt") == [("-0xyz.mp4", 1)]
+
+
+# Clips of one recording
+
+
+def split(tree: tool.Tree, fraction: float, group: str | None, seed: int = 0) -> tuple[tool.Listing, tool.Listing]:
+    parts = [tool.list_folders(tree, part, fraction, seed, group) for part in ("train", "validation")]
+    return parts[0], parts[1]
+
+
+def tree_of(*paths: str) -> tool.Tree:
+    tree = tool.Tree(Path("videos"))
+    for path in paths:
+        tree.add(path)
+    return tree
+
+
+@given(
+    sizes=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 8)), min_size=4, max_size=60),
+    fraction=st.floats(0.1, 0.5),
+    seed=st.integers(0, 9),
+)
+def test_clips_of_one_recording_stay_on_one_side(sizes: list[tuple[str, int]], fraction: float, seed: int) -> None:
+    """Whatever the recordings, of one class or of several: nothing is lost, listed twice, or on both sides."""
+    paths = [f"{label}/rec{recording}_c{clip}.mp4" for clip, (label, recording) in enumerate(sizes)]
+    recordings = {recording for _, recording in sizes}
+    if len(recordings) < 2:
+        return
+    try:
+        parts = split(tree_of(*paths), fraction, r"rec\d+", seed)
+    except ListError:  # one of the parts would be empty
+        return
+    listed = [[path for path, _ in listing.rows] for listing in parts]
+    assert sorted(listed[0] + listed[1]) == sorted(paths)
+    sides = [{path.split("rec")[1].split("_")[0] for path in side} for side in listed]
+    assert not sides[0] & sides[1]
+
+
+def test_groups_keep_the_fraction_and_every_class() -> None:
+    paths = [f"{label}/{label}_g{group:02d}_c{clip}.avi" for label in "xyz" for group in range(20) for clip in range(4)]
+    train, validation = split(tree_of(*paths), 0.25, r"^(.*)_c\d")
+    for label in range(3):
+        assert [row[1] for row in validation.rows].count(label) == 20
+        assert [row[1] for row in train.rows].count(label) == 60
+    assert "240 files of 60 recordings" in validation.notes[0]
+    two = [f"a/r1_{clip}.mp4" for clip in range(9)] + [f"a/r2_{clip}.mp4" for clip in range(9)]
+    train, validation = split(tree_of(*two, "b/r3_0.mp4", "b/r3_1.mp4"), 0.1, r"r\d")
+    assert len(validation.rows) == 9  # rather than none
+    assert "1 classes have no file in the validation part, too few files or recordings: 'b'" in validation.notes
+
+
+def test_patterns_that_find_nothing_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "v", *(f"a/take{i}_{j}.mp4" for i in range(3) for j in range(2)), "a/other.mp4")
+    arguments = ["folders", "--root", tmp_path / "v", "--part", "train", "--validation-fraction", 0.3]
+    arguments += ["--out", tmp_path / "l.txt", "--group"]
+    assert "matches none of the 7 paths" in fails(capsys, *arguments, "scene")
+    assert "is no regular expression" in fails(capsys, *arguments, "(")
+    printed = run(capsys, *arguments, r"take\d")
+    assert "1 files do not match --group and stand for themselves: 'a/other.mp4'" in printed
+    assert "--group" in run(capsys, *arguments[:-1])  # a split without it says so

@@ -22,7 +22,7 @@ import pytest
 
 from video_convmae.cli import run as run_cli
 from video_convmae.data.decoding import DecodeError, open_frames, read_record
-from video_convmae.data.records import Record, read_list
+from video_convmae.data.records import Record, class_names, read_list
 from video_convmae.prepare import pack as tool
 from video_convmae.prepare.encode import PackedVideo, pack_video, resample
 from video_convmae.prepare.options import PackSettings
@@ -281,3 +281,64 @@ def test_what_cannot_be_done_is_said(folder: Path, tmp_path: Path, capsys: pytes
         assert run_cli("pack-videos", [str(argument) for argument in arguments]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert re.search(error, line)
+
+
+@pytest.mark.parametrize("tar", [(), ("--tar", "2")], ids=["files", "shards"])
+def test_no_source_is_packed_over(tar: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--out beside the videos is a habit: their folder is named videos/ or shards/, too."""
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "shards").mkdir()
+    source = clips.encode(tmp_path / "videos" / "a.mp4", 12)
+    with tarfile.open(tmp_path / "shards" / "000000.tar", "w") as archive:
+        archive.add(source, "a.mp4")
+    root, row = (tmp_path / "shards", "000000.tar#a.mp4") if tar else (tmp_path / "videos", "a.mp4")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "all.txt").write_text(f"{row} 0\n")
+    (tmp_path / "link").symlink_to(root)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for settings in (False, True):  # a folder that is new, and one that holds packed videos already
+        for folder in (root, tmp_path / "link"):
+            options = [tmp_path / "lists" / "all.txt", "--root", folder, "--out", tmp_path, *tar]
+            assert run_cli("pack-videos", [str(option) for option in options]) == 1
+            assert "is a source, and would be overwritten" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in before} == before
+        if not settings:
+            (tmp_path / "settings.json").write_text("{}")
+
+
+def test_files_that_it_has_not_packed_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips.encode(tmp_path / "a.mp4", 12)
+    (tmp_path / "list.txt").write_text("a.mp4 0\n")
+    for kept in ("out/list.txt", "out/videos/a.mp4"):
+        out = tmp_path / kept.split("/")[0]
+        (tmp_path / kept).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / kept).write_text("mine")
+        options = [tmp_path / "list.txt", "--root", tmp_path, "--out", out]
+        assert run_cli("pack-videos", [str(option) for option in options]) == 1
+        assert f"{tmp_path / kept} exists and was not packed here" in capsys.readouterr().err
+        assert (tmp_path / kept).read_text() == "mine"
+        (tmp_path / kept).unlink()
+
+
+def test_lists_in_other_encodings_and_with_other_names(tmp_path: Path) -> None:
+    clips.encode(tmp_path / "café.mp4", 12)
+    (tmp_path / "k400.train").write_text("café.mp4 0\r\n", encoding="utf-16")
+    (tmp_path / "k400.val").write_bytes("café.mp4 1\n".encode("cp1252"))
+    for name in ("k400.train", "k400.val"):
+        (tmp_path / f"{name}.labels.txt").write_text("eins\nzwölf\n", encoding="utf-16")
+        options = [
+            tmp_path / name,
+            "--root",
+            tmp_path,
+            "--out",
+            tmp_path / "out",
+            "--workers",
+            "1",
+            "--speed=ultrafast",
+        ]
+        assert run_cli("pack-videos", [str(option) for option in options]) == 0
+    for label, name in enumerate(("k400.train", "k400.val")):
+        (record,) = read_list(tmp_path / "out" / f"{name}.txt", root=tmp_path / "out")
+        assert record.label == label
+        assert len(open_frames(record, "pyav")) == 12
+        assert class_names(tmp_path / "out" / f"{name}.txt") == ["eins", "zwölf"]

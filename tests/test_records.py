@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -59,6 +60,60 @@ def test_a_line_that_fits_no_form_is_an_error(tmp_path: Path, format: str, line:
         read_list(write(tmp_path, f"a 1 1\n{line}\n"), format)
 
 
+@pytest.mark.parametrize(
+    ("format", "line", "message"),
+    [
+        ("video", "a.mp4,3", "',' separates the fields; expected 'path label'.*sed"),
+        ("video", "a.mp4, 3", "',' separates the fields"),
+        ("video", '"a.mp4",3', "',' separates the fields"),
+        ("video", "a.mp4;3", "';' separates the fields"),
+        ("video", "a.mp4|3", r"'\|' separates the fields"),
+        ("video", "a.mp4::3", "'::' separates the fields"),
+        ("video", "v_run_g01,3", "',' separates the fields"),
+        ("frames", "folder,45,12", "',' separates the fields; expected 'folder count label'"),
+        ("frames", "folder, 45, 12", "',' separates the fields"),
+        ("image", "x.png,3", "',' separates the fields"),
+        ("video", "a.mp4,run", "',run' stands behind the file name"),
+        ("video", '"a.mp4" 3', "'. 3' stands behind the file name.*without quotes"),
+        ("video", "a.mp4 run", "'run' stands behind the file name.*classes are numbers"),
+        ("video", "a.mp4 1.0", "'1.0' stands behind the file name"),
+        ("video", "a.mp4 1 2 5", "3 numbers stand behind the file name .1 2 5..*one label"),
+        ("video", "a.webm 0 250 3", "3 numbers stand behind the file name"),
+        ("video", "path,label", "a header; expected 'path label'"),
+        ("video", "video_path label", "a header"),
+        ("video", "label,youtube_id,time_start,time_end,split,is_cc", "a header"),
+        ("video", "filename;emotion", "a header"),
+        ("video", "path", "a header"),
+        ("video", "VideoPath\tLabel", "a header"),
+        ("video", "3,a.mp4", "',' separates the fields"),
+        ("frames", "frame_dir,total_frames,label", "a header"),
+        ("frames", "folder 8 1 2 5", "4 numbers stand behind the folder"),
+    ],
+)
+def test_lists_of_other_programs_are_recognised(tmp_path: Path, format: str, line: str, message: str) -> None:
+    with pytest.raises(ListError, match=f"line 1: {message}"):
+        read_list(write(tmp_path, f"{line}\nb.mp4 1\n"), format)
+
+
+@pytest.mark.parametrize("line", ["a.mp4,3", "a.mp4 1 2 5", "a.mp4 run", "path", "#20.mp4 3"])
+def test_a_file_of_such_a_name_is_a_record(tmp_path: Path, line: str) -> None:
+    path = line.removesuffix(" 3").removesuffix(" 5")
+    (tmp_path / path).touch()
+    (record, _) = read_list(write(tmp_path, f"{line}\nb.mp4 1\n"), root=tmp_path)
+    assert record.path == str(tmp_path / path)
+
+
+def test_other_files_are_recognised(tmp_path: Path) -> None:
+    for text, message in (
+        ('[{"id": "1"}]', "is JSON"),
+        ("<!DOCTYPE html>\n<html>", "is a web page"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "pointer of Git LFS"),
+    ):
+        with pytest.raises(ListError, match=message):
+            read_list(write(tmp_path, text))
+    assert read_list(write(tmp_path, "[1] a.mp4 3\n"))[0].path == "[1] a.mp4"
+
+
 def test_missing_and_empty_lists_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ListError, match="cannot read the list"):
         read_list(tmp_path / "none.txt")
@@ -74,11 +129,44 @@ def test_a_folder_of_class_folders_is_a_list(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "readme.txt").touch()
     (tmp_path / "n01" / "Thumbs.db").touch()
+    (tmp_path / "n02" / "more" / "deep").mkdir(parents=True)
+    (tmp_path / "n02" / "more" / "deep" / "d.jfif").touch()
+    (tmp_path / "@eaDir").mkdir()  # of a Synology disk
     records = read_list(tmp_path, "image")
-    assert [(Path(r.path).name, r.label) for r in records] == [("c.JPEG", 0), ("a.JPEG", 1), ("b.JPEG", 1)]
-    assert len(read_list(tmp_path.name, "image", root=tmp_path.parent)) == 3
+    assert [(Path(r.path).name, r.label) for r in records] == [
+        ("c.JPEG", 0),
+        ("a.JPEG", 1),
+        ("b.JPEG", 1),
+        ("d.jfif", 1),
+    ]
+    assert len(read_list(tmp_path.name, "image", root=tmp_path.parent)) == 4
     with pytest.raises(ListError, match="no class folders with frames"):
-        read_list(tmp_path, "frames")
+        read_list(tmp_path / "n01", "frames")
+    with pytest.raises(ListError, match="no class folders with video"):
+        read_list(tmp_path)
+
+
+def test_a_class_folder_without_records_would_shift_the_classes(tmp_path: Path) -> None:
+    for name in ("a/x.mp4", "b/readme.txt", "c/y.mp4"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    with pytest.raises(ListError, match=r"1 class folders of .* hold no video files, the first 'b'"):
+        read_list(tmp_path)
+
+
+def test_class_folders_that_are_links_and_folders_of_frames(tmp_path: Path) -> None:
+    for name in ("a/clip 1/img_1.jpg", "a/clip 1/img_2.jpg", "a/sub/clip 2/img_1.png", "a/Thumbs.db"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    records = read_list(tmp_path, "frames")
+    assert [(os.path.relpath(record.path, tmp_path), record.label) for record in records] == [
+        ("a/clip 1", 0),
+        ("a/sub/clip 2", 0),
+        ("b/clip 1", 1),
+        ("b/sub/clip 2", 1),
+    ]
 
 
 def test_records_are_a_sequence_that_pickles_small(tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
+import subprocess
 import tarfile
+import zipfile
 from pathlib import Path
 
 import clips
@@ -77,17 +80,93 @@ def test_bad_members(folder: Path, member: str, error: str) -> None:
     assert error in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "noise", "compressed"])
+ERRORS = {
+    "missing": "No such file",
+    "empty": "damaged or cut off",
+    "noise": "damaged or cut off",
+    "gz": "the archive is gzip, not tar: store its files as a tar without compression",
+    "bz2": "the archive is bzip2, not tar",
+    "xz": "the archive is xz, not tar",
+    "zip": "the archive is zip, not tar",
+}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
 def test_bad_archives(folder: Path, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.tar"
-    if kind == "compressed":
-        with tarfile.open(path, "w:gz") as archive:
+    if kind in ("gz", "bz2", "xz"):
+        with tarfile.open(path, f"w:{kind}") as archive:
             archive.add(folder / NAMES[0], NAMES[0])
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.write(folder / NAMES[0], NAMES[0])
     elif kind != "missing":
         path.write_bytes(np.random.default_rng(0).bytes(4096) if kind == "noise" else b"")
     with pytest.raises(DecodeError, match=re.escape(f"{path}#{NAMES[0]}: ")) as caught:
         open_frames(Record(f"{path}#{NAMES[0]}"), "pyav")
-    assert ("No such file" if kind == "missing" else "damaged or cut off") in str(caught.value)
+    assert ERRORS[kind] in str(caught.value)
+
+
+def test_compressed_archives_by_name(tmp_path: Path) -> None:
+    for name in ("a.tar.gz#x.mp4", "a.zip#x.mp4", "a.tgz#x.mp4"):
+        with pytest.raises(DecodeError, match=r"members are read from tar archives without compression, not \.\w"):
+            open_frames(Record(str(tmp_path / name)), "pyav")
+    clips.encode(tmp_path / "a.zip#x.mp4", 3)  # a file of this name
+    assert len(open_frames(Record(str(tmp_path / "a.zip#x.mp4")), "pyav")) == 3
+
+
+def test_links_and_spellings_of_names(folder: Path, tmp_path: Path) -> None:
+    """tar stores the second name of a file as a link to the first, and `tar c .` names members ./a.mp4."""
+    (tmp_path / "v" / "sub").mkdir(parents=True)
+    os.link(folder / NAMES[0], tmp_path / "v" / "a.mp4")
+    os.link(folder / NAMES[0], tmp_path / "v" / "hard.mp4")
+    (tmp_path / "v" / "sub" / "soft.mp4").symlink_to("../hard.mp4")
+    for name, target in (("gone.mp4", "nowhere.mp4"), ("x.mp4", "y.mp4"), ("y.mp4", "x.mp4")):
+        (tmp_path / "v" / name).symlink_to(target)
+    path = tmp_path / "v.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(tmp_path / "v", ".")
+    data = (folder / NAMES[0]).read_bytes()
+    for name in ("a.mp4", "./a.mp4", "hard.mp4", "sub/soft.mp4", "./sub/../a.mp4"):
+        assert shards.read_member(str(path), name) == data
+        assert shards.holds(str(path), name)
+    for name, link in (("gone.mp4", "nowhere.mp4"), ("x.mp4", "x.mp4")):
+        assert not shards.holds(str(path), name)
+        with pytest.raises(shards.ShardError, match=rf"no '{name}' \(a link to '{link}'\) among the 1 files"):
+            shards.read_member(str(path), name)
+
+
+def test_files_with_holes(tmp_path: Path) -> None:
+    """GNU tar --sparse stores the parts that are not zero: here 2 of them, in each of its formats."""
+    data = bytearray(1 << 20)
+    data[8192:8200], data[900_000:900_005] = b"12345678", b"abcde"
+    with open(tmp_path / "holes.bin", "wb") as file:
+        file.truncate(len(data))
+        for start, size in ((8192, 8), (900_000, 5)):
+            file.seek(start)
+            file.write(data[start : start + size])
+    if shutil.which("tar") is None:
+        pytest.skip("no tar program")
+    for format in ("gnu", "pax"):
+        path = tmp_path / f"{format}.tar"
+        subprocess.run(["tar", f"--format={format}", "--sparse", "-C", tmp_path, "-cf", path, "holes.bin"], check=True)
+        assert shards.read_member(str(path), "holes.bin") == data
+
+
+def test_of_members_of_one_name_the_last_counts(tmp_path: Path) -> None:
+    for append, mode in ((b"first", "w"), (b"second", "a")):
+        with tarfile.open(tmp_path / "a.tar", mode) as archive:
+            entry = tarfile.TarInfo("x")
+            entry.size = len(append)
+            archive.addfile(entry, io.BytesIO(append))
+    assert shards.read_member(str(tmp_path / "a.tar"), "x") == b"second"
+
+
+def test_a_list_in_another_encoding_names_members(folder: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(folder / NAMES[0], "café.mp4")
+    (tmp_path / "list.txt").write_bytes("a.tar#café.mp4 3\n".encode("cp1252"))
+    assert read_list(tmp_path / "list.txt", root=tmp_path)[0].path == f"{tmp_path}/a.tar#café.mp4"
 
 
 def test_an_archive_that_is_cut_off_gives_what_is_before_the_cut(folder: Path, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from video_convmae.errors import UserError
 
 
 @contextmanager
@@ -27,9 +29,9 @@ def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file: readers see the old or the new one."""
-    with replacing(path, encoding="utf-8") as file:
+def write_text(path: Path, text: str, **options: Any) -> None:
+    """Write a small text file, UTF-8 unless the options of `open` say otherwise: readers see the old or the new one."""
+    with replacing(path, **{"encoding": "utf-8", **options}) as file:
         file.write(text)
 
 
@@ -37,3 +39,11 @@ def whole_lines(path: Path) -> list[str]:
     """Return the lines of a file without an incomplete last one (a kill, a full disk)."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [line for line in lines if line.endswith("\n")]
+
+
+def refuse_overwriting(outputs: Iterable[str | Path], inputs: Iterable[str | Path]) -> None:
+    """Raise a UserError if a file that is to be written is one that is read, under whichever name or link."""
+    read = {os.path.realpath(path) for path in inputs}
+    for path in outputs:
+        if os.path.realpath(path) in read:
+            raise UserError(f"{path} is read by this command and would be overwritten; choose another output")

@@ -31,10 +31,11 @@ from video_convmae.data.datasets import ClipDataset, TestViewDataset
 from video_convmae.data.decoding import DecodeError, resolve_reader
 from video_convmae.data.decoding.memory import MemoryReader
 from video_convmae.data.decoding.process import ReaderProcess
+from video_convmae.data.labels import check_labels, class_names, count_labels
 from video_convmae.data.loader import Batch, BatchPlan, ResumableBatchSampler, iter_batches
 from video_convmae.data.mixing import Mixing
 from video_convmae.data.options import ViewConfig
-from video_convmae.data.records import ListError, Records, class_names, read_list
+from video_convmae.data.records import ListError, Records, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
 from video_convmae.engine.checkpoint import Checkpoint, find_latest, find_weights
@@ -172,12 +173,11 @@ def count_classes(data: LabelledDataConfig, *lists: Records) -> int:
     """Return the number of classes, and check labels, names and flips against it.
 
     Raises:
-        ListError: a label is missing or beyond `num_classes`, there are more or fewer names, or class names contain
-            left or right and clips are flipped.
+        ListError: a label is missing, beyond `num_classes` or far beyond all others, there are more or fewer names, or
+            class names contain left or right and clips are flipped.
     """
     names = read_class_names(data)
-    largest = max(int(records.labels.max()) for records in lists)
-    count = data.num_classes or (len(names) if names else largest + 1)
+    count = data.num_classes or (len(names) if names else count_labels(*lists))
     if names and len(names) != count:
         raise ListError(
             f"data.num_classes is {count} and there are {len(names)} class names, the first {names[0]!r}; expected as "
@@ -198,21 +198,6 @@ def count_classes(data: LabelledDataConfig, *lists: Records) -> int:
             "flipped clip would have a wrong label; turn it off"
         )
     return count
-
-
-def check_labels(records: Records, num_classes: int, least: int = 0) -> None:
-    """Raise a ListError unless every label lies in `least` (-1: may be missing) to `num_classes - 1`."""
-    for wrong in np.flatnonzero((records.labels < least) | (records.labels >= num_classes))[:1]:
-        record = records[int(wrong)]
-        if record.label is None:
-            raise ListError(
-                f"{record.path} has no label, like {int((records.labels < 0).sum())} of the {len(records)} records of "
-                "its list; expected 'path label' in every line (data_lists/README.md)"
-            )
-        raise ListError(
-            f"{record.path} has the label {record.label}; expected 0 to {num_classes - 1}: there are {num_classes} "
-            "classes, according to data.num_classes, the class names or the trained model"
-        )
 
 
 def build_sampling(data: DataConfig, encoder: EncoderConfig) -> Sampling:
@@ -411,7 +396,7 @@ def build_probe(
     if config.probe.list is None:
         return None
     records = read_list(config.probe.list, config.data.format, config.data.root)
-    check_labels(records, int(records.labels.max()) + 1)
+    check_labels(records, count_labels(records))
     classes = len(np.unique(records.labels))
     if classes < 2:
         raise ListError(f"probe.list {config.probe.list} has one class; expected two or more, or null for no probe")

@@ -31,6 +31,8 @@ EXPECTED = (UserError, ValueError, OSError, ImportError)
 
 def main(*command: str) -> int:
     """Run `video-convmae` with `command` before the process's own arguments; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a file name may be no text, or none that the terminal can show
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")
     arguments = [*command, *sys.argv[1:]]
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):

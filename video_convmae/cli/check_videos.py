@@ -6,6 +6,7 @@ Of each record the first, middle and last frames are decoded, and a clip of 16 f
 (--full: every frame). Written to the --out folder:
 
     clean.txt         the good rows, unchanged and in order: train on this
+    clean.before.txt  LIST, if it is the clean.txt of an earlier check in this folder and some of its rows are bad now
     clean.labels.txt  their class names, if the list has a file of them beside it (NAME.labels.txt)
     faults.csv        line, record, error
     summary.json      sizes, frame rates, lengths and codecs of the good records; number of records for each error
@@ -75,4 +76,5 @@ def _report(summary: dict[str, Any], out: Path) -> str:
         if spread := summary[name]:
             lines.append(f"{name}: {spread['min']:g} to {spread['max']:g}, median {spread['median']:g}")
     lines += [f"{count:,} x {error}" for error, count in list(summary["errors"].items())[:10]]
+    lines += [f"labels: {note}" for note in summary["labels"]]
     return "\n".join(lines)

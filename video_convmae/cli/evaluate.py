@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from video_convmae.cli.parser import run_command
 from video_convmae.config import EvaluateConfig, InferenceConfig, LabelledDataConfig, to_plain
 from video_convmae.engine.options import ProtocolConfig
+from video_convmae.errors import UserError
 
 if TYPE_CHECKING:
     from video_convmae.config import DataConfig
@@ -36,12 +37,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ValueError: the model is no classifier.
     """
     from video_convmae import build
+    from video_convmae.data.labels import check_labels
     from video_convmae.engine.baselines import compare
     from video_convmae.engine.distributed import barrier, init_distributed
     from video_convmae.engine.evaluation import evaluate_list, write_evaluation
     from video_convmae.engine.inference import chunk_folder
 
-    folder = Path(config.output)
+    folder = output_folder(config)
     with init_distributed(config.device) as info:
         loaded, path, digest = load_model(config, info)
         data, protocol = merge_options(config, loaded, info)
@@ -53,7 +55,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if config.list is not None:
             data = replace(data, validation=config.list)
         records = build.read_validation_records(data)
-        build.check_labels(records, num_classes, least=-1)
+        check_labels(records, num_classes, least=-1)
         settings = {"weights": digest, "records": records.digest(), "ema": config.ema}
         chunks = chunk_folder(folder, settings | {"data": to_plain(data), "protocol": to_plain(protocol)})
         if info.is_main:
@@ -122,6 +124,20 @@ def read_baselines(
         for name, each in ((f"train-{training.digest()[:16]}", training), ("list", records))
     ]
     return tables[0], tables[1]
+
+
+def output_folder(config: InferenceConfig) -> Path:
+    """Return the folder of the results.
+
+    Raises:
+        UserError: it is that of a run, whose own metrics.json and bad_records.jsonl would be replaced or removed.
+    """
+    folder = Path(config.output)
+    if (folder / "config.yaml").exists():
+        raise UserError(
+            f"output {folder} is a run, whose metrics.json would be replaced; choose e.g. {folder / 'test'}"
+        )
+    return folder
 
 
 def load_model(config: InferenceConfig, info: DistInfo) -> tuple[Predictor, Path, str]:

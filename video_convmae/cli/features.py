@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from video_convmae.cli.evaluate import load_model, merge_options
+from video_convmae.cli.evaluate import load_model, merge_options, output_folder
 from video_convmae.cli.parser import run_command
 from video_convmae.config import FeaturesConfig, to_plain
 
@@ -36,7 +36,7 @@ def extract_features(config: FeaturesConfig) -> Path:
     from video_convmae.engine.features import extract_rows, feature_shape, feature_source, write_features
     from video_convmae.engine.inference import chunk_folder
 
-    folder = Path(config.output)
+    folder = output_folder(config)
     file = folder / "features.npz"
     config = replace(config, segments=config.segments or 1, crops=config.crops or 1)
     with init_distributed(config.device) as info:

@@ -22,6 +22,7 @@ def finetune(config: FinetuneConfig) -> int:
     import torch
 
     from video_convmae import build
+    from video_convmae.data.labels import label_notes
     from video_convmae.engine.distributed import init_distributed
     from video_convmae.engine.fit import fit_probe
 
@@ -31,6 +32,8 @@ def finetune(config: FinetuneConfig) -> int:
         validation = None if config.data.validation is None else build.read_validation_records(config.data)
         num_classes = build.count_classes(config.data, *[each for each in (records, validation) if each is not None])
         labels = build.read_class_names(config.data)
+        for note in label_notes(num_classes, labels, records, validation) if info.is_main else ():
+            print(f"labels: {note}")
         config = replace(config, data=replace(config.data, labels=labels, num_classes=num_classes))
         if info.is_main:
             print(f"{num_classes} classes")

@@ -5,14 +5,17 @@
     video-convmae make-list ucf101 --splits ucfTrainTestlist --part train --root UCF-101 --out ucf_train.txt
     video-convmae make-list hmdb51 --splits testTrainMulti_7030_splits --part train --root hmdb51 --out hmdb_train.txt
     video-convmae make-list folders --root my_videos --out mine.txt
+    video-convmae make-list folders --root clips --part train --validation-fraction 0.2 --group '(.*)_c' --out train.txt
 
 Writes the list (`path label`, paths relative to --root), its class names (train.txt -> train.labels.txt) and, if there
 are any, the names of annotated files that are not on the disk (train.missing.txt). Files are found by name anywhere
-under --root, so flat folders and class folders both work. No video is opened: check-videos does that.
+under --root, so flat folders and class folders both work; links are followed. With --format frames each folder that
+holds pictures is a record (`folder count label`). No video is opened: check-videos does that.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,10 +37,20 @@ def main(arguments: Sequence[str]) -> int:
         case "hmdb51":
             listing = lists.match_files(lists.read_hmdb51(args.splits, args.part, args.fold), tree)
         case _:
-            listing = lists.list_folders(tree, args.part, args.validation_fraction, args.seed)
-    lists.write_listing(args.out, listing, args.kind)
+            listing = lists.list_folders(tree, args.part, args.validation_fraction, args.seed, args.group)
+    lists.write_listing(args.out, listing, tree, _annotation_files(args), getattr(args, "labels", None))
     print(_report(args.out, listing, tree))
     return 0
+
+
+def _annotation_files(args: argparse.Namespace) -> list[Path]:
+    """Return the files that the command reads, besides a file of class names."""
+    match args.dataset:
+        case "kinetics400" | "ssv2":
+            return [args.annotation]
+        case "ucf101" | "hmdb51":
+            return list(args.splits.iterdir())
+    return []
 
 
 def _build_parser() -> CommandLine:
@@ -46,9 +59,11 @@ def _build_parser() -> CommandLine:
 
     def add(name: str, text: str) -> CommandLine:
         dataset = datasets.add_parser(name, help=text, description=text)
-        dataset.set_defaults(kind="video")
         dataset.add_argument("--root", type=Path, required=True, help="folder that holds the files, at any depth")
         dataset.add_argument("--out", type=Path, required=True, help="list to write")
+        dataset.add_argument(
+            "--format", dest="kind", choices=tuple(lists.SUFFIXES), default="video", help="data.format (default video)"
+        )
         return dataset
 
     for name, files, names in (
@@ -69,15 +84,18 @@ def _build_parser() -> CommandLine:
         dataset.add_argument("--fold", type=int, choices=(1, 2, 3), default=1, help="official split (default 1)")
     dataset = add("folders", "from any tree with one folder a class")
     dataset.add_argument(
-        "--format", dest="kind", choices=tuple(lists.SUFFIXES), default="video", help="kind of files (default video)"
-    )
-    dataset.add_argument(
         "--part", choices=("all", "train", "validation"), default="all", help="part to list (default all)"
     )
     dataset.add_argument(
         "--validation-fraction", type=float, default=0.0, help="share of each class that is not in train (default 0)"
     )
     dataset.add_argument("--seed", type=int, default=0, help="seed of the split (default 0)")
+    dataset.add_argument(
+        "--group",
+        metavar="PATTERN",
+        help="regular expression: files in whose paths it finds the same text, or the same text in its brackets, come "
+        "from one recording and stay in one part, as '(.*)_c' for take2_c01.mp4 and take2_c02.mp4",
+    )
     return parser
 
 
@@ -86,7 +104,7 @@ def _report(out: Path, listing: lists.Listing, tree: lists.Tree) -> str:
     used = {label for _, label in listing.rows if label is not None}
     lines = [f"{len(listing.rows):,} listed in {out}, of {len(used)} classes (names: {lists.labels_file(out)})"]
     if used and len(used) < len(listing.labels):
-        lines.append(f"{len(listing.labels) - len(used)} of the {len(listing.labels)} classes have no video here")
+        lines.append(f"{len(listing.labels) - len(used)} of the {len(listing.labels)} classes have no record here")
     if listing.missing:
         names = f"their names: {lists.missing_file(out)}"
         lines.append(f"{len(listing.missing):,} in the annotation are missing under {tree.root} ({names})")
@@ -99,4 +117,5 @@ def _report(out: Path, listing: lists.Listing, tree: lists.Tree) -> str:
     if tree.others:
         others = ", ".join(f"{suffix} {count:,}" for suffix, count in tree.others.most_common(8))
         lines.append(f"{sum(tree.others.values()):,} files of other kinds were skipped ({others})")
+    lines += listing.notes
     return "\n".join(lines)

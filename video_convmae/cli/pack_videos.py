@@ -60,6 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     edits = {field.name: getattr(args, field.name) for field in fields(PackSettings)}
     settings = replace(PRESETS[args.preset], **{name: value for name, value in edits.items() if value is not None})
 
+    from video_convmae.data.labels import list_name
     from video_convmae.prepare.pack import pack_videos
 
     try:
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; the same command resumes", file=sys.stderr)
         return 130
-    print(_report(summary, args.out, f"{args.list.stem}.txt"))
+    print(_report(summary, args.out, f"{list_name(args.list)}.txt"))
     return 0
 
 

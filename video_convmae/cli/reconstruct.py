@@ -26,10 +26,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the masks (default %(default)s)")
     args = parser.parse_args(arguments)
 
+    from video_convmae.atomic import refuse_overwriting
     from video_convmae.data.records import Record
     from video_convmae.runs import load_autoencoder
     from video_convmae.visualize import reconstruct
 
+    refuse_overwriting([args.output / f"reconstruction.{kind}" for kind in ("png", "mp4")], args.videos)
     model, config = load_autoencoder(args.weights, args.ema)
     records = [Record(path, format=config.data.format) for path in args.videos]
     clips = reconstruct.read_middle_clips(records, config, model.encoder.config.clip_shape[2:])

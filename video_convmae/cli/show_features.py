@@ -31,8 +31,10 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"--frames is {args.frames}; expected 1 or more")
 
     from video_convmae import predictor
+    from video_convmae.atomic import refuse_overwriting
     from video_convmae.visualize.features import draw_feature_rows, find_label, write_feature_picture
 
+    refuse_overwriting([args.output], [args.file])
     loaded = predictor.load(args.weights, labels=args.labels)
     label = None if args.label is None else find_label(loaded, args.label)
     pictures = loaded.pictures(args.file, loaded.middle)

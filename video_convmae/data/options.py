@@ -13,7 +13,19 @@ from typing import Literal
 ListFormat = Literal["video", "frames", "image"]
 ReaderName = Literal["auto", "torchcodec", "pyav", "decord", "torchcodec_cuda"]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# Names of files that the readers can open, of whichever case. MPEG transport streams are named so that they are listed
+# and refused with a reason, not passed over.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga", ".avif"),
+)
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mp4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".ismv", ".insv", ".lrv"),
+    *(".webm", ".mkv", ".mk3d", ".avi", ".divx", ".xvid", ".wmv", ".asf", ".flv", ".rm", ".rmvb", ".wtv"),
+    *(".mpg", ".mpeg", ".mpe", ".m2p", ".m1v", ".m2v", ".mpv", ".vob", ".ogv", ".ogm", ".gif", ".mxf", ".nut", ".dv"),
+    *(".y4m", ".ivf", ".obu", ".h264", ".264", ".avc", ".h265", ".265", ".hevc", ".mjpeg", ".mjpg"),
+    *(".ts", ".mts", ".m2ts"),
+)
 
 # timm ignores parts that it does not know ("rand-mx", "rand-tnone"): a typing error would pass as a setting.
 _RAND_AUGMENT = re.compile(

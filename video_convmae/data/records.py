@@ -8,23 +8,34 @@ Three formats, named by `data.format`; fields are split off from the right, so p
 
 Empty lines and lines that begin with `#` are skipped. Relative paths are joined to `root`. In place of a list, a folder
 of class folders is accepted (ImageNet, as torchvision's ImageFolder reads it); classes are numbered by name.
+
+A line that can be read in two ways is settled by the file that exists: a name in cp1252 or with Windows' backslashes,
+one that begins with `#`, one that ends like fields of another form (`a.mp4,3`). Where no such file exists, a line of
+another program's form is an error that says so: read as a path it would only be a file that is missing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 
-from video_convmae.errors import UserError
-from video_convmae.shipped import find_labels
+from . import shards
+from .folders import class_folders
+from .labels import class_names
+from .options import IMAGE_SUFFIXES, VIDEO_SUFFIXES, ListFormat
+from .text import ListError, read_text, readable
 
-from .options import IMAGE_SUFFIXES, ListFormat
+__all__ = ["ListError", "Record", "Records", "class_names", "format_line", "parse_line", "read_list"]
+
+LARGEST = 2**31 - 1  # label or frame count; a larger one is a mistake, and no model has as many classes
 
 
 @dataclass(frozen=True)
@@ -42,10 +53,6 @@ class Record:
     label: int | None = None
     num_frames: int | None = None
     format: ListFormat = "video"
-
-
-class ListError(UserError):
-    """A list file that cannot be used; the message names file, line and what was expected."""
 
 
 class Records(Sequence[Record]):
@@ -121,69 +128,32 @@ def read_list(path: str | Path, format: ListFormat = "video", root: str | Path =
         raise ListError(f"data.format is {format!r}; expected one of {', '.join(get_args(ListFormat))}")
     if Path(root, path).is_dir():
         return _read_tree(Path(root, path), format)
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise ListError(f"cannot read the list {path}: {error.strerror or error}") from error
-    records, lines = [], []
+    text = read_text(path, "the list")
+    _refuse_other_files(path, text)
+    records: list[Record] = []
+    lines = []
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.strip()
-        if line and not line.startswith("#"):
-            try:
-                record = parse_line(line, format)
-            except ValueError as error:
-                raise ListError(f"{path}, line {number}: {error}; the line is {line!r}") from None
-            records.append(Record(os.path.join(root, record.path), record.label, record.num_frames, format))
-            lines.append(number - 1)
+        if not line or (line[0] == "#" and not _names_file(line, format, root)):
+            continue
+        try:
+            place, record = _read_line(line, format, root, is_first=not records)
+        except ValueError as error:
+            raise ListError(f"{path}, line {number}: {error}; the line is {line!r:.300}") from None
+        records.append(replace(record, path=place))
+        lines.append(number - 1)
     if not records:
         raise ListError(f"the list {path} holds no records")
     return Records(records, format, lines)
 
 
-def class_names(path: str | Path, root: str | Path = "", labels: str | Path | None = None) -> list[str] | None:
-    """Return the names of a list's classes, class n being the n-th; None if they are not known.
-
-    Args:
-        path: the list, or a folder of class folders, as in `read_list`.
-        root: as in `read_list`.
-        labels: a file of names, one a line, or the name of a shipped one (`kinetics400`). None: `NAME.labels.txt`
-            beside `NAME.txt` (make-list writes it), or the names of the class folders.
-
-    Raises:
-        UserError: the file of names is missing, cannot be read (ListError) or is empty (ListError).
-    """
-    if labels is None:
-        if Path(root, path).is_dir():
-            return _class_folders(Path(root, path))
-        labels = Path(path).with_suffix(".labels.txt")
-        if not labels.exists():
-            return None
-    labels = find_labels(labels)
-    try:
-        names = labels.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ListError(f"cannot read the class names {labels}: {error.strerror or error}") from error
-    if not names:
-        raise ListError(f"the file of class names {labels} is empty")
-    return names
-
-
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
 def _read_tree(folder: Path, format: ListFormat) -> Records:
-    """Return the files (for `frames`, the folders) one level down in each class folder, in the order of their names."""
-    records = []
-    for label, name in enumerate(_class_folders(folder)):
-        entries = sorted(os.scandir(folder / name), key=lambda entry: entry.name)
-        for entry in entries:
-            wanted = entry.name.lower().endswith(IMAGE_SUFFIXES) if format == "image" else entry.name[0] != "."
-            if wanted and entry.is_dir() == (format == "frames"):
-                records.append(Record(entry.path, label, None, format))
-    if not records:
-        raise ListError(f"the folder {folder} holds no class folders with {format} files in them")
-    return Records(records, format)
+    """Return the files (for `frames`, the folders of pictures) at any depth in each class folder, by name."""
+    classes = class_folders(folder, format)
+    return Records([Record(path, n, None, format) for n, name in enumerate(classes) for path in classes[name]], format)
+
+
+# Lines
 
 
 def parse_line(line: str, format: ListFormat) -> Record:
@@ -204,6 +174,16 @@ def parse_line(line: str, format: ListFormat) -> Record:
     return Record(_rejoin(head, numbers[:-1]), _at_least(0, numbers[-1], "label"), None, format)
 
 
+def format_line(record: Record) -> str:
+    """Return the line of a record, which `parse_line` reads back. Raises ValueError: frames without their number."""
+    label = [] if record.label is None else [record.label]
+    if record.format != "frames":
+        return " ".join(map(str, [record.path, *label]))
+    if record.num_frames is None:
+        raise ValueError(f"{record.path} has no frame count")
+    return " ".join(map(str, [record.path, *([record.num_frames, *label] if label else [0, record.num_frames])]))
+
+
 def _split_off_integers(line: str) -> tuple[str, list[str]]:
     """Split off the integers at the end; the path before them stays as written: 'a b.mp4  3' -> ('a b.mp4', ['3'])."""
     numbers: list[str] = []
@@ -221,9 +201,118 @@ def _rejoin(head: str, numbers: list[str]) -> str:
     return " ".join([head, *numbers])
 
 
+# Lines that can be read in two ways
+
+
+def _exists(path: str) -> bool:
+    """Return whether a record is there: a file, a folder, or a member of an archive."""
+    parts = shards.split_path(path)
+    return os.path.exists(path) if parts is None else shards.holds(*parts)
+
+
+def _as_stored(path: str, root: str | Path) -> str:
+    """Return a listed path under the root, as the disk has it.
+
+    Bytes that are no UTF-8 may be cp1252 in the list alone, and backslashes Windows'.
+    """
+    written = os.path.join(root, path)
+    if "\\" not in path and path.isprintable():  # a byte that is no UTF-8 is not printable
+        return written
+    others = [readable(path), path.replace("\\", "/"), readable(path).replace("\\", "/")]
+    places = [written, *(os.path.join(root, each) for each in others)]
+    return next((place for place in places if _exists(place)), written)
+
+
+def _read_line(line: str, format: ListFormat, root: str | Path, is_first: bool) -> tuple[str, Record]:
+    """Return the place of a line's record, and the record as written. Raises ValueError: what was expected."""
+    doubt = _other_form(line, format, is_first)
+    try:
+        record = parse_line(line, format)
+    except ValueError as error:
+        raise ValueError(doubt or error) from None
+    place = _as_stored(record.path, root)
+    if doubt and not _exists(place):
+        raise ValueError(doubt)
+    return place, record
+
+
+def _names_file(line: str, format: ListFormat, root: str | Path) -> bool:
+    """Return whether a line that begins with # is the record of a file whose name does (HMDB51 has such names)."""
+    try:
+        return _exists(os.path.join(root, parse_line(line, format).path))
+    except ValueError:
+        return False
+
+
+_SUFFIXES = "|".join(sorted(suffix[1:] for suffix in {*VIDEO_SUFFIXES, *IMAGE_SUFFIXES}))
+_BEHIND_THE_NAME = re.compile(rf"""^.*\.(?:{_SUFFIXES})(?=[\s,;|"'])(.*)$""", re.IGNORECASE)
+_SEPARATED = re.compile(
+    r"""^.+?["']?\s*(,|;|\||::)\s*["']?-?\d+["']?(?:\s+\d+)*$"""  # before the last field, or behind a first number
+    r"""|^["']?\d+["']?\s*([,;|])"""
+)
+_OF_FILES = {"path", "file", "filename", "filepath", "video", "videos", "videopath", "videoname", "vid", "clip",
+             "image", "img", "name", "id", "folder", "dir"}  # fmt: skip
+_OF_OTHERS = {"label", "labels", "class", "category", "target", "action", "start", "end", "time", "num", "frame",
+              "frames", "count", "total", "duration", "length", "fps", "width", "height", "split", "subset", "index",
+              "is", "cc", "youtube", "caption", "text"}  # fmt: skip
+_EXPECTED = {"video": "path label", "image": "path label", "frames": "folder count label"}
+
+
+def _other_form(line: str, format: ListFormat, is_first: bool) -> str | None:
+    """Return what is wrong with a line of another program's form, and what to do; None: it looks like ours."""
+    expected = f"expected {_EXPECTED[format]!r}, a space before each number"
+    if is_first and _is_header(line):
+        return f"a header; {expected}: remove it, and write the columns of the other lines in this form"
+    if found := _SEPARATED.match(line):
+        mark = found[1] or found[2]
+        return (
+            f"{mark!r} separates the fields; {expected}, and no quotes: sed 's/{mark}/ /g' FILE > list.txt writes that"
+        )
+    if format == "frames":
+        count = len(_split_off_integers(line)[1])
+        return f"{count} numbers stand behind the folder; {expected}: a record has one label" if count > 2 else None
+    if not (found := _BEHIND_THE_NAME.match(line)) or "/" in found[1]:
+        return None
+    behind = found[1].strip()
+    if behind[0] in ",;|\"'":
+        return f"{behind[:20]!r} stands behind the file name; {expected}, without quotes"
+    numbers = behind.split()
+    if not all(number.removeprefix("-").isdecimal() for number in numbers):
+        return f"{behind[:80]!r} stands behind the file name; {expected}: classes are numbers, from 0"
+    if len(numbers) == 1 or (format == "video" and len(numbers) == 2 and numbers[1] == "-1"):
+        return None
+    return (
+        f"{len(numbers)} numbers stand behind the file name ({behind[:40]}); {expected}: a record is read "
+        "whole, and has one label"
+    )
+
+
+def _is_header(line: str) -> bool:
+    """Return whether a line names columns: of words that columns have, or of any words with commas between."""
+    words = set(re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", line).lower()))
+    if re.search(r"[\d/.#]", line) or not words & _OF_FILES:
+        return False
+    return words <= _OF_FILES | _OF_OTHERS or any(mark in line for mark in ",;|\t")
+
+
+def _refuse_other_files(path: str | Path, text: str) -> None:
+    """Raise a ListError for files that are often given in place of a list."""
+    start = text.lstrip()[:200]
+    if start.startswith("version https://git-lfs"):
+        raise ListError(f"{path} is a pointer of Git LFS, not the list itself: get it with git lfs pull")
+    if start.lower().startswith(("<!doctype", "<html")):
+        raise ListError(f"{path} is a web page, not a list: download the file itself")
+    if start[:1] in ("[", "{"):
+        try:
+            json.loads(text)
+        except ValueError:
+            return  # a name that begins so
+        raise ListError(f"{path} is JSON; expected a line a record: data_lists/README.md has the forms")
+
+
 def _at_least(least: int, text: str, name: str) -> int:
-    if int(text) < least:
-        raise ValueError(f"the {name} is {text}, expected {least} or more")
+    if not least <= int(text) <= LARGEST:
+        raise ValueError(f"the {name} is {text}, expected {least} or more" + (f" to {LARGEST}" if least == 0 else ""))
     return int(text)
 
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import io
 import os
+import posixpath
+import re
 import tarfile
 from functools import cache
+from typing import Any, BinaryIO, NamedTuple
 
 _MARK = ".tar#"
+_OTHER_MARK = re.compile(r"(\.tar\.\w+|\.tgz|\.tbz2?|\.txz|\.zip|\.7z|\.rar)#", re.IGNORECASE)
 
 
 class ShardError(OSError):
@@ -31,6 +35,16 @@ def file_of(path: str) -> str:
     return path if parts is None else parts[0]
 
 
+def holds(shard: str, member: str) -> bool:
+    """Return whether an archive can be read and has a member of this name."""
+    try:
+        with open(shard, "rb") as file:
+            _find(file, member)
+    except OSError:
+        return False
+    return True
+
+
 def path_or_bytes(path: str) -> str | io.BytesIO:
     """Return an argument that libraries can open: an absolute path, or a member's bytes.
 
@@ -41,18 +55,19 @@ def path_or_bytes(path: str) -> str | io.BytesIO:
         OSError: the archive cannot be read.
     """
     parts = split_path(path)
-    return os.path.abspath(path) if parts is None else io.BytesIO(read_member(*parts))
+    if parts is not None:
+        return io.BytesIO(read_member(*parts))
+    if (other := _OTHER_MARK.search(path)) and not os.path.exists(path):
+        raise ShardError(f"no such file, and members are read from tar archives without compression, not {other[1]}")
+    return os.path.abspath(path)
 
 
 def read_member(shard: str, member: str) -> bytes:
     """Return the bytes of a member; raises as `path_or_bytes` does."""
     with open(shard, "rb") as file:
-        status = os.fstat(file.fileno())
-        members, whole = _index(shard, status.st_size, status.st_mtime_ns)
-        if member not in members:
-            cut = "" if whole else "; the archive is damaged or cut off behind them"
-            raise ShardError(f"no {member!r} among the {len(members)} files of the archive{cut}")
-        start, size = members[member]
+        start, size, sparse = _find(file, member)
+        if sparse is not None:
+            return _fill(file, start, size, sparse)
         file.seek(start)
         data = file.read(size)
     if len(data) < size:
@@ -60,19 +75,101 @@ def read_member(shard: str, member: str) -> bytes:
     return data
 
 
+class _Index(NamedTuple):
+    """Members of an archive by name.
+
+    Attributes:
+        files: start of the data, and size of the file.
+        links: the name that a link leads to.
+        sparse: of files with holes, the (offset, size) of each part that is stored; the parts follow each other.
+        whole: the archive could be read to its end.
+    """
+
+    files: dict[str, tuple[int, int]]
+    links: dict[str, str]
+    sparse: dict[str, list[tuple[int, int]]]
+    whole: bool
+
+
+def _find(file: BinaryIO, member: str) -> tuple[int, int, list[tuple[int, int]] | None]:
+    """Return a member's start and size, and its parts if it has holes; a link leads to the member that it names."""
+    status = os.fstat(file.fileno())
+    index = _index(file.name, status.st_size, status.st_mtime_ns)
+    name = posixpath.normpath(member)
+    followed: set[str] = set()
+    while name in index.links and name not in followed:
+        followed.add(name)
+        name = index.links[name]
+    if name not in index.files:
+        link = f" (a link to {name!r})" if followed else ""
+        cut = "" if index.whole else "; the archive is damaged or cut off behind them"
+        raise ShardError(f"no {member!r}{link} among the {len(index.files)} files of the archive{cut}")
+    return *index.files[name], index.sparse.get(name)
+
+
 @cache
-def _index(shard: str, size: int, changed: int) -> tuple[dict[str, tuple[int, int]], bool]:
-    """Return the offset and size of each member's data, and whether the archive could be read to its end.
+def _index(shard: str, size: int, changed: int) -> _Index:
+    """Return the index of an archive. Names are normalised: `./a.mp4` is `a.mp4`.
 
     `size` and `changed` (modification time, ns) are only keys of the cache: a file that was replaced is read again.
+
+    Raises:
+        ShardError: the file is an archive of another kind.
     """
-    members: dict[str, tuple[int, int]] = {}
+    files: dict[str, tuple[int, int]] = {}
+    links: dict[str, str] = {}
+    sparse: dict[str, list[tuple[int, int]]] = {}
+    whole = True
     try:
         with tarfile.open(shard, "r:") as archive:
             for entry in archive:
-                if entry.isreg():
-                    members[entry.name] = entry.offset_data, entry.size
+                name = posixpath.normpath(entry.name)
+                for kept in (files, links, sparse):  # of several files of one name, tar leaves the last
+                    kept.pop(name, None)
+                if entry.issym():
+                    links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), entry.linkname))
+                elif entry.islnk():
+                    links[name] = posixpath.normpath(entry.linkname)
+                elif entry.isreg():
+                    files[name] = entry.offset_data, entry.size
+                    parts: Any = entry.sparse  # undocumented
+                    if parts is not None:
+                        sparse[name] = parts
                 archive.members = []  # type: ignore[attr-defined]  # private; it would keep 1 kB for each member
     except tarfile.TarError:
-        return members, False
-    return members, True
+        whole = False
+        if not files:
+            _refuse_other_archive(shard)
+    return _Index(files, links, sparse, whole)
+
+
+def _fill(file: BinaryIO, start: int, size: int, sparse: list[tuple[int, int]]) -> bytes:
+    """Return a file with holes: zeros where nothing is stored."""
+    data = bytearray(size)
+    file.seek(start)
+    for offset, length in sparse:
+        part = file.read(length)
+        if len(part) < length:
+            raise ShardError(f"the archive ends within a file of {size} bytes")
+        data[offset : offset + length] = part
+    return bytes(data)
+
+
+_OTHER_ARCHIVES = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!": "rar",
+}
+
+
+def _refuse_other_archive(shard: str) -> None:
+    """Raise a ShardError for an archive of another kind that is named .tar: its members have no place to read from."""
+    with open(shard, "rb") as file:
+        head = file.read(8)
+    for magic, kind in _OTHER_ARCHIVES.items():
+        if head.startswith(magic):
+            raise ShardError(f"the archive is {kind}, not tar: store its files as a tar without compression")

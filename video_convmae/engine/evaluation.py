@@ -137,9 +137,10 @@ def write_evaluation(evaluation: Evaluation, records: Records, folder: Path, ext
 def write_bad_records(bad_records: Sequence[BadRecord], folder: Path) -> None:
     """Write bad_records.jsonl; without bad records there is none."""
     path = folder / "bad_records.jsonl"
-    path.unlink(missing_ok=True)
     if bad_records:
         write_text(path, "".join(json.dumps(record._asdict()) + "\n" for record in bad_records))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_predictions(evaluation: Evaluation, records: Records, path: Path) -> None:

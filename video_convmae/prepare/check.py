@@ -3,7 +3,8 @@
 Of each record the first, middle and last frames are decoded, and a clip of 16 frames, 4 apart, from the middle; or
 every frame. Written to the output folder:
 
-    clean.txt         the good rows, unchanged and in order, for training
+    clean.txt         the good rows, unchanged and in order, for training; as UTF-8
+    clean.before.txt  the list itself, if it was the clean.txt of an earlier check and rows of it are bad now
     clean.labels.txt  their class names, if the list has a file of them beside it (NAME.labels.txt)
     faults.csv        line, record, error
     summary.json      sizes, frame rates, lengths and codecs of the good records; number of records for each error
@@ -12,6 +13,7 @@ every frame. Written to the output folder:
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +24,13 @@ from typing import Any
 import av
 import numpy as np
 
-from video_convmae.atomic import replacing, write_text
+from video_convmae.atomic import refuse_overwriting, replacing, write_text
 from video_convmae.data import shards
 from video_convmae.data.decoding import resolve_reader
 from video_convmae.data.decoding.process import ChildProcess, Handler, ReaderProcess, RemoteReader
+from video_convmae.data.labels import check_labels, class_names, count_labels, label_notes
 from video_convmae.data.options import ListFormat, ReaderName
-from video_convmae.data.records import Record
+from video_convmae.data.records import ListError, Record, Records
 from video_convmae.prepare.job import RecordResult, ResumableJob, Row, read_rows, write_report
 from video_convmae.prepare.options import LIST_TEXT
 
@@ -118,21 +121,41 @@ def check_videos(
         ImportError: the reader is not installed.
     """
     rows = read_rows(path, format, root)
-    labels = path.with_suffix(".labels.txt")
-    class_names = labels.read_text(encoding="utf-8") if labels.exists() else None
+    clean, clean_names = out / "clean.txt", out / "clean.labels.txt"
+    others = ("clean.before.txt", "clean.labels.txt", "faults.csv", "summary.json", "checked.jsonl")
+    refuse_overwriting([out / name for name in others], [path])
+    names = class_names(path)
+    notes = check_classes(rows, names)
     if reader == "auto":
         reader = _resolve_in_child(reader)
     out.mkdir(parents=True, exist_ok=True)
     results = CheckJob(out / "checked.jsonl", reader, timeout, full).run(rows, workers)
     summary = {"reader": reader, "full": full, **summarize_check([results[row.record.path] for row in rows])}
-    if class_names is None:
-        (out / "clean.labels.txt").unlink(missing_ok=True)  # of another list
-    else:
-        write_text(out / "clean.labels.txt", class_names)
-    with replacing(out / "clean.txt", **LIST_TEXT) as file:
-        file.writelines(f"{row.text}\n" for row in rows if results[row.record.path].error is None)
+    summary["labels"] = notes
+    good = [row for row in rows if results[row.record.path].error is None]
+    if len(good) < len(rows) and os.path.realpath(path) == os.path.realpath(clean):
+        write_text(out / "clean.before.txt", "".join(f"{row.text}\n" for row in rows), **LIST_TEXT)
+    with replacing(clean, **LIST_TEXT) as file:
+        file.writelines(f"{row.text}\n" for row in good)
+        if names is not None:
+            write_text(clean_names, "".join(f"{name}\n" for name in names))
+    if names is None:
+        clean_names.unlink(missing_ok=True)  # of another list
     write_report(out, rows, results, summary)
     return summary
+
+
+def check_classes(rows: Sequence[Row], names: Sequence[str] | None) -> list[str]:
+    """Return what is wrong or remarkable with the labels of a list, a sentence each; nothing if it has none."""
+    records = Records([row.record for row in rows], rows[0].record.format)
+    if records.labels.max() < 0:
+        return []
+    try:
+        count = len(names) if names else count_labels(records)
+        check_labels(records, count)
+    except ListError as error:
+        return [str(error)]
+    return label_notes(count, names, records)
 
 
 def frames_to_check(count: int) -> np.ndarray:

@@ -27,6 +27,7 @@ from video_convmae.data import shards
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.options import ListFormat
 from video_convmae.data.records import ListError, Record, parse_line, read_list
+from video_convmae.data.text import read_text
 from video_convmae.prepare.options import LIST_TEXT
 
 AHEAD = 3  # records in work or waiting to be stored, for each worker
@@ -203,14 +204,16 @@ def read_rows(path: Path, format: ListFormat, root: Path) -> list[Row]:
     """Read a list with its line numbers and its text.
 
     Raises:
-        ListError: as `read_list`; or `path` is a folder.
+        ListError: as `read_list`; or `path` is a folder, or `root` is none.
     """
+    if not root.is_dir():
+        raise ListError(f"--root {root} is not a folder")
     if path.is_dir():
         raise ListError(
             f"{path} is a folder, expected a list; make one first: video-convmae make-list folders --root {path}"
         )
     records = read_list(path, format, root)
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    lines = read_text(path, "the list").split("\n")
     return [Row(line + 1, lines[line], record) for line, record in zip(records.lines.tolist(), records, strict=True)]
 
 

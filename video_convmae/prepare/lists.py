@@ -8,29 +8,30 @@ and class folders both work. No video is opened: check.py does that.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TextIO
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from video_convmae.atomic import replacing
-from video_convmae.data.options import IMAGE_SUFFIXES, ListFormat
-from video_convmae.data.records import ListError, read_list
+from video_convmae.atomic import refuse_overwriting, replacing
+from video_convmae.data.folders import SUFFIXES, Tree, normalise_accents, scan_folder
+from video_convmae.data.labels import labels_file, list_name, read_names
+from video_convmae.data.options import ListFormat
+from video_convmae.data.records import ListError, Record, format_line, read_list
+from video_convmae.data.text import read_text, readable
 from video_convmae.prepare.options import LIST_TEXT
 from video_convmae.shipped import shipped_labels
 
-FileKind = Literal["video", "image"]
-SUFFIXES: dict[FileKind, tuple[str, ...]] = {
-    "video": (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp"),
-    "image": IMAGE_SUFFIXES,
-}
+__all__ = ["SUFFIXES", "Annotation", "Entry", "Listing", "Tree", "labels_file", "scan_folder"]
+
+Part = Literal["all", "train", "validation"]
 EXAMPLES = 3  # names quoted in a message
 
 
@@ -55,26 +56,6 @@ class Annotation:
     labels: list[str]
 
 
-@dataclass
-class Tree:
-    """Files under a folder.
-
-    Attributes:
-        root: the folder.
-        kind: files that are listed.
-        files: paths relative to `root`, by file name without suffix.
-        others: number of files of other kinds, by suffix.
-    """
-
-    root: Path
-    kind: FileKind = "video"
-    files: dict[str, list[str]] = field(default_factory=dict)
-    others: Counter[str] = field(default_factory=Counter)
-
-    def __len__(self) -> int:
-        return sum(len(paths) for paths in self.files.values())
-
-
 @dataclass(frozen=True)
 class Listing:
     """Contents of a list, and the files and annotations that are not in it.
@@ -85,6 +66,7 @@ class Listing:
         missing: names of annotated files that are not on the disk.
         unlisted: number of files that have no row.
         repeated: paths of rows whose file exists more than once.
+        notes: what else a user should know, a sentence each.
     """
 
     rows: list[tuple[str, int | None]]
@@ -92,6 +74,7 @@ class Listing:
     missing: list[str] = field(default_factory=list)
     unlisted: int = 0
     repeated: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 # ---- annotations of the data sets ------------------------------------------------------------------------------------
@@ -112,8 +95,8 @@ def read_kinetics400(annotation: Path, labels: Path | None = None) -> Annotation
     names = read_labels(labels or shipped_labels("kinetics400"))
     by_simple_name = {_simplify(name): name for name in names}
     entries = []
-    with _open_text(annotation, newline="") as file:
-        rows = csv.DictReader(file)
+    rows = csv.DictReader(io.StringIO(read_text(annotation)))
+    try:
         _expect_columns(annotation, rows.fieldnames, ("youtube_id", "time_start", "time_end"))
         for row in rows:
             where = f"{annotation}, line {rows.line_num}"
@@ -129,6 +112,8 @@ def read_kinetics400(annotation: Path, labels: Path | None = None) -> Annotation
                     f"{where}: the times are {row['time_start']!r} and {row['time_end']!r}; expected seconds"
                 ) from None
             entries.append(Entry((row["youtube_id"] + span, row["youtube_id"]), label))
+    except csv.Error as error:
+        raise ListError(f"{annotation}, line {rows.line_num}: {error}") from error
     return Annotation(entries, names)
 
 
@@ -216,48 +201,10 @@ def read_hmdb51(splits: Path, part: Literal["train", "test"], fold: int = 1) -> 
     return Annotation(entries, names)
 
 
-def read_labels(path: Path) -> list[str]:
-    """Return class names in the order of their numbers, from a text file of one a line or a JSON file {name: number}.
-
-    Raises:
-        ListError: the file cannot be read, or its numbers are not 0 to n - 1.
-    """
-    if path.suffix != ".json":
-        return [line for _, line in _lines(path)]
-    numbers = {name: int(number) for name, number in _read_json(path, dict).items()}
-    if sorted(numbers.values()) != list(range(len(numbers))):
-        raise ListError(f"{path}: its {len(numbers)} classes are not numbered 0 to {len(numbers) - 1}, each once")
-    return sorted(numbers, key=numbers.__getitem__)
+read_labels = read_names
 
 
 # ---- files on the disk -----------------------------------------------------------------------------------------------
-
-
-def scan_folder(root: Path, kind: FileKind = "video") -> Tree:
-    """Find every file under a folder. Links are followed; hidden files and folders are skipped.
-
-    Raises:
-        ListError: `root` or a folder below it cannot be read.
-    """
-    if not root.is_dir():
-        raise ListError(f"--root {root} is not a folder")
-    tree, entered = Tree(root, kind), set()
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise_unreadable):
-        status = os.stat(folder)
-        identity = status.st_dev, status.st_ino
-        if identity in entered:  # a link to a parent folder is an endless loop
-            folders.clear()
-            continue
-        entered.add(identity)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(name for name in files if not name.startswith(".")):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in SUFFIXES[kind]:
-                path = os.path.relpath(os.path.join(folder, name), root)
-                tree.files.setdefault(_normalise_accents(stem), []).append(path)
-            else:
-                tree.others[suffix.lower() or "no suffix"] += 1
-    return tree
 
 
 def match_files(annotation: Annotation, tree: Tree) -> Listing:
@@ -270,7 +217,7 @@ def match_files(annotation: Annotation, tree: Tree) -> Listing:
     rows: list[tuple[str, int | None]] = []
     missing, repeated = [], []
     for entry in annotation.entries:
-        paths = next((paths for name in entry.names if (paths := tree.files.get(_normalise_accents(name)))), [])
+        paths = next((paths for name in entry.names if (paths := tree.files.get(normalise_accents(name)))), [])
         if not paths:
             missing.append(entry.names[0])
             continue
@@ -287,7 +234,7 @@ def match_files(annotation: Annotation, tree: Tree) -> Listing:
 
 
 def list_folders(
-    tree: Tree, part: Literal["all", "train", "validation"] = "all", fraction: float = 0.0, seed: int = 0
+    tree: Tree, part: Part = "all", fraction: float = 0.0, seed: int = 0, group: str | None = None
 ) -> Listing:
     """List a tree of class folders; class names are the sorted names of the folders.
 
@@ -296,9 +243,11 @@ def list_folders(
         part: "validation" is a random `fraction` of each class, "train" the rest, "all" both.
         fraction: 0 if and only if `part` is "all".
         seed: seed of the split.
+        group: regular expression. Files in whose paths it finds the same text (that of its groups, if it has any) come
+            from one recording and stay in one part.
 
     Raises:
-        ListError: `fraction` does not fit, or no file is in a class folder.
+        ListError: `fraction` or `group` does not fit, or no file is in a class folder.
     """
     if not 0 <= fraction < 1:
         raise ListError(f"--validation-fraction is {fraction}; expected 0 or more and less than 1")
@@ -306,35 +255,133 @@ def list_folders(
         raise ListError(
             f"--part {part} with --validation-fraction {fraction}: a split needs both, the whole tree neither"
         )
-    classes: dict[str, list[str]] = {}
-    for paths in tree.files.values():
-        for path in paths:
-            if len(parts := Path(path).parts) > 1:
-                classes.setdefault(parts[0], []).append(path)
-    rows: list[tuple[str, int | None]] = []
-    for number, label in enumerate(sorted(classes)):
-        paths = sorted(classes[label])
-        order = np.random.default_rng([seed, number]).permutation(len(paths))
-        held_out = set(order[: round(fraction * len(paths))].tolist())
-        rows += [
-            (path, number) for i, path in enumerate(paths) if part == "all" or (i in held_out) == (part == "validation")
-        ]
-    if not rows:
+    classes = tree.classes()
+    if not classes:
         _raise_empty(tree, "expected a folder a class with files in it")
+    notes = [
+        f"{folder} is the same folder as {other} (a link): its files are listed in both"
+        for folder, other in tree.linked.items()
+    ]
+    held_out: set[str] = set()
+    if group is not None:
+        recordings, more = _recordings(classes, group)
+        held_out = _split_recordings(classes, recordings, fraction, seed)
+        notes += more
+    elif part != "all":
+        for number, paths in enumerate(classes.values()):
+            order = np.random.default_rng([seed, number]).permutation(len(paths))
+            held_out |= {paths[i] for i in order[: round(fraction * len(paths))]}
+        notes.append("files are split one by one; if some are cut from one recording, keep them together with --group")
+    if part != "all":
+        notes += _lopsided(classes, held_out)
+    rows: list[tuple[str, int | None]] = [
+        (path, number)
+        for number, paths in enumerate(classes.values())
+        for path in paths
+        if part == "all" or (path in held_out) == (part == "validation")
+    ]
+    if not rows:
+        raise ListError(
+            f"--part {part} with --validation-fraction {fraction} holds no file: the classes have "
+            f"{min(map(len, classes.values()))} to {max(map(len, classes.values()))} files"
+        )
     in_classes = sum(len(paths) for paths in classes.values())
-    return Listing(rows, sorted(classes), unlisted=len(tree) - in_classes)
+    return Listing(rows, [readable(name) for name in classes], unlisted=len(tree) - in_classes, notes=notes)
+
+
+def _recordings(classes: Mapping[str, Sequence[str]], group: str) -> tuple[dict[str, str], list[str]]:
+    """Return the recording that each file comes from, and notes. A file without a match is a recording of its own."""
+    try:
+        pattern = re.compile(group)
+    except re.error as error:
+        raise ListError(f"--group {group!r} is no regular expression: {error}") from error
+    found = {path: pattern.search(path) for paths in classes.values() for path in paths}
+    recordings = {
+        path: path if match is None else "\0".join(["", *map(str, match.groups() or [match[0]])])
+        for path, match in found.items()
+    }
+    without = [path for path, match in found.items() if match is None]
+    if len(without) == len(found):
+        raise ListError(f"--group {group!r} matches none of the {len(found)} paths, such as {quote_names(without)}")
+    notes = [f"{len(found):,} files of {len(set(recordings.values())):,} recordings, by --group {group!r}"]
+    if without:
+        notes.append(f"{len(without):,} files do not match --group and stand for themselves: {quote_names(without)}")
+    return recordings, notes
+
+
+def _split_recordings(
+    classes: Mapping[str, Sequence[str]], recordings: Mapping[str, str], fraction: float, seed: int
+) -> set[str]:
+    """Return the files of a validation part that holds each recording, of whichever classes, whole or not at all.
+
+    In random order, a recording is taken if it brings the parts of its classes closer to `fraction`; then each class
+    that has none of two or more recordings gets its smallest.
+    """
+    members: dict[str, list[tuple[str, str]]] = {}
+    for name, paths in classes.items():
+        for path in paths:
+            members.setdefault(recordings[path], []).append((name, path))
+    sizes = {each: Counter(name for name, _ in files) for each, files in members.items()}
+    missing = {name: fraction * len(paths) for name, paths in classes.items()}  # files that the part still needs
+
+    def gain(recording: str) -> float:
+        """How much closer the part gets to the fraction, in files."""
+        return sum(abs(missing[name]) - abs(missing[name] - size) for name, size in sizes[recording].items())
+
+    taken: set[str] = set()
+
+    def take(recording: str) -> None:
+        taken.add(recording)
+        for name, size in sizes[recording].items():
+            missing[name] -= size
+
+    names = sorted(members)
+    for place in np.random.default_rng(seed).permutation(len(names)):
+        if gain(names[place]) > 0:
+            take(names[place])
+    for paths in classes.values():
+        own = sorted({recordings[path] for path in paths}, key=lambda each: (sum(sizes[each].values()), each))
+        if len(own) > 1 and not taken & set(own):
+            take(own[0])
+    return {path for recording in taken for _, path in members[recording]}
+
+
+def _lopsided(classes: Mapping[str, Sequence[str]], held_out: set[str]) -> list[str]:
+    """Return notes on classes that lie in one part of a split only."""
+    counts = {name: sum(path in held_out for path in paths) for name, paths in classes.items()}
+    none = [name for name, count in counts.items() if not count]
+    every = [name for name, count in counts.items() if count == len(classes[name])]
+    return [
+        f"{len(names)} classes have no file in the {part} part, too few files or recordings: {quote_names(names)}"
+        for part, names in (("validation", none), ("training", every))
+        if names
+    ]
 
 
 # ---- files written ---------------------------------------------------------------------------------------------------
 
 
-def write_listing(out: Path, listing: Listing, kind: FileKind = "video") -> None:
+def write_listing(
+    out: Path, listing: Listing, tree: Tree, annotation: Iterable[Path] = (), labels: Path | None = None
+) -> None:
     """Write the list, its class names and the names of missing files, and remove those names if none is missing.
 
+    Args:
+        out: the list.
+        listing: its contents.
+        tree: the files that it lists.
+        annotation: files that were read, and must not be overwritten.
+        labels: file of class names that was read; the new file of names may take its place, as it holds the same.
+
     Raises:
+        UserError: an output is one of the files that were read.
         ListError: as `write_list`.
     """
-    write_list(out, listing.rows, listing.labels, kind)
+    read = list(annotation)
+    refuse_overwriting([out, labels_file(out), missing_file(out)], read)
+    if labels is not None:
+        refuse_overwriting([out, missing_file(out)], [labels])
+    write_list(out, listing.rows, listing.labels, tree.kind, tree.counts, tree.root)
     if listing.missing:
         with replacing(missing_file(out), **LIST_TEXT) as file:
             file.writelines(f"{name}\n" for name in listing.missing)
@@ -343,30 +390,41 @@ def write_listing(out: Path, listing: Listing, kind: FileKind = "video") -> None
 
 
 def write_list(
-    out: Path, rows: Sequence[tuple[str, int | None]], labels: Sequence[str], format: ListFormat = "video"
+    out: Path,
+    rows: Sequence[tuple[str, int | None]],
+    labels: Sequence[str],
+    format: ListFormat = "video",
+    counts: Mapping[str, int] | None = None,
+    root: str | Path = "",
 ) -> None:
     """Write a list and its class names; the list is replaced only if `read_list` reads the same rows back.
 
+    Args:
+        out: the list.
+        rows: path and class number of each record.
+        labels: class names.
+        format: of the list.
+        counts: number of frames of each path, for the format `frames`.
+        root: folder that the paths are relative to.
+
     Raises:
-        ListError: the list cannot hold one of the paths.
+        ListError: the list cannot hold one of the paths, or is the place of a folder.
     """
+    if out.is_dir():
+        raise ListError(f"--out {out} is a folder; expected the list to write, such as {out / 'train.txt'}")
+    records = [Record(path, label, (counts or {}).get(path), format) for path, label in rows]
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out, **LIST_TEXT) as file:
-        file.writelines(f"{path}\n" if label is None else f"{path} {label}\n" for path, label in rows)
+        file.writelines(f"{format_line(record)}\n" for record in records)
         file.flush()
-        _check_read_back(Path(file.name), rows, format)
-        with replacing(labels_file(out), **LIST_TEXT) as names:
+        _check_read_back(Path(file.name), records, root)
+        with replacing(labels_file(out), encoding="utf-8", newline="\n") as names:
             names.writelines(f"{label}\n" for label in labels)
-
-
-def labels_file(out: Path) -> Path:
-    """Return the path of a list's class names: train.txt -> train.labels.txt."""
-    return _beside(out, "labels")
 
 
 def missing_file(out: Path) -> Path:
     """Return the path of the names of annotated files that were not found: train.txt -> train.missing.txt."""
-    return _beside(out, "missing")
+    return out.with_name(f"{list_name(out)}.missing.txt")
 
 
 def quote_names(names: Sequence[str]) -> str:
@@ -374,51 +432,37 @@ def quote_names(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names[:EXAMPLES]) + (", ..." if len(names) > EXAMPLES else "") or "none"
 
 
-def _beside(out: Path, kind: str) -> Path:
-    name = out.stem if out.suffix in (".txt", ".csv", ".list") else out.name  # k400.train and k400.val are two lists
-    return out.with_name(f"{name}.{kind}.txt")
-
-
-def _check_read_back(path: Path, rows: Sequence[tuple[str, int | None]], format: ListFormat) -> None:
-    """Compare a written list with its rows. Only the reader of lists knows the names that a list cannot hold."""
+def _check_read_back(path: Path, records: Sequence[Record], root: str | Path) -> None:
+    """Compare a written list with its records. Only the reader of lists knows the names that a list cannot hold."""
+    problem = ""
     try:
-        records = list(read_list(path, format))
-        problem = ""
+        read = list(read_list(path, records[0].format, root))
     except ListError as error:
-        records, problem = [], f" ({error})"
-    read = [(record.path, record.label) for record in records]
-    for index, row in enumerate(rows):
-        if index >= len(read) or read[index] != row:
+        read, problem = [], f" ({error})"
+    for index, record in enumerate(records):
+        meant = replace(record, path=os.path.join(root, record.path))
+        if index >= len(read) or read[index] != meant:
             found = f"reads back as {read[index]!r}" if index < len(read) else f"does not read back{problem}"
             raise ListError(
-                f"a list file cannot hold {row[0]!r} with the label {row[1]}: it {found}. Rename it: no line break, no "
-                "space at either end or twice in a row before a number, no # in front"
+                f"a list file cannot hold {record.path!r} with the label {record.label}: it {found}. Rename it: no "
+                "line break, no space at either end or twice in a row before a number, no # in front"
             )
 
 
 # ---- reading annotations ---------------------------------------------------------------------------------------------
 
 
-def _open_text(path: Path, newline: str | None = None) -> TextIO:
-    try:
-        return open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-    except OSError as error:
-        raise ListError(f"cannot read {path}: {error.strerror or error}") from error
-
-
 def _lines(path: Path) -> list[tuple[str, str]]:
     """Return the lines that are not empty, each after its place for messages: ('classInd.txt, line 3', 'text')."""
-    with _open_text(path) as file:
-        lines = [(f"{path}, line {number}", line.strip()) for number, line in enumerate(file, start=1)]
-    return [(where, line) for where, line in lines if line]
+    lines = [line.strip() for line in read_text(path).split("\n")]
+    return [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line]
 
 
 def _read_json(path: Path, kind: type) -> Any:
-    with _open_text(path) as file:
-        try:
-            value = json.load(file)
-        except ValueError as error:
-            raise ListError(f"{path} is not json: {error}") from error
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ListError(f"{path} is not json: {error}") from error
     if not isinstance(value, kind):
         raise ListError(f"{path} holds a {type(value).__name__}; expected a {kind.__name__}")
     return value
@@ -430,14 +474,9 @@ def _expect_columns(path: Path, columns: Iterable[str] | None, expected: Iterabl
         raise ListError(f"{path} has the columns {list(columns or ())}; expected also {', '.join(absent)}")
 
 
-def _normalise_accents(name: str) -> str:
-    """Return a name in Unicode's form NFC: macOS stores an accent as a character of its own, others do not."""
-    return unicodedata.normalize("NFC", name)
-
-
 def _simplify(name: str) -> str:
     """Return a class name in the form that folder names are compared in: 'air_drumming' equals 'air drumming'."""
-    return _normalise_accents(name).replace("_", " ").casefold()
+    return normalise_accents(name).replace("_", " ").casefold()
 
 
 def _raise_empty(tree: Tree, expected: str) -> NoReturn:

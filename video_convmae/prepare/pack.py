@@ -28,11 +28,14 @@ from statistics import median
 from typing import Any, BinaryIO
 
 from video_convmae.atomic import replacing, write_text
+from video_convmae.data import labels
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.decoding.errors import decode_errors
 from video_convmae.data.decoding.process import ChildDied, ChildProcess, ChildTimeout, Handler
+from video_convmae.data.labels import list_name
 from video_convmae.data.records import ListError, Record
 from video_convmae.data.shards import file_of, read_member, split_path
+from video_convmae.data.text import read_text
 from video_convmae.prepare.encode import PackedVideo, pack_video
 from video_convmae.prepare.job import RecordResult, ResumableJob, Row, first_rows, read_rows, write_report
 from video_convmae.prepare.options import LIST_TEXT, PackSettings
@@ -273,16 +276,18 @@ def pack_videos(
     rows = [_normalise_path(row) for row in read_rows(path, "video", root)]
     if not tar:
         _check_names(first_rows(rows).values())
-    written = out / f"{path.stem}.txt"
+    written = out / f"{list_name(path)}.txt"
     if written.resolve() == path.resolve():
         raise ListError(f"{path} lies in --out {out} and would be overwritten; choose another folder")
+    _check_targets(out, written, rows, tar)
+    class_names = labels.class_names(path)
     out.mkdir(parents=True, exist_ok=True)
     _check_settings(out / "settings.json", {**asdict(settings), "tar": tar})
     job = PackJob(out, settings, tar, timeout)
     with closing(job.store):
         results = job.run(rows, workers)
     summary = {"settings": asdict(settings), **summarize_packing([results[row.record.path] for row in rows])}
-    _write_packed_list(path, written, rows, results)
+    _write_packed_list(path, written, rows, results, class_names)
     write_report(out, rows, results, summary)
     return summary
 
@@ -316,6 +321,21 @@ def _check_names(rows: Iterable[Row]) -> None:
             )
 
 
+def _check_targets(out: Path, written: Path, rows: Sequence[Row], tar: int) -> None:
+    """Raise a ListError if packing would write over a source, or, in a folder that is new to it, over any file."""
+    sources = {os.path.realpath(file_of(row.record.path)) for row in rows}
+    folder = out / ("shards" if tar else "videos")
+    if tar:
+        targets = sorted(folder.glob("[0-9]*.tar"))
+    else:
+        targets = [path for row in rows if (path := folder / packed_name(row)).exists()]
+    for target in targets:
+        if os.path.realpath(target) in sources:
+            raise ListError(f"{target} is a source, and would be overwritten by its packed copy; choose another --out")
+    if not (out / "settings.json").exists() and (taken := [*targets, *([written] if written.exists() else [])]):
+        raise ListError(f"{taken[0]} exists and was not packed here; choose another --out, or move it away")
+
+
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Compare the settings with those of an earlier run, or write them."""
     if not path.exists():
@@ -327,15 +347,17 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         raise ListError(f"{path.parent} holds videos packed with other settings ({changed}); choose another --out")
 
 
-def _write_packed_list(path: Path, written: Path, rows: Sequence[Row], results: Mapping[str, PackResult]) -> None:
+def _write_packed_list(
+    path: Path,
+    written: Path,
+    rows: Sequence[Row],
+    results: Mapping[str, PackResult],
+    class_names: Sequence[str] | None,
+) -> None:
     """Write the list with new paths, and its class names."""
-    labels, written_labels = path.with_suffix(".labels.txt"), written.with_suffix(".labels.txt")
-    if labels.is_file():
-        write_text(written_labels, labels.read_text(encoding="utf-8"))
-    else:
-        written_labels.unlink(missing_ok=True)  # of another list
+    names_file = labels.labels_file(written)
     row_at = {row.line: row for row in rows}
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    lines = read_text(path, "the list").split("\n")
     with replacing(written, **LIST_TEXT) as file:
         for number, text in enumerate(lines, start=1):
             if row := row_at.get(number):
@@ -343,6 +365,10 @@ def _write_packed_list(path: Path, written: Path, rows: Sequence[Row], results: 
                 bad = result.error is not None
                 text = f"# left out, see faults.csv: {text.strip()}" if bad else _with_path(row, result.target)
             file.write(text + ("\n" if number < len(lines) or text else ""))
+        if class_names is not None:
+            write_text(names_file, "".join(f"{name}\n" for name in class_names))
+    if class_names is None:
+        names_file.unlink(missing_ok=True)  # of another list
 
 
 def _with_path(row: Row, target: str) -> str:
