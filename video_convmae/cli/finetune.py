@@ -22,7 +22,9 @@ def finetune(config: FinetuneConfig) -> int:
     from video_convmae import build
     from video_convmae.engine.distributed import init_distributed
     from video_convmae.engine.fit import fit_probe
+    from video_convmae.weights.load import describe_encoder
 
+    takes_model = config.model.from_weights
     config = build.resolve_config(config)
     with init_distributed(config.device, config.hang_timeout) as info:
         records = build.read_records(config.data)
@@ -32,10 +34,12 @@ def finetune(config: FinetuneConfig) -> int:
         config = replace(config, data=replace(config.data, labels=labels, num_classes=num_classes))
         if info.is_main:
             print(f"{num_classes} classes")
+            if takes_model:
+                print(f"model.from_weights: {config.init.weights} has {describe_encoder(config.model)}", flush=True)
         if config.model.probe not in ("knn", "logistic"):
             return build.build_finetuning(config, info, records, validation).fit()
         probe = build.build_classifier(config.model, num_classes)
-        report = build.load_initial_weights(config.init, probe)
+        report = build.load_initial_weights(config.init, probe, config.data)
         if info.is_main:
             print(report or "init.weights is none: a random encoder is probed", flush=True)
         inference = build.build_inference(probe, config.data, records, config.validate, info)
