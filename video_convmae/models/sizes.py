@@ -124,7 +124,7 @@ class EncoderConfig:
             )
         if self.num_frames % self.tubelet:
             raise ValueError(f"num_frames is {self.num_frames}; expected a multiple of the tubelet, {self.tubelet}")
-        if any(pixels % self.patch for pixels in self.clip_shape[2:]):
+        if any(pixels < 1 or pixels % self.patch for pixels in self.clip_shape[2:]):
             raise ValueError(
                 f"image_size is {self.image_size}; expected multiples of the spatial stride {self.patch} "
                 f"(strides {self.strides})"

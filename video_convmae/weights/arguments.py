@@ -73,6 +73,8 @@ def encoder_arguments(weights: Weights) -> dict[str, Any]:
     if last:
         kernel = tensors["encoder.conv_stages.0.0.depthwise.weight"]
         arguments |= {"temporal_kernel": kernel.shape[2], "spatial_kernel": kernel.shape[-1]}
+    if POSITIONS[0] in tensors and not weights.fixed_grids(POSITIONS[0]):
+        arguments["learnable_positions"] = True
     return arguments | ({"position_table": "flat"} if weights.position_table == "flat" else {})
 
 
