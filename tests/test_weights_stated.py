@@ -213,7 +213,8 @@ PREPROCESSOR = {
 def their_model(kind: str, **settings: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: it comes with [bench]")
     shape = {"image_size": 64, "num_frames": 8, **HIDDEN, **DECODER, "decoder_intermediate_size": 64, "id2label": NAMES}
-    config = transformers.VideoMAEConfig(**shape | settings, label2id={name: n for n, name in NAMES.items()})
+    settings = shape | {"use_mean_pooling": kind == "VideoClassification"} | settings
+    config = transformers.VideoMAEConfig(**settings, label2id={name: n for n, name in NAMES.items()})
     torch.manual_seed(0)
     return getattr(transformers, f"VideoMAEFor{kind}")(config).eval()
 

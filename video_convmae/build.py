@@ -60,7 +60,7 @@ from video_convmae.weights.state import Weights
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
-OWN_OF_A_RUN = ("drop_path", "learnable_positions", "implementation")  # fields of an encoder that no weights state
+OWN_OF_A_RUN = ("drop_path", "implementation")  # fields of an encoder that no weights state
 
 # Models
 

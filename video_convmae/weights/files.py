@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -47,7 +47,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
         file = find_file(path) if path.is_dir() else path
         if file is None:
             raise UserError(f"the folder has none of {', '.join(FOLDER_FILES)}")
-        contents = _merge(_read_part(part) for part in parts_of(file))
+        contents: dict[str, Any] = {}
+        for part in parts_of(file):
+            path = part
+            contents |= _read_part(part)
         beside = _read_beside(file)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -92,13 +95,6 @@ def parts_of(file: Path) -> list[Path]:
             "download them into the same folder"
         )
     return [file.parent / name for name in names]
-
-
-def _merge(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for part in parts:
-        merged |= part
-    return merged
 
 
 def _read_beside(file: Path) -> dict[str, Any]:
@@ -147,7 +143,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         tensors, extras = safetensors_torch.load_file(path), _read_extras(path)
     except SafetensorError as error:
         raise UserError(
-            f"{path.name} is cut off or damaged ({path.stat().st_size:,} bytes; {error}): download or copy it again"
+            f"it is cut off or damaged ({path.stat().st_size:,} bytes; {error}): download or copy it again"
         ) from error
     return {"model": tensors, **extras} if extras else tensors
 
@@ -195,7 +191,7 @@ def save_file(
     config: Mapping[str, Any] | None = None,
     geometry: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write tensors with plain data beside them; `read_file` returns both.
+    """Write tensors with plain data beside them; `read_file` returns both. A file of this name is replaced at the end.
 
     Args:
         tensors: tensors by name.
@@ -207,11 +203,16 @@ def save_file(
         name: tensor.contiguous().clone() for name, tensor in tensors.items()
     }  # safetensors refuses shared memory
     extras = {name: value for name, value in zip(EXTRAS, (config, geometry)) if value is not None}
-    if path.suffix == ".safetensors":
-        metadata = {"format": "pt", **{name: json.dumps(value) for name, value in extras.items()}}
-        safetensors_torch.save_file(tensors, path, metadata=metadata)
-    else:
-        torch.save({"model": tensors, **extras}, path)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        if path.suffix == ".safetensors":
+            metadata = {"format": "pt", **{name: json.dumps(value) for name, value in extras.items()}}
+            safetensors_torch.save_file(tensors, partial, metadata=metadata)
+        else:
+            torch.save({"model": tensors, **extras}, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def run_config(path: Path) -> dict[str, Any] | None:

@@ -272,16 +272,11 @@ class _Plan:
             self._check_encoder()
         if not faults and part == "decoder":
             faults = self._compare_decoder()
-        names = self.weights.class_names
-        if not faults and part == "head" and None not in (names, self.class_names) and tuple(self.class_names) != names:
+        if not faults and part == "head" and (difference := self._compare_classes()):
             self.reshaped += sorted(wanted)
-            self.notes.append(
-                f"the head is new: the file's classes are others ({_first_difference(names, self.class_names)})"
-            )
+            self.notes.append(f"the head is new: the file's classes are others ({difference})")
         elif not faults:
             self.values |= given
-            if part == "head" and self.class_names is not None and names is None:
-                self.assumed.append("classes of the head in this run's order")
         elif part == "head" and given.keys() != wanted.keys():
             self.notes.append("the head is new: the file's is of another kind")
         elif part == "head" and "head.features" in wanted:
@@ -350,6 +345,17 @@ class _Plan:
                 faults.append(f"the file's has {name} {stated}, the model's {own} ({option})")
         return faults
 
+    def _compare_classes(self) -> str | None:
+        """Return the first class that the file names otherwise than the run; None: there is none."""
+        theirs, ours = self.weights.class_names, self.class_names
+        if ours is None:
+            return None
+        if theirs is None:
+            self.assumed.append("classes of the head in this run's order")
+            return None
+        pairs = enumerate(zip(theirs, ours))
+        return next((f"class {n} is {old!r} there and {new!r} here" for n, (old, new) in pairs if old != new), None)
+
     def add_positions(self) -> None:
         """Take learnable positions, resized to the model's grid; compare fixed ones with the model's own."""
         name, weights, config = POSITIONS[0], self.weights, self.config
@@ -384,11 +390,6 @@ class _Plan:
                 f"is of another kind. Exclude positions (--init.exclude [positions]) to keep the model's own{learn}"
             )
         self.compared.append(name)
-
-
-def _first_difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
-    number = next((number for number, pair in enumerate(zip(theirs, ours)) if pair[0] != pair[1]), 0)
-    return f"class {number} is {theirs[number]!r} there and {ours[number]!r} here"
 
 
 def _compare_shapes(wanted: Tensors, given: Tensors) -> list[str]:

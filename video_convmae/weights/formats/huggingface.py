@@ -51,6 +51,8 @@ def folder_properties(folder: Mapping[str, Any], weights: Weights) -> dict[str, 
     config = folder["config"]
     is_image = weights.frames == 1
     kind = "vit_mae" if is_image else "videomae"
+    if config["model_type"] != kind:
+        raise UserError(f"config.json says model_type {config['model_type']!r}, and the tensors are of a {kind}")
     config = _DEFAULTS[kind] | _SHARED | {name: value for name, value in config.items() if value is not None}
     if config["hidden_act"] != "gelu":
         raise UserError(f"config.json says hidden_act {config['hidden_act']!r}; expected 'gelu', which ours compute")
@@ -147,7 +149,7 @@ def huggingface_config(weights: Weights) -> dict[str, Any]:
         "patch_size": patch,
         "qkv_bias": True,
         "tubelet_size": weights.tubelet,
-        "use_mean_pooling": weights.has("head"),
+        "use_mean_pooling": not weights.has("norm"),  # then transformers has no norm over tokens
     }
     if weights.has("decoder"):
         config |= {
