@@ -107,8 +107,8 @@ class InitConfig:
     """Initial weights of a new run. A resumed run takes its own checkpoint instead."""
 
     weights: str | None = None
-    """Checkpoint, run folder, published file (weights/formats/ has the families), folder of Hugging Face's, or the name of
-    shipped weights (tiny-moving-digits); none: random."""
+    """Checkpoint, run folder, published file (weights/formats/ has the families), folder of Hugging Face's, or the name
+    of shipped weights (tiny-moving-digits); none: random."""
     inflation: Inflation = field(default_factory=Inflation)
     """Conversion of image weights to video weights: average or center, over the frames of a token and of a kernel."""
     exclude: tuple[Literal["positions", "norm", "fusion", "decoder", "head"], ...] = ()
