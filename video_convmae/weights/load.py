@@ -34,6 +34,7 @@ from .formats.ours import rename_norm
 from .inflate import inflate
 from .options import EXCLUDABLE, Inflation
 from .state import PARTS, POSITIONS, Weights, embedding_weights, summarize_names
+from .wrapping import OUTSIDE
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,8 @@ def _check_parts(model: nn.Module, weights: Weights, whole: Weights) -> None:
 
 
 def _notes_on_parts(model: nn.Module, whole: Weights, exclude: Collection[str]) -> list[str]:
-    notes = [f"{name} dropped: {reason}" for name, reason in whole.dropped.items() if reason is not NO_CLS]
+    unsaid = (NO_CLS, OUTSIDE)  # NO_CLS has a note of its own
+    notes = [f"{name} dropped: {reason}" for name, reason in whole.dropped.items() if reason not in unsaid]
     if isinstance(model, Classifier) and whole.has("norm"):
         notes.append(
             "as always where a classifier starts from pretraining, its norm and head are new, and pretraining's norm "
@@ -366,8 +368,10 @@ class _Plan:
                 f"has {config.position_table}: build it with position_table={weights.position_table!r} "
                 f"(--model.position_table {weights.position_table})"
             )
-        if table is None and is_learnable and grid not in (None, config.grid):  # a fixed table that is not stored
+        if table is None and is_learnable and grid is not None:  # a fixed table that is not stored
             table = positions.TABLES[config.position_table](grid, config.widths[-1])[None]
+        elif table is None and is_learnable and weights.position_table is not None:
+            self.compared.append(name)  # the same, and the model started from it
         if table is not None and is_learnable:
             grid = _find_grid(weights, config)
             self.values[name] = positions.resize(table[0], grid, config.grid)[None]

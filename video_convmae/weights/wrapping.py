@@ -28,6 +28,7 @@ _AVERAGE = re.compile(r"(?:^|_)(?:ema|swa|avg|averaged?|shadow|teacher|momentum)
 _PARTS = ("encoder", "backbone", "videomae", "vit")  # a prefix of a part of a model: other parts may stand beside it
 _FIRST = ("model", "state_dict", "module")  # of several models that are no averages
 _OUR_PARTS = tuple(f"{part}." for part in PARTS)  # may lie in dictionaries of their own: {"encoder": ..., "head": ...}
+OUTSIDE = "no part of the model"  # reason of what is dropped
 _COUNTERS = ("n_averaged", "num_updates")
 
 
@@ -72,7 +73,7 @@ def find_model(contents: Mapping[str, Any], markers: Collection[str], alone: str
     if not roots:
         raise UserError(_no_model(entries, markers))
     root, notes = _choose(roots)
-    others = tuple(other for other in roots if other != root and other.startswith(root))
+    others = tuple(other for other in roots if not root.startswith(other))
     found: Tensors = {}
     dropped: dict[str, str] = {}
     for entry in entries:
@@ -82,7 +83,7 @@ def find_model(contents: Mapping[str, Any], markers: Collection[str], alone: str
         if entry.name.startswith(root) and (root or beside or entry.name.startswith(_OUR_PARTS)):
             found[entry.name.removeprefix(root)] = entry.tensor
         elif beside and entry.own_name not in _COUNTERS:
-            dropped[entry.own_name] = f"not of the model {root.rstrip('.')}"
+            dropped[entry.own_name] = OUTSIDE
     if alone in found:
         found = {f"encoder.{name}": tensor for name, tensor in found.items()}
     return Found(found, dropped, notes)
