@@ -74,7 +74,7 @@ def explain_download(name: str | Path) -> str:
 
     Two words with a slash between them may be a path, too, but for one whose folder exists.
     """
-    text = re.sub(r"^(?:hf://|hf-hub:|https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/)", "", str(name))
+    text = re.sub(r"^(?:hf:/+|hf-hub:|https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/)", "", str(name))
     is_address = text != str(name) or re.match(r"[a-z0-9]+:/", text) is not None
     hub = re.fullmatch(r"([A-Za-z0-9][\w.-]*)/([\w.-]+)(?:/tree/[\w.-]+)?/?", text)
     if hub is not None and (is_address or not (Path(hub[1]).exists() or Path(hub[2]).suffix in WEIGHT_SUFFIXES)):

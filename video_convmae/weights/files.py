@@ -124,8 +124,8 @@ def _read_part(path: Path) -> dict[str, Any]:
     if is_safetensors(start):
         return _read_safetensors(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(file, map_location="cpu", weights_only=True)  # given a path, it would heed the suffix
     except Exception as error:  # torch raises several kinds, with advice that would execute the file
         raise UserError(_refusal(path, start, str(error))) from error
     if not isinstance(contents, Mapping):
@@ -173,7 +173,7 @@ def _refusal(path: Path, start: bytes, said: str) -> str:
     """Return why `torch.load` did not read a file, in a sentence of ours."""
     if "TorchScript" in said or "constants.pkl" in said:
         return "it is a TorchScript program, not weights: save its state_dict() with torch.save"
-    if found := re.search(r"(?:GLOBAL|global|class|Global) ([\w.]+\.[\w.]+)", said):
+    if found := re.search(r"GLOBAL ([\w.]+)", said):
         return (
             f"beside tensors it holds a Python object, {found[1]}, and to read it would execute code of the file. Ask "
             "its authors for safetensors; or, if you trust them, save the tensors alone in a Python of your own: "
@@ -181,6 +181,7 @@ def _refusal(path: Path, start: bytes, said: str) -> str:
         )
     if start.startswith(b"PK") or "central directory" in said or "EOF" in said or "Ran out of input" in said:
         return f"it is cut off, or no file of torch.save ({path.stat().st_size:,} bytes): download or copy it again"
+    said = said.partition("WeightsUnpickler error:")[2] or said
     line = next((line.strip() for line in said.splitlines() if line.strip()), "unknown")
     return f"it is neither safetensors nor a file of torch.save with tensors and plain data alone ({line[:200]})"
 
