@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,8 +42,6 @@ from video_convmae.runs import load_autoencoder, load_classifier, run_kind
 from video_convmae.weights.formats import read_weights
 from video_convmae.weights.load import model_from
 from video_convmae.weights.state import Weights, summarize_names
-
-Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
 
 class Prediction(NamedTuple):
@@ -233,7 +231,7 @@ def _load_published(path: Path) -> tuple[Autoencoder | Classifier, PretrainConfi
     return model.eval(), config
 
 
-def _with_settings(config: Config, weights: Weights) -> Config:
+def _with_settings(config: PretrainConfig | FinetuneConfig, weights: Weights) -> PretrainConfig | FinetuneConfig:
     """Return a configuration with the settings and class names that a file states."""
     plain = to_plain(config)
     stated = dict(weights.preprocessing) | {"data.labels": weights.class_names and list(weights.class_names)}
@@ -244,7 +242,9 @@ def _with_settings(config: Config, weights: Weights) -> Config:
             place = place.get(group, {})
         if field in place:
             place[field] = value
-    return from_plain(type(config), plain)
+    if isinstance(config, PretrainConfig):
+        return from_plain(PretrainConfig, plain)
+    return from_plain(FinetuneConfig, plain)
 
 
 def _assumed_settings(weights: Weights, config: PretrainConfig | FinetuneConfig) -> list[str]:

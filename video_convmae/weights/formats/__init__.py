@@ -49,13 +49,14 @@ def read_weights(source: Source) -> Weights:
         return source
     if isinstance(source, nn.Module):
         weights = ours.from_model(source)
-    else:
-        path = source if isinstance(source, (str, Path)) else None
-        contents = source if path is None else read_file(find_shipped_weights(path) or path)
+    elif isinstance(source, (str, Path)):
+        contents = read_file(find_shipped_weights(source) or source)
         try:
             weights = _read_contents(contents)
         except ValueError as error:
-            raise error if path is None else UserError(f"{path}: {error}") from error
+            raise UserError(f"{source}: {error}") from error
+    else:
+        weights = _read_contents(source)
     kind = next((kind for part, kind in _KINDS.items() if weights.has(part)), "encoder only")
     return replace(weights, format=f"{weights.format} {kind}")
 

@@ -119,8 +119,8 @@ def argument_properties(arguments: argparse.Namespace, weights: Weights) -> dict
     if weights.has("decoder") and isinstance(normalises, bool):
         properties["target"] = ("patch" if is_image else "patch_channel") if normalises else "none"
     frames, side = given.get("num_frames"), given.get("input_size")
-    has_clip = not is_image and isinstance(frames, int) and isinstance(side, int)
-    if has_clip and POSITIONS[0] not in weights.tensors:
+    says_grid = is_image or POSITIONS[0] in weights.tensors
+    if not says_grid and isinstance(frames, int) and isinstance(side, int):
         patch = prod(weights.strides)
         properties["grid"] = (frames // weights.tubelet, side // patch, side // patch)
     if isinstance(given.get("sampling_rate"), int) and not is_image:

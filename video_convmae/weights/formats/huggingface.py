@@ -33,7 +33,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "videomae": {"num_frames": 16, "tubelet_size": 2, "decoder_num_attention_heads": 6, "norm_pix_loss": True},
     "vit_mae": {"num_frames": 1, "tubelet_size": 1, "decoder_num_attention_heads": 16, "norm_pix_loss": False},
 }
-_SHARED = {"image_size": 224, "num_attention_heads": 12, "hidden_act": "gelu"}
+_SHARED: dict[str, Any] = {"image_size": 224, "num_attention_heads": 12, "hidden_act": "gelu"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}
 
