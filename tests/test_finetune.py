@@ -114,7 +114,7 @@ def test_pretrained_weights_start_a_classifier_of_other_frames_and_size(
     checkpoint.save_checkpoint(tmp_path, 1, {"model": pretrained.state_dict(), "config": {"model": sizes}})
     run(videos, tmp_path / "run", f"--init.weights={tmp_path / 'step_00000001'}", "--optim.lr=0", "--train.epochs=1")
     said = capsys.readouterr().out
-    assert "missing: norm.weight, norm.bias, head.weight" in said
+    assert "start new: norm.weight, norm.bias, head.weight" in said
     assert "positions resized from the grid (4, 4, 4) to (2, 2, 2)" in said
     assert "4 classes" in said
     ours = weights_of(tmp_path / "run")

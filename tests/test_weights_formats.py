@@ -133,7 +133,7 @@ def test_encoder_alone_as_released() -> None:
     assert not report.unexpected
     for name in report.missing:
         assert torch.equal(model.state_dict()[name], before[name])
-    assert "missing: fusion.joints... (4), decoder.mask_token" in str(report)
+    assert "start new: fusion.joints... (4), decoder.mask_token" in str(report)
     assert "decoder.blocks... (24)" in str(report)
 
 

@@ -57,9 +57,14 @@ from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
 from video_convmae.models.sizes import ClassifierConfig, EncoderConfig
+from video_convmae.weights.arguments import encoder_arguments
+from video_convmae.weights.formats import read_weights
 from video_convmae.weights.load import LoadReport, load_weights
+from video_convmae.weights.state import Weights
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+
+OWN_OF_A_RUN = ("drop_path", "implementation")  # fields of an encoder that no weights state
 
 # Models
 
@@ -69,18 +74,71 @@ def build_classifier(config: ClassifierConfig, num_classes: int) -> Classifier |
     return Classifier(config, num_classes) if config.probe is None else Probe(config, num_classes)
 
 
-def load_initial_weights(config: InitConfig, model: Autoencoder | Classifier | Probe) -> LoadReport | None:
+def load_initial_weights(
+    config: InitConfig, model: Autoencoder | Classifier | Probe, data: DataConfig
+) -> LoadReport | None:
     """Load the weights of `init.weights`, if any, and report what was loaded.
+
+    Args:
+        config: which weights, and how.
+        model: to fill.
+        data: how clips are made for it; with the names of the classes, if they are known.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file does not fit the model.
+        UserError: the file does not fit the model, or was trained on pixels that were normalised otherwise.
     """
     if config.weights is None:
         return None
+    weights = _read_initial_weights(config)
+    names = read_class_names(data) if isinstance(data, LabelledDataConfig) and weights.has("head") else None
+    try:
+        _check_pixels(weights, data)
+        return load_weights(model, weights, inflation=config.inflation, exclude=config.exclude, class_names=names)
+    except ValueError as error:
+        raise UserError(f"init.weights {config.weights}: {error}") from error
+
+
+def resolve_model(config: FinetuneConfig) -> FinetuneConfig:
+    """Fill in the model of `model.from_weights`: from the run's own checkpoint, if it has begun, else the weights.
+
+    Raises:
+        UserError: there are no initial weights, or their sizes fit no model of ours.
+    """
+    if not config.model.from_weights:
+        return config
+    if config.init.weights is None:
+        raise UserError("model.from_weights is on and init.weights is null; expected a file or folder of weights")
+    begun, _ = find_latest(Path(config.output) / "checkpoints")
+    if begun is not None:
+        encoder = {name: begun.config["model"][name] for name in EncoderConfig.__dataclass_fields__}
+        encoder = {n: tuple(v) if isinstance(v, list) else v for n, v in encoder.items() if n not in OWN_OF_A_RUN}
+    else:
+        weights = _read_initial_weights(config.init)
+        encoder = encoder_arguments(weights)
+        if weights.is_image and config.data.format != "image":  # inflated: time is the run's
+            encoder = {n: v for n, v in encoder.items() if n not in ("num_frames", "tubelet", "temporal_kernel")}
+    return replace(config, model=config.model.with_encoder(encoder))
+
+
+def _read_initial_weights(config: InitConfig) -> Weights:
+    assert config.weights is not None
     source = find_weights(config.weights)
-    path = source.path if isinstance(source, Checkpoint) else source
-    return load_weights(model, path, inflation=config.inflation, exclude=config.exclude)
+    return read_weights(source.path if isinstance(source, Checkpoint) else source)
+
+
+def _check_pixels(weights: Weights, data: DataConfig) -> None:
+    """Raise a UserError if weights state another normalisation of pixels than a run has."""
+    stated = {name: weights.preprocessing.get(f"data.{name}") for name in ("mean", "std")}
+    if all(value is None or np.allclose(value, getattr(data, name), atol=1e-3) for name, value in stated.items()):
+        return
+    options = " ".join(
+        f"--data.{name} [{','.join(f'{v:g}' for v in value)}]" for name, value in stated.items() if value
+    )
+    raise UserError(
+        f"these weights were trained on pixels with another mean or deviation than data.mean {list(data.mean)} and "
+        f"data.std {list(data.std)}: set {options}"
+    )
 
 
 # Lists and data sets
@@ -358,13 +416,14 @@ def build_optimization(
 
 
 def resolve_config(config: Config, info: DistInfo) -> Config:
-    """Decide what the configuration leaves open, once: `reader: auto`, the precision of validation and test, and how
-    many loading processes this machine has cores for.
+    """Decide what the configuration leaves open, once: the reader, the loading processes that this machine has cores
+    for, the precision of validation and test, and the model of `model.from_weights`.
     """
     workers = cap_workers(config.data.workers, info)
     config = replace(config, data=replace(config.data, reader=resolve_reader(config.data.reader), workers=workers))
     if not isinstance(config, FinetuneConfig):
         return config
+    config = resolve_model(config)
     validate = replace(config.validate, precision=config.validate.precision or config.train.precision)
     test = replace(config.test, precision=config.test.precision or config.train.precision)
     return replace(config, validate=validate, test=test)
@@ -512,7 +571,7 @@ def _build_trainer(
     if resume_from is not None:
         _check_resumed(config, resume_from, digest, info)
     try_records(config.data, clips.records, info)
-    report = load_initial_weights(config.init, model) if resume_from is None else None
+    report = load_initial_weights(config.init, model, config.data) if resume_from is None else None
     plan = plan_batches(config, info, None if resume_from is None else resume_from.config)
     config = replace(config, train=replace(config.train, effective_batch=plan.global_batch))
     together = plan.per_device * config.data.repeats * plan.ranks

@@ -108,8 +108,8 @@ class InitConfig:
     """Initial weights of a new run. A resumed run takes its own checkpoint instead."""
 
     weights: str | None = None
-    """Checkpoint, run folder, published file (weights/formats/ has the families) or the name of shipped weights
-    (tiny-moving-digits); none: random."""
+    """Checkpoint, run folder, published file (weights/formats/ has the families), folder of Hugging Face's, or the name
+    of shipped weights (tiny-moving-digits); none: random."""
     inflation: Inflation = field(default_factory=Inflation)
     """Conversion of image weights to video weights: average or center, over the frames of a token and of a kernel."""
     exclude: tuple[Literal["positions", "norm", "fusion", "decoder", "head"], ...] = ()
@@ -206,7 +206,8 @@ class InferenceConfig:
     """A trained model over a list; an option that is none is that of the run that trained the model."""
 
     weights: str
-    """Run folder, a checkpoint of one (checkpoints/best), a published file, or the name of shipped weights."""
+    """Run folder, a checkpoint of one (checkpoints/best), a published file, a folder of Hugging Face's, or the name of
+    shipped weights."""
     output: str
     """Folder of the results; after an interruption the same command resumes."""
     root: str | None = None

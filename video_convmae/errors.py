@@ -1,4 +1,8 @@
-"""Errors that a user can mend; `video-convmae` prints them in one line, without a traceback."""
+"""Errors that a user can mend, and notes; `video-convmae` prints each in one line, without a traceback."""
+
+
+class Note(UserWarning):
+    """Something that a user should know: what was assumed, or taken in place of something else."""
 
 
 class UserError(ValueError):

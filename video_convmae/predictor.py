@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from video_convmae.build import build_normalizer, build_sampling, read_class_names
-from video_convmae.config import DataConfig, FinetuneConfig, LabelledDataConfig, PretrainConfig
+from video_convmae.config import (
+    DataConfig,
+    FinetuneConfig,
+    LabelledDataConfig,
+    PretrainConfig,
+    from_plain,
+    to_plain,
+)
 from video_convmae.data.datasets import TestViewDataset
 from video_convmae.data.decoding import DecodeError, resolve_reader
 from video_convmae.data.decoding.process import ReaderProcess
@@ -26,6 +33,7 @@ from video_convmae.data.records import ListError, Record, Records, class_names
 from video_convmae.data.transforms import Augmentation
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
 from video_convmae.engine.options import ProtocolConfig
+from video_convmae.errors import Note, UserError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
@@ -33,7 +41,7 @@ from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
 from video_convmae.runs import load_autoencoder, load_classifier, run_kind
 from video_convmae.weights.formats import read_weights
 from video_convmae.weights.load import model_from
-from video_convmae.weights.state import summarize_names
+from video_convmae.weights.state import Weights, summarize_names
 
 
 class Prediction(NamedTuple):
@@ -52,7 +60,8 @@ class Predictor:
     model computes in float32, or under the caller's autocast.
 
     model: may be moved to another device.
-    config: of the run; for a published file, the usual settings of its kind.
+    config: of the run; for a published file, what its configuration states (config.json and preprocessor_config.json of
+        Hugging Face's), else the usual settings of its kind.
     class_names: None if nothing names them.
     """
 
@@ -149,8 +158,9 @@ def load(
     """Load a model with its preprocessing and class names.
 
     Args:
-        path_or_run: a run folder, a checkpoint, a published file, or the name of shipped weights (tiny-moving-digits).
-        labels: class names: a file whose line n names class n, or a shipped name; None: those of the run.
+        path_or_run: a run folder, a checkpoint, a published file, a folder of Hugging Face's, or the name of shipped
+            weights (tiny-moving-digits).
+        labels: class names: a file whose line n names class n, or a shipped name; None: those of the run or file.
         ema: take the moving average of the weights; None: for a classifier, if the run kept one.
         reader: auto, torchcodec, pyav or decord; None: the run's, or another if that does not work here.
 
@@ -168,9 +178,10 @@ def load(
         model, config = load_autoencoder(source, bool(ema))
     elif kind == "finetune":
         model, config = load_classifier(source, ema)
-        names = read_class_names(config.data)
     else:
         model, config = _load_published(source.path if isinstance(source, Checkpoint) else source)
+    if isinstance(config, FinetuneConfig):
+        names = read_class_names(config.data)
     if labels is not None:
         names = tuple(class_names("", labels=labels) or ())
         classes = getattr(config.data, "num_classes", None)
@@ -189,7 +200,7 @@ def _working_reader(reader: ReaderName) -> ReaderName:
         return resolve_reader(reader)
     except ImportError as error:
         substitute = resolve_reader("auto")
-        warnings.warn(f"{substitute} decodes in place of the run's {reader}: {error}", stacklevel=3)
+        warnings.warn(f"{substitute} decodes in place of the run's {reader}: {error}", Note, stacklevel=3)
         return substitute
 
 
@@ -201,14 +212,49 @@ def _format(path: Path) -> ListFormat:
 
 
 def _load_published(path: Path) -> tuple[Autoencoder | Classifier, PretrainConfig | FinetuneConfig]:
-    """Load a published file with the usual settings of its kind. Only parts that the file holds are built and read."""
+    """Load a published file. Only parts that the file holds are built and read.
+
+    The settings are those that its configuration states, else the usual ones of its kind, with a note.
+    """
     weights = read_weights(path)
     # Without a decoder the sizes cannot say whether there was a fusion; an untrained one would spoil the features.
     built = {} if weights.has("head") else {"msd": weights.has("fusion")}
-    model, report = model_from(weights, **built)
+    try:
+        model, report = model_from(weights, **built)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     if untrained := [name for name in report.missing if not name.startswith("decoder.")]:
-        warnings.warn(f"{path} does not hold {summarize_names(untrained)}: they are untrained", stacklevel=3)
-    return model.eval(), _usual_settings(model)
+        warnings.warn(f"{path} does not hold {summarize_names(untrained)}: they are untrained", Note, stacklevel=3)
+    config = _with_settings(_usual_settings(model), weights)
+    if assumed := [*report.assumed, *_assumed_settings(weights, config)]:
+        warnings.warn(f"{path} does not say all that it needs; assumed: {', '.join(assumed)}", Note, stacklevel=3)
+    return model.eval(), config
+
+
+def _with_settings(config: PretrainConfig | FinetuneConfig, weights: Weights) -> PretrainConfig | FinetuneConfig:
+    """Return a configuration with the settings and class names that a file states."""
+    plain = to_plain(config)
+    stated = dict(weights.preprocessing) | {"data.labels": weights.class_names and list(weights.class_names)}
+    for name, value in stated.items():
+        *groups, field = name.split(".")
+        place = plain
+        for group in groups:
+            place = place.get(group, {})
+        if field in place:
+            place[field] = value
+    if isinstance(config, PretrainConfig):
+        return from_plain(PretrainConfig, plain)
+    return from_plain(FinetuneConfig, plain)
+
+
+def _assumed_settings(weights: Weights, config: PretrainConfig | FinetuneConfig) -> list[str]:
+    """Return in words which settings of the clips nothing states."""
+    data, assumed = config.data, []
+    if not {"data.mean", "data.std"} <= weights.preprocessing.keys():
+        assumed.append("ImageNet's mean and deviation of pixels")
+    if data.format != "image" and "data.stride" not in weights.preprocessing:
+        assumed.append(f"frames {data.stride} apart")
+    return assumed
 
 
 def _usual_settings(model: Autoencoder | Classifier) -> PretrainConfig | FinetuneConfig:

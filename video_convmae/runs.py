@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from video_convmae.build import build_classifier
 from video_convmae.config import FinetuneConfig, PretrainConfig, from_plain
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
+from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
-from video_convmae.weights.files import read_file, run_config
+from video_convmae.weights.files import check_finite, read_file, run_config
 
 Source = str | Path | Checkpoint
 
@@ -23,7 +25,7 @@ def run_kind(source: Source) -> Literal["pretrain", "finetune"] | None:
     """Return the kind of run that wrote a checkpoint or a file of weights; None: no run of ours."""
     try:
         config = source.config if isinstance(source, Checkpoint) else run_config(Path(source))
-    except (OSError, KeyError, ValueError, SafetensorError):
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, UnpicklingError):
         return None
     if not isinstance(config, dict) or not {"data", "model", "init"} <= config.keys():
         return None
@@ -42,10 +44,14 @@ def load_autoencoder(source: Source, ema: bool = False) -> tuple[Autoencoder, Pr
         FileNotFoundError: there is no checkpoint.
         ValueError: the file is no checkpoint of a pretraining run, or holds no average.
     """
+    if not isinstance(source, Checkpoint):
+        source = find_weights(source)
+    if run_kind(source) != "pretrain":
+        raise UserError(f"{_path_of(source)} is not a checkpoint of `video-convmae pretrain`")
     weights, plain = _read(source, ema)
     config = from_plain(PretrainConfig, plain)
     model = Autoencoder(config.model)
-    model.load_state_dict(weights)
+    _fill(model, weights, _path_of(source))
     return model.eval(), config
 
 
@@ -64,13 +70,13 @@ def load_classifier(source: Source, ema: bool | None = None) -> tuple[Classifier
     if not isinstance(source, Checkpoint):
         source = find_weights(source)
     if run_kind(source) != "finetune":
-        raise ValueError(f"{_path_of(source)} is not a checkpoint of `video-convmae finetune`")
+        raise UserError(f"{_path_of(source)} is not a checkpoint of `video-convmae finetune`")
     weights, plain = _read(source, ema)
     config = from_plain(FinetuneConfig, plain)
     if config.data.num_classes is None:
         raise ValueError(f"{_path_of(source)} does not say its number of classes; expected data.num_classes in it")
     model = build_classifier(config.model, config.data.num_classes)
-    model.load_state_dict(weights)
+    _fill(model, weights, _path_of(source))
     return model.eval(), config
 
 
@@ -78,10 +84,18 @@ def _path_of(source: Checkpoint | Path) -> Path:
     return source.path if isinstance(source, Checkpoint) else source
 
 
-def _read(source: Source, ema: bool | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Load the weights of a run into the model of its configuration."""
+    try:
+        check_finite(weights)
+        model.load_state_dict(weights)
+    except (UserError, RuntimeError) as error:
+        reason = "" if isinstance(error, UserError) else "its tensors are not those of the configuration in it: "
+        raise UserError(f"{path}: {reason}{error}") from error
+
+
+def _read(source: Checkpoint | Path, ema: bool | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read weights and configuration; `ema` None takes the average if there is one."""
-    if not isinstance(source, Checkpoint):
-        source = find_weights(source)
     if isinstance(source, Path):  # model.safetensors: the average if the run kept one
         state = read_file(source)
         return state["model"], state["config"]

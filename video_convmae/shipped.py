@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from pathlib import Path
 
 from video_convmae.errors import UserError
 
 PACKAGE = Path(__file__).parent
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 WEIGHTS = PACKAGE / "pretrained"  # NAME.safetensors, and its card NAME.md
 
 
@@ -65,6 +67,22 @@ def find_shipped_weights(name: str | Path) -> Path | None:
         return None
     path = WEIGHTS / f"{str(name).removesuffix('.safetensors')}.safetensors"
     return path if path.is_file() else None
+
+
+def explain_download(name: str | Path) -> str:
+    """Return a sentence in parentheses for a name that may be one on the hub or an address; empty for others.
+
+    Two words with a slash between them may be a path, too, but for one whose folder exists.
+    """
+    text = re.sub(r"^(?:hf:/+|hf-hub:|https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/)", "", str(name))
+    is_address = text != str(name) or re.match(r"[a-z0-9]+:/", text) is not None
+    hub = re.fullmatch(r"([A-Za-z0-9][\w.-]*)/([\w.-]+)(?:/tree/[\w.-]+)?/?", text)
+    if hub is not None and (is_address or not (Path(hub[1]).exists() or Path(hub[2]).suffix in WEIGHT_SUFFIXES)):
+        return (
+            f" (nothing is downloaded here; if this is a name on the Hugging Face hub: hf download {hub[1]}/{hub[2]} "
+            f"--local-dir {hub[2]}, then give that folder)"
+        )
+    return " (nothing is downloaded here: download the file and give its path)" if is_address else ""
 
 
 def suggest_weights(name: str | Path) -> str:

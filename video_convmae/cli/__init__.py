@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
+from typing import Any
 
 import video_convmae
-from video_convmae.errors import UserError
+from video_convmae.errors import Note, UserError
 
 COMMANDS = {
     "pretrain": "pretrain a masked autoencoder on videos or images",
@@ -57,8 +61,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
     cut = arguments.index("--") if "--" in arguments else len(arguments)  # submit: what follows is another command's
     own = [argument for argument in arguments[:cut] if argument != "--debug"]
     try:
-        module = importlib.import_module(f"video_convmae.cli.{command.replace('-', '_')}")
-        return module.main([*own, *arguments[cut:]]) or 0
+        with _notes_in_a_line(command):
+            module = importlib.import_module(f"video_convmae.cli.{command.replace('-', '_')}")
+            return module.main([*own, *arguments[cut:]]) or 0
     except EXPECTED as error:
         if len(own) < cut:
             raise
@@ -67,6 +72,23 @@ def run(command: str, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"video-convmae {command}: interrupted", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _notes_in_a_line(command: str) -> Iterator[None]:
+    """Print notes in one line each on standard error, whatever is filtered; of several processes, the first's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Note)
+        show_others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+            if not issubclass(category, Note):
+                show_others(message, category, *place, **options)
+            elif os.environ.get("RANK", "0") == "0":
+                print(f"video-convmae {command}: note: {message}", file=sys.stderr, flush=True)
+
+        warnings.showwarning = show
+        yield
 
 
 def describe_error(error: Exception) -> str:

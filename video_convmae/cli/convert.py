@@ -2,21 +2,27 @@
 
     video-convmae convert convmae_base.pth base.safetensors
     video-convmae convert runs/in1k convmae.pth --to convmae
+    video-convmae convert runs/k400_videomae folder --to huggingface
 
 The source's format is recognised: ConvMAE, FastConvMAE, ConvViT, their names in EasyCV and mmpretrain, VideoMAE, MAE,
-Hugging Face's VideoMAE and ViTMAE, or ours. The output's suffix determines how it is stored: .safetensors, or any other
-by torch.save. A file in our format also keeps the model's strides, tubelet and token grid.
+Hugging Face's VideoMAE and ViTMAE (a folder, with its config.json), or ours. The output's suffix determines how it is
+stored: .safetensors, or any other by torch.save. Every file keeps what shapes do not say: strides, tubelet, token grid,
+heads, target, class names, normalisation of pixels, stride of frames; of a run that is not changed, its configuration.
+Without a suffix, --to huggingface writes a folder, with the config.json that transformers reads.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from video_convmae.cli.parser import CommandLine
 from video_convmae.weights.options import EXCLUDABLE, WRITABLE
 
 if TYPE_CHECKING:  # imports torch
+    from video_convmae.weights.files import Tensors
     from video_convmae.weights.state import Weights
 
 
@@ -33,19 +39,22 @@ def main(arguments: Sequence[str]) -> None:
     from video_convmae.weights.files import save_file
     from video_convmae.weights.formats import to_format
 
-    weights = read_source(args.source, args.exclude)
+    weights, output = read_source(args.source, args.exclude), Path(args.output).expanduser()
     if args.to == "ours":
-        save_ours(weights, args.output)
+        save_ours(weights, output)
         return
     tensors = to_format(weights, args.to, args.image_size)
-    save_file(tensors, args.output)
-    print(f"{explain(weights)}\n{args.output}: {len(tensors)} tensors, format {args.to}")
+    if args.to == "huggingface" and not output.suffix:
+        save_folder(weights, tensors, output)
+    else:
+        save_file(tensors, output, geometry=weights.geometry)
+    print(f"{explain(weights)}\n{output}: {len(tensors)} tensors, format {args.to}")
 
 
 def add_files(parser: CommandLine) -> None:
     """Add the options that convert and inflate share."""
-    parser.add_argument("source", help="weights of any known format, a run folder (its newest checkpoint), or the "
-                        "name of shipped weights")  # fmt: skip
+    parser.add_argument("source", help="weights of any known format, a folder of Hugging Face's, a run folder (its "
+                        "newest checkpoint), or the name of shipped weights")  # fmt: skip
     parser.add_argument("output", help="file to write")
     parser.add_argument("--exclude", nargs="+", choices=EXCLUDABLE, default=[], help="parts that are not taken")
 
@@ -59,12 +68,28 @@ def read_source(source: str, exclude: Collection[str]) -> Weights:
     return read_weights(found.path if isinstance(found, Checkpoint) else found).without(*exclude)
 
 
-def save_ours(weights: Weights, output: str) -> None:
-    """Write weights in our format and print what was read and written."""
+def save_folder(weights: Weights, tensors: Tensors, folder: Path) -> None:
+    """Write a folder as transformers reads it."""
+    from video_convmae.weights.files import save_file
+    from video_convmae.weights.formats.huggingface import huggingface_config, preprocessor_config
+
+    configs = {"config": huggingface_config(weights), "preprocessor_config": preprocessor_config(weights)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in configs.items():
+        (folder / f"{name}.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_file(tensors, folder / "model.safetensors", geometry=weights.geometry)
+
+
+def save_ours(weights: Weights, output: str | Path) -> None:
+    """Write weights in our format, with the run's configuration if they are a run's, and print what was done."""
     from video_convmae.weights.files import save_file
 
     tensors = weights.state_dict()
-    save_file(tensors, output, geometry=weights.geometry)
+    output = Path(output).expanduser()
+    if weights.config is None:
+        save_file(tensors, output, geometry=weights.geometry)
+    else:
+        save_file(tensors, output, config=weights.config)
     print(f"{explain(weights)}\n{output}: {len(tensors)} tensors, format ours")
 
 

@@ -25,7 +25,9 @@ def finetune(config: FinetuneConfig) -> int:
     from video_convmae.data.labels import label_notes
     from video_convmae.engine.distributed import init_distributed
     from video_convmae.engine.fit import fit_probe
+    from video_convmae.weights.load import describe_encoder
 
+    takes_model = config.model.from_weights
     with init_distributed(config.device, config.hang_timeout) as info:
         config = build.resolve_config(config, info)
         records = build.read_records(config.data)
@@ -37,11 +39,13 @@ def finetune(config: FinetuneConfig) -> int:
         config = replace(config, data=replace(config.data, labels=labels, num_classes=num_classes))
         if info.is_main:
             print(f"{num_classes} classes")
+            if takes_model:
+                print(f"model.from_weights: {config.init.weights} has {describe_encoder(config.model)}", flush=True)
         if config.model.probe not in ("knn", "logistic"):
             return build.build_finetuning(config, info, records, validation).fit()
         torch.manual_seed(config.seed)  # of a random encoder
         probe = build.build_classifier(config.model, num_classes)
-        report = build.load_initial_weights(config.init, probe)
+        report = build.load_initial_weights(config.init, probe, config.data)
         if info.is_main:
             print(report or "init.weights is none: a random encoder is probed", flush=True)
         inference = build.build_inference(probe, config.data, records, config.validate, info)

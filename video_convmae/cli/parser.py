@@ -38,7 +38,16 @@ from video_convmae.shipped import find_config
 # Listed by --help, in this order, where a configuration has more than MANY fields.
 FIRST = (
     *("output", "data.train", "data.validation", "data.root", "data.format", "data.labels", "data.workers"),
-    *("init.weights", "model.size", "model.num_frames", "model.image_size", "model.probe", "mask.kind", "mask.ratio"),
+    *(
+        "init.weights",
+        "model.from_weights",
+        "model.size",
+        "model.num_frames",
+        "model.image_size",
+        "model.probe",
+        "mask.kind",
+        "mask.ratio",
+    ),
     "probe.list",
     *("optim.lr", "optim.base_lr", "optim.warmup_epochs", "optim.layer_decay"),
     *("train.epochs", "train.max_steps", "train.batch_size", "train.effective_batch", "train.precision"),

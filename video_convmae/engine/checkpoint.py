@@ -30,8 +30,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from video_convmae.errors import UserError
-from video_convmae.shipped import find_shipped_weights, suggest_weights
-from video_convmae.weights.files import read_shards, shard_shapes
+from video_convmae.shipped import explain_download, find_shipped_weights, suggest_weights
+from video_convmae.weights.files import find_file, parts_of, read_shards, shard_shapes
 
 from .distributed import all_gather_object
 from .watchdog import heartbeat
@@ -125,8 +125,12 @@ class Checkpoint:
 
 
 def file_digest(path: Path) -> str:
-    """Return a SHA-256 that identifies the contents of a file of weights."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Return a SHA-256 that identifies the contents of a file of weights, or of an index and its shards."""
+    digest = hashlib.sha256(path.read_bytes())
+    for part in parts_of(path):
+        if part != path:  # of an index
+            digest.update(part.read_bytes())
+    return digest.hexdigest()
 
 
 def checkpoint_name(step: int) -> str:
@@ -164,8 +168,9 @@ def find_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def find_weights(path: str | Path) -> Checkpoint | Path:
     """Find what a path means: a file of weights, a checkpoint, or the newest checkpoint of a run folder, verified.
 
-    A run folder without checkpoints may still have its `model.safetensors`. Where nothing of this name exists, it may
-    be that of shipped weights (`tiny-moving-digits`).
+    A run folder without checkpoints may still have its `model.safetensors`; a folder of Hugging Face's has a file of
+    weights, or an index of its shards. Where nothing of this name exists, it may be that of shipped weights
+    (`tiny-moving-digits`). `~` is the home folder.
 
     Raises:
         FileNotFoundError: there is none.
@@ -173,7 +178,7 @@ def find_weights(path: str | Path) -> Checkpoint | Path:
     """
     if shipped := find_shipped_weights(path):
         return shipped
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         return path
     if (path / _INFO).exists():
@@ -186,11 +191,12 @@ def find_weights(path: str | Path) -> Checkpoint | Path:
             return found
         if errors:
             raise ValueError("; ".join(errors))
-    if (path / PUBLISHED).exists():
-        return path / PUBLISHED
+    if (file := find_file(path)) is not None:
+        return file
+    hint = "" if path.exists() else explain_download(path)
     raise FileNotFoundError(
-        f"no checkpoint at {path}: expected a file of weights, a checkpoint or a run folder with checkpoints/ in it"
-        + suggest_weights(path)
+        f"no checkpoint at {path}{hint}: expected a file of weights, a checkpoint, a folder of Hugging Face's or a run "
+        "folder with checkpoints/ in it" + suggest_weights(path)
     )
 
 

@@ -115,6 +115,8 @@ class EncoderConfig:
         )
         if isinstance(self.image_size, int):
             object.__setattr__(self, "image_size", (self.image_size, self.image_size))
+        if self.num_frames < 1:
+            raise ValueError(f"num_frames is {self.num_frames}; expected 1 or more (0 only with model.from_weights)")
         if not len(self.widths) == len(self.depths) == len(self.strides) >= 1:
             raise ValueError(
                 f"widths {self.widths}, depths {self.depths} and strides {self.strides} differ in length; "
@@ -122,7 +124,7 @@ class EncoderConfig:
             )
         if self.num_frames % self.tubelet:
             raise ValueError(f"num_frames is {self.num_frames}; expected a multiple of the tubelet, {self.tubelet}")
-        if any(pixels % self.patch for pixels in self.clip_shape[2:]):
+        if any(pixels < 1 or pixels % self.patch for pixels in self.clip_shape[2:]):
             raise ValueError(
                 f"image_size is {self.image_size}; expected multiples of the spatial stride {self.patch} "
                 f"(strides {self.strides})"
@@ -196,8 +198,14 @@ class AutoencoderConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class ClassifierConfig(EncoderConfig):
-    """Classifier options and, with `probe`, those of a probe. Positions are learnable in a classifier alone."""
+    """Classifier options and, with `probe`, those of a probe. Positions are learnable in a classifier alone.
 
+    With `from_weights` an instance is not resolved or checked: `with_encoder` does that.
+    """
+
+    from_weights: bool = False
+    """Take the encoder from init.weights: of size, widths, depths, heads, strides, tubelet, kernels and position_table
+    those that are not set here, of num_frames and image_size those that are 0."""
     probe: ProbeKind | None = None
     """Freeze the encoder and train this head on its features: linear or attentive; knn, which stores the training
     features and trains nothing; logistic, fitted at once by regularised logistic regression, for few labels. none:
@@ -214,6 +222,9 @@ class ClassifierConfig(EncoderConfig):
     """Dropout rate before the head of a finetuned classifier."""
 
     def __post_init__(self) -> None:
+        if self.from_weights:
+            self._resolve()
+            return
         finetuned = self.probe is None
         self._resolve(learnable_positions=finetuned, head_init_std=2e-5 if finetuned else 0.01)
         super().__post_init__()
@@ -232,6 +243,14 @@ class ClassifierConfig(EncoderConfig):
             )
         if not 0 <= self.head_dropout < 1:
             raise ValueError(f"head_dropout is {self.head_dropout}; expected a share, 0 or more and less than 1")
+
+    def with_encoder(self, encoder: Mapping[str, Any]) -> ClassifierConfig:
+        """Return these options, resolved, with fields of an encoder where they are not set (see `from_weights`)."""
+        options = {option.name: getattr(self, option.name) for option in fields(self)} | {"from_weights": False}
+        unset = {option.name: option.default for option in fields(EncoderConfig)} | {"num_frames": 0, "image_size": 0}
+        taken = {n: v for n, v in encoder.items() if n == "size" or options[n] == unset[n]}
+        clip = {name: getattr(EncoderConfig, name) for name in ("num_frames", "image_size") if not options[name]}
+        return ClassifierConfig(**{**options, **clip, **taken})
 
 
 Config = TypeVar("Config", bound=EncoderConfig)

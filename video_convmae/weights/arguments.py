@@ -15,10 +15,10 @@ from .state import POSITIONS, Weights, embedding_weights
 def model_arguments(source: Source, kind: Literal["autoencoder", "classifier"] | None = None) -> dict[str, Any]:
     """Return the arguments of `create_autoencoder` or `create_classifier` for a model that holds these weights.
 
-    Shapes determine all but the heads and the clip. Heads, where the file does not state them, are assumed as in our
-    size of the same widths and depths, else width // 64 (in the decoder of an image model width // 32); the clip, if
-    the file has neither grid nor positions, as 16 frames (1 for an image model) of 224x224 pixels. The grid of
-    positions alone is assumed square.
+    Shapes determine all but heads, target and the clip, which a configuration in the file or beside it may state.
+    Heads that nothing states are assumed as in our size of the same widths and depths, else width // 64 (in the decoder
+    of an image model width // 32); the target as our default; the clip, if there is neither grid nor positions, as 16
+    frames (1 for an image model) of 224x224 pixels. The grid of positions alone is assumed square.
 
     Args:
         source: as in `read_weights`.
@@ -40,12 +40,13 @@ def model_arguments(source: Source, kind: Literal["autoencoder", "classifier"] |
     width, depth = len(weights.tensors["decoder.embedding.bias"]), _count_blocks(weights.tensors, "decoder.blocks")
     size = SIZES[arguments["size"]]
     named = size.image_decoder if weights.is_image else size.video_decoder
-    heads = named[2] if named[:2] == (width, depth) else max(1, width // (32 if weights.is_image else 64))
+    assumed = named[2] if named[:2] == (width, depth) else max(1, width // (32 if weights.is_image else 64))
+    heads = weights.decoder_heads or assumed
     return arguments | {
         "msd": weights.has("fusion") or len(weights.strides) == 1,
         "decoder": (width, depth, heads),
         "decoder_mlp_ratio": _mlp_ratio(weights.tensors, ["decoder.blocks"]),
-        "target": "patch" if weights.is_image else "patch_channel",
+        "target": weights.target or ("patch" if weights.is_image else "patch_channel"),
     }
 
 
@@ -72,6 +73,8 @@ def encoder_arguments(weights: Weights) -> dict[str, Any]:
     if last:
         kernel = tensors["encoder.conv_stages.0.0.depthwise.weight"]
         arguments |= {"temporal_kernel": kernel.shape[2], "spatial_kernel": kernel.shape[-1]}
+    if POSITIONS[0] in tensors and not weights.fixed_grids(POSITIONS[0]):
+        arguments["learnable_positions"] = True
     return arguments | ({"position_table": "flat"} if weights.position_table == "flat" else {})
 
 

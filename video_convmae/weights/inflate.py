@@ -17,6 +17,8 @@ from .formats import Source, read_weights
 from .options import Inflation
 from .state import POSITIONS, Weights
 
+_OF_PIXELS = ("data.mean", "data.std")  # of an image's preprocessing, what is a video's too
+
 
 def inflate(
     source: Source,
@@ -77,7 +79,9 @@ def inflate(
         tubelet=tubelet,
         frames=frames,
         grid=None if weights.grid is None else (frames, *weights.grid[1:]),
+        preprocessing={name: weights.preprocessing[name] for name in _OF_PIXELS if name in weights.preprocessing},
         guessed=False,
+        config=None,
         notes=(*weights.notes, *(f"inflated: {note}" for note in present)),
     )
 

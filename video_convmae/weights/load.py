@@ -9,7 +9,7 @@ Letters: N tokens, D width of a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from math import isqrt, prod
 from typing import Any
@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from video_convmae.errors import UserError
 from video_convmae.masking import Grid
 from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder, FusedEncoder, create_autoencoder
 from video_convmae.models.classifier import Classifier, create_classifier
 from video_convmae.models.encoder import Encoder
 from video_convmae.models.probe import Probe
-from video_convmae.models.sizes import EncoderConfig
+from video_convmae.models.sizes import AutoencoderConfig, EncoderConfig
 
 from .arguments import encoder_arguments, model_arguments
 from .files import Tensors
@@ -33,6 +34,7 @@ from .formats.ours import rename_norm
 from .inflate import inflate
 from .options import EXCLUDABLE, Inflation
 from .state import PARTS, POSITIONS, Weights, embedding_weights, summarize_names
+from .wrapping import OUTSIDE
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class LoadReport:
     reshaped: our names whose tensors had another shape: positions, which were resized (loaded), and a head for other
         classes (new).
     notes: remarks in sentences.
+    assumed: properties that neither shapes nor a configuration state, with the values that the model has.
     """
 
     format: str
@@ -54,12 +57,17 @@ class LoadReport:
     unexpected: tuple[str, ...]
     reshaped: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.format}: {len(self.loaded)} tensors loaded"]
-        for title in ("missing", "unexpected", "reshaped"):
-            lines.append(f"  {title}: {summarize_names(getattr(self, title)) or 'none'}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        lines = {
+            "start new": summarize_names(self.missing),
+            "in the file, not used by this model": summarize_names(self.unexpected),
+            "assumed, as the file does not say it": ", ".join(self.assumed),
+        }
+        listed = [f"  {title}: {names}" for title, names in lines.items() if names]
+        notes = [f"  note: {note}" for note in self.notes]
+        return "\n".join([f"{self.format}: {len(self.loaded)} tensors loaded", *listed, *notes])
 
 
 def model_from(source: Source, **overrides: Any) -> tuple[Autoencoder | Classifier, LoadReport]:
@@ -73,7 +81,25 @@ def model_from(source: Source, **overrides: Any) -> tuple[Autoencoder | Classifi
     weights = read_weights(source)
     create: Callable[..., Autoencoder | Classifier] = create_classifier if weights.has("head") else create_autoencoder
     model = create(**{**model_arguments(weights), **overrides})
-    return model, load_weights(model, weights)
+    report = load_weights(model, weights)
+    if not weights.says_clip and not {"num_frames", "image_size"} <= overrides.keys():
+        report = replace(report, assumed=(*report.assumed, describe_clip(model.encoder.config)))
+    return model, report
+
+
+def describe_encoder(config: EncoderConfig) -> str:
+    """Return the numbers of an encoder in words."""
+    return (
+        f"widths {_as_option(config.widths)}, depths {_as_option(config.depths)}, {config.heads} heads, strides "
+        f"{_as_option(config.strides)}, tubelet {config.tubelet}, {config.position_table} positions; "
+        f"{describe_clip(config)}"
+    )
+
+
+def describe_clip(config: EncoderConfig) -> str:
+    """Return the frames and pixels of a clip in words."""
+    _, frames, height, width = config.clip_shape
+    return f"{frames} frames of {height} x {width} pixels"
 
 
 def load_weights(
@@ -82,20 +108,23 @@ def load_weights(
     *,
     inflation: Inflation | None = None,
     exclude: Collection[str] = (),
+    class_names: Sequence[str] | None = None,
 ) -> LoadReport:
     """Load weights of any known format into a model. An error leaves the model unchanged.
 
-    The encoder must be in the file and fit. Norm, fusion, decoder and head are loaded if the file has them, and are
-    else reported as missing. A head for another number of classes stays new; learnable positions of another grid are
-    resized; a fixed position table is compared with the model's own. Parts of the file without a place in the model,
-    as a decoder for a classifier, are reported as unexpected. A probe does not train the norm and fusion that it reads:
-    the file must have them, too.
+    The encoder must be in the file and fit. What its file states beside the shapes (heads, strides, table of positions;
+    of a decoder heads and target) must be the model's; what nothing states is reported as assumed. Norm, fusion,
+    decoder and head are loaded if the file has them, and are else reported as missing. A head for other classes stays
+    new; learnable positions of another grid are resized; a fixed position table is compared with the model's own. Parts
+    of the file without a place in the model, as a decoder for a classifier, are reported as unexpected. A probe does
+    not train the norm and fusion that it reads: the file must have them, too.
 
     Args:
         model: model to fill, not wrapped.
         source: as in `read_weights`.
         inflation: conversion of image weights for a video model; then a decoder that does not fit stays new.
         exclude: parts that are not loaded: positions, norm, fusion, decoder, head.
+        class_names: of the model's classes; a head whose file names others is not taken.
 
     Raises:
         ValueError: as `read_weights`; the encoder or another part does not fit; positions of another kind, or of an
@@ -117,7 +146,8 @@ def load_weights(
         sizes = {name: getattr(config, name) for name in ("tubelet", "temporal_kernel", "num_frames")}
         weights = inflate(weights, embedding=inflation.embedding, depthwise=inflation.depthwise, **sizes)
     _check_parts(model, weights, whole)
-    plan = _Plan(_targets(model), config, weights, notes=[*weights.notes, *_notes_on_parts(model, whole, exclude)])
+    notes = [*weights.notes, *_notes_on_parts(model, whole, exclude)]
+    plan = _Plan(_targets(model), config, weights, class_names, notes=notes)
     for part in PARTS:
         plan.add_part(part, may_be_new=inflated and part == "decoder")
     plan.add_positions()
@@ -172,9 +202,13 @@ def _check_parts(model: nn.Module, weights: Weights, whole: Weights) -> None:
 
 
 def _notes_on_parts(model: nn.Module, whole: Weights, exclude: Collection[str]) -> list[str]:
-    notes = [f"{name} dropped: {reason}" for name, reason in whole.dropped.items() if reason is not NO_CLS]
+    unsaid = (NO_CLS, OUTSIDE)  # NO_CLS has a note of its own
+    notes = [f"{name} dropped: {reason}" for name, reason in whole.dropped.items() if reason not in unsaid]
     if isinstance(model, Classifier) and whole.has("norm"):
-        notes.append("a classifier has no place for pretraining's norm over tokens, fusion and decoder")
+        notes.append(
+            "as always where a classifier starts from pretraining, its norm and head are new, and pretraining's norm "
+            "over tokens, fusion and decoder are left out"
+        )
     may_have_had_fusion = len(whole.strides) > 1 and (whole.has("fusion") or not whole.has("decoder"))
     if isinstance(model, Probe) and model.fusion is None and may_have_had_fusion:
         notes.append(
@@ -202,7 +236,9 @@ class _Plan:
     targets: Tensors
     config: EncoderConfig
     weights: Weights
+    class_names: Sequence[str] | None
     notes: list[str]
+    assumed: list[str] = field(default_factory=list)
     values: Tensors = field(default_factory=dict)
     compared: list[str] = field(default_factory=list)
     reshaped: list[str] = field(default_factory=list)
@@ -222,6 +258,7 @@ class _Plan:
             unexpected=(*unexpected, *self.weights.dropped),
             reshaped=tuple(self.reshaped),
             notes=tuple(self.notes),
+            assumed=tuple(self.assumed),
         )
 
     def add_part(self, part: str, may_be_new: bool) -> None:
@@ -233,13 +270,14 @@ class _Plan:
         if not wanted or (part != "encoder" and not self.weights.has(part)):
             return
         faults = _compare_shapes(wanted, given)
-        if not faults and part == "encoder" and self.weights.heads not in (None, self.config.heads):
-            raise ValueError(
-                f"these {self.weights.format} weights were trained with {self.weights.heads} attention heads and the "
-                f"model has {self.config.heads}: the shapes are equal, the features are not; set --model.heads "
-                f"{self.weights.heads}"
-            )
-        if not faults:
+        if not faults and part == "encoder":
+            self._check_encoder()
+        if not faults and part == "decoder":
+            faults = self._compare_decoder()
+        if not faults and part == "head" and (difference := self._compare_classes()):
+            self.reshaped += sorted(wanted)
+            self.notes.append(f"the head is new: the file's classes are others ({difference})")
+        elif not faults:
             self.values |= given
         elif part == "head" and given.keys() != wanted.keys():
             self.notes.append("the head is new: the file's is of another kind")
@@ -264,17 +302,76 @@ class _Plan:
                 f"{self.weights.format} weights do not fit the model's {part}: {advice}. {'; '.join(faults[:3])}{more}"
             )
 
+    def _check_encoder(self) -> None:
+        """Raise if the file states other numbers than the model has, of equal shapes; note what it does not state.
+
+        Raises:
+            UserError: heads, strides, tubelet or channels differ.
+        """
+        weights, config = self.weights, self.config
+        if weights.heads not in (None, config.heads):
+            raise UserError(
+                f"these {weights.format} weights were trained with {weights.heads} attention heads and the model has "
+                f"{config.heads}: the shapes are equal, the features are not; set --model.heads {weights.heads}"
+            )
+        if others := _other_sizes(weights, config):
+            raise UserError(
+                f"these {weights.format} weights were trained with other numbers than the model's, though the shapes "
+                f"are equal: set {others}"
+            )
+        if weights.heads is None:
+            self.assumed.append(f"{config.heads} attention heads")
+        if weights.guessed:
+            self.assumed.append(f"strides {_as_option(config.strides)}, tubelet {config.tubelet}")
+        if weights.position_table is None and POSITIONS[0] not in {*weights.tensors, *self.targets}:
+            self.assumed.append(f"{config.position_table} table of positions")
+
+    def _compare_decoder(self) -> list[str]:
+        """Return in which numbers that shapes do not tell the file's decoder differs from the model's."""
+        weights, config = self.weights, self.config
+        if not isinstance(config, AutoencoderConfig):
+            return []
+        faults = []
+        for name, stated, own, option in (
+            (
+                "decoder heads",
+                weights.decoder_heads,
+                config.decoder[2],
+                f"--model.decoder {_as_option((*config.decoder[:2], weights.decoder_heads))}",
+            ),
+            ("target", weights.target, config.target, f"--model.target {weights.target}"),
+        ):
+            if stated is None:
+                self.assumed.append(f"{name} {own}")
+            elif stated != own:
+                faults.append(f"the file's has {name} {stated}, the model's {own} ({option})")
+        return faults
+
+    def _compare_classes(self) -> str | None:
+        """Return the first class that the file names otherwise than the run; None: there is none."""
+        theirs, ours = self.weights.class_names, self.class_names
+        if ours is None:
+            return None
+        if theirs is None:
+            self.assumed.append("classes of the head in this run's order")
+            return None
+        pairs = enumerate(zip(theirs, ours))
+        return next((f"class {n} is {old!r} there and {new!r} here" for n, (old, new) in pairs if old != new), None)
+
     def add_positions(self) -> None:
         """Take learnable positions, resized to the model's grid; compare fixed ones with the model's own."""
         name, weights, config = POSITIONS[0], self.weights, self.config
         is_learnable, table, grid = name in self.targets, weights.tensors.get(name), weights.grid
         if table is None and weights.position_table not in (None, config.position_table):
-            raise ValueError(
+            raise UserError(
                 f"{weights.format} weights were trained with the {weights.position_table} position table, the model "
-                f"has {config.position_table}: build it with position_table={weights.position_table!r}"
+                f"has {config.position_table}: build it with position_table={weights.position_table!r} "
+                f"(--model.position_table {weights.position_table})"
             )
-        if table is None and is_learnable and grid not in (None, config.grid):  # a fixed table that is not stored
+        if table is None and is_learnable and grid is not None:  # a fixed table that is not stored
             table = positions.TABLES[config.position_table](grid, config.widths[-1])[None]
+        elif table is None and is_learnable and weights.position_table is not None:
+            self.compared.append(name)  # the same, and the model started from it
         if table is not None and is_learnable:
             grid = _find_grid(weights, config)
             self.values[name] = positions.resize(table[0], grid, config.grid)[None]
@@ -315,7 +412,8 @@ def _other_sizes(weights: Weights, config: EncoderConfig) -> str:
         theirs = {} if weights.guessed else encoder_arguments(weights)
     except ValueError:  # of no model of ours
         theirs = {}
-    names = ("widths", "depths", "heads", "strides", "tubelet", "mlp_ratio", "temporal_kernel", "spatial_kernel")
+    names = ("widths", "depths", "heads", "strides", "tubelet", "channels", "mlp_ratio")
+    names = (*names, "temporal_kernel", "spatial_kernel")
     if weights.heads is None:
         theirs.pop("heads", None)
     others = [name for name in names if name in theirs and theirs[name] != getattr(config, name)]

@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from video_convmae.errors import UserError
 from video_convmae.masking import Grid
 from video_convmae.models.positions import TABLES
-from video_convmae.models.sizes import PositionTable
+from video_convmae.models.sizes import PositionTable, Target
 
 from .files import Tensors
 
 # Of a model; only the encoder is required. `norm` is over tokens, before a decoder or a probe's head; `fc_norm` is a
 # classifier's, over the mean of tokens.
 PARTS = ("encoder", "norm", "fc_norm", "fusion", "decoder", "head")
-_GEOMETRY = ("strides", "tubelet", "channels", "heads", "frames", "position_table")
+GEOMETRY = (
+    *("strides", "tubelet", "channels", "heads", "frames", "position_table", "decoder_heads", "target"),
+    *("preprocessing", "class_names"),
+)
 POSITIONS = ("encoder.positions", "decoder.positions")
 
 
@@ -41,10 +45,16 @@ class Weights:
     frames: token frames that the positions cover, 1 for an image; None: unknown.
     grid: token grid of the positions, learnt or fixed; None: unknown.
     position_table: fixed table that the weights were trained with; None: unknown.
+    decoder_heads: attention heads of the decoder; None: unknown, or no decoder.
+    target: normalisation of the patches that the decoder predicts; None: unknown.
+    preprocessing: how clips are made for the model, by names of a run's configuration (`data.mean`, `data.stride`,
+        `test.segments`); what is unknown is not there.
+    class_names: names of the head's classes; None: unknown.
     names: our name -> name in the file, where it differs.
     dropped: name in the file without a counterpart here -> reason.
     notes: sentences for the report.
     guessed: strides, tubelet and channels are a guess from shapes, as for a bare state dict of ours.
+    config: configuration of the run that wrote these very tensors, as plain data; None: no run, or they were changed.
     """
 
     format: str
@@ -56,10 +66,15 @@ class Weights:
     frames: int | None = None
     grid: Grid | None = None
     position_table: PositionTable | None = None
+    decoder_heads: int | None = None
+    target: Target | None = None
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
     names: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     guessed: bool = False
+    config: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.grid is not None:
@@ -82,13 +97,48 @@ class Weights:
         return self.tubelet == 1 and self.temporal_kernel == 1 and self.frames in (None, 1)
 
     @property
+    def says_clip(self) -> bool:
+        """True if a configuration or a table of positions determines frames and pixels of a clip."""
+        return self.grid is not None or POSITIONS[0] in self.tensors
+
+    @property
     def geometry(self) -> dict[str, Any] | None:
         """Plain data for `save_file`, so that nothing is guessed when the file is read; None if it was guessed here."""
         if self.guessed:
             return None
         grids = [self.grid] if self.grid else self.fixed_grids(POSITIONS[0])
-        saved = {name: getattr(self, name) for name in _GEOMETRY}
+        saved = {name: getattr(self, name) for name in GEOMETRY}
         return {**saved, "grid": grids[0] if len(grids) == 1 else None}
+
+    def stating(self, origin: str, properties: Mapping[str, Any]) -> Weights:
+        """Return these weights with what a configuration states about them; what it states as None stays as it is.
+
+        Args:
+            origin: the configuration, for messages: "config.json".
+            properties: fields of this class, lists in place of tuples allowed.
+
+        Raises:
+            UserError: a statement contradicts the tensors, or what their format determines.
+        """
+        stated = {n: tuple(v) if isinstance(v, list) else v for n, v in properties.items() if v is not None}
+        known = {} if self.guessed else {name: getattr(self, name) for name in ("strides", "tubelet", "channels")}
+        width = embedding_weights(self.tensors)[-1].shape[0]
+        for name, value in known.items():
+            if stated.get(name, value) != value:
+                raise UserError(f"{origin} says {name} {stated[name]}, and the tensors are of {name} {value}")
+        for name, wide in (("heads", width), ("decoder_heads", len(self.tensors.get("decoder.norm.weight", ())))):
+            if wide and wide % stated.get(name, 1):
+                raise UserError(f"{origin} says {stated[name]} {name.replace('_', ' ')}, which do not divide {wide}")
+        classes, names = self.num_classes, stated.get("class_names")
+        if names is not None and classes is not None and len(names) != classes:
+            raise UserError(f"{origin} names {len(names)} classes, and the head of these tensors has {classes}")
+        return replace(self, **stated)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the head; None: there is none, or it does not determine them."""
+        biases = ("head.bias", "head.linear.bias")
+        return next((len(self.tensors[name]) for name in biases if name in self.tensors), None)
 
     def has(self, part: str) -> bool:
         """Return True if a part is present; a decoder without its embedding is not. A probe has `head.linear`."""
@@ -100,7 +150,7 @@ class Weights:
         prefixes = tuple(f"{part}." for part in parts) + (("fc_norm.",) if "norm" in parts else ())
         excluded = POSITIONS if "positions" in parts else ()
         kept = {n: t for n, t in self.tensors.items() if n not in excluded and not n.startswith(prefixes)}
-        weights = replace(self, tensors=kept)
+        weights = replace(self, tensors=kept, config=None if parts else self.config)
         return replace(weights, grid=None, position_table=None) if excluded else weights
 
     def fixed_grids(self, name: str, kind: PositionTable | None = None, frames: int | None = None) -> list[Grid]:
@@ -135,7 +185,7 @@ class Weights:
                 "exclude decoder, or exclude positions to take our table instead"
             )
         tensors = {n: t for n, t in self.tensors.items() if n != name}
-        if self.has("head.linear"):
+        if self.has("head.linear") or self.has("head.features"):
             return tensors
         if self.has("head"):
             return {n.removeprefix("fc_"): t for n, t in tensors.items() if not n.startswith("norm.")}

@@ -5,29 +5,31 @@ A new family needs a `Format`, in a file of its own here, and a place in FORMATS
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
+from video_convmae.errors import UserError
 from video_convmae.shipped import find_shipped_weights
 
-from ..files import Tensors, read_file
+from ..files import Tensors, check_finite, read_file
 from ..options import WRITABLE
-from ..state import Weights, embedding_weights, summarize_names
+from ..state import Weights, embedding_weights
+from ..wrapping import find_model
 from . import ours
-from .base import Format
+from .base import Format, argument_properties
 from .convmae import CONVMAE, MMPRETRAIN
-from .huggingface import HF_MAE, HF_VIDEOMAE
+from .huggingface import HF_MAE, HF_VIDEOMAE, folder_properties
 from .mae import MAE
 from .videomae import VIDEOMAE
 
 FORMATS = (CONVMAE, MMPRETRAIN, HF_VIDEOMAE, VIDEOMAE, HF_MAE, MAE)
 _WRITERS: dict[str, Format] = dict(zip(WRITABLE, (CONVMAE, VIDEOMAE, HF_VIDEOMAE), strict=True))
 _KINDS = {"decoder": "pretraining", "head.linear": "probe", "head": "finetuning"}  # by the first part that is present
-_WRAPPERS = ("module.", "model.", "_orig_mod.", "state_dict.")  # prefixes of DDP, Lightning, torch.compile
 
 Source: TypeAlias = str | Path | Mapping[str, Any] | Weights | nn.Module
 
@@ -36,51 +38,53 @@ def read_weights(source: Source) -> Weights:
     """Read weights of any known format under our names; the format is recognised by names and shapes.
 
     Args:
-        source: a file, the name of shipped weights, the contents of a file (the tensors may be under `model`,
-            `state_dict` or `module`), a model of ours, or weights that were read before.
+        source: a file or a folder of Hugging Face's, the name of shipped weights, the contents of a file (see
+            wrapping.py for where the tensors may be), a model of ours, or weights that were read before.
 
     Raises:
-        ValueError: an unknown format, a name that the format does not have, or tensors that do not fit together.
+        ValueError: an unknown format, a name that the format does not have, tensors that do not fit together or are not
+            finite, or a configuration in or beside the file that contradicts them.
     """
     if isinstance(source, Weights):
         return source
     if isinstance(source, nn.Module):
         weights = ours.from_model(source)
+    elif isinstance(source, (str, Path)):
+        contents = read_file(find_shipped_weights(source) or source)
+        try:
+            weights = _read_contents(contents)
+        except ValueError as error:
+            raise UserError(f"{source}: {error}") from error
     else:
-        if isinstance(source, (str, Path)):
-            source = read_file(find_shipped_weights(source) or source)
         weights = _read_contents(source)
     kind = next((kind for part, kind in _KINDS.items() if weights.has(part)), "encoder only")
     return replace(weights, format=f"{weights.format} {kind}")
 
 
 def _read_contents(contents: Mapping[str, Any]) -> Weights:
-    tensors = _without_wrapper(_find_tensors(contents))
+    found = find_model(contents, [ours.MARKER, *dict.fromkeys(family.marker for family in FORMATS)], ours.ALONE)
+    weights = _translate(found.tensors, contents)
+    check_finite(weights.tensors, weights.names)
+    return replace(weights, dropped={**weights.dropped, **found.dropped}, notes=(*weights.notes, *found.notes))
+
+
+def _translate(tensors: Tensors, contents: Mapping[str, Any]) -> Weights:
+    """Translate the tensors of one model, and add what the contents of their file state."""
     if ours.MARKER in tensors:
         return ours.from_tensors(tensors, contents)
     for family in FORMATS:
-        if (prefix := family.find_prefix(tensors)) is not None:
-            return family.read(tensors, prefix)
-    markers = ", ".join(dict.fromkeys([ours.MARKER, *(family.marker for family in FORMATS)]))
-    raise ValueError(f"no known format: none of {markers} is among the {len(tensors)} names {summarize_names(tensors)}")
-
-
-def _find_tensors(contents: Mapping[str, Any]) -> Tensors:
-    for key in ("model", "state_dict", "module"):
-        if isinstance(contents.get(key), Mapping):
-            return _find_tensors(contents[key])
-    others = [str(name) for name, value in contents.items() if not isinstance(value, Tensor)]
-    if others or not contents:
-        got = summarize_names(others) or "nothing"
-        raise ValueError(f"expected names and tensors, or them under model, state_dict or module; got {got}")
-    return dict(contents)
-
-
-def _without_wrapper(tensors: Tensors) -> Tensors:
-    for wrapper in _WRAPPERS:
-        if all(name.startswith(wrapper) for name in tensors):
-            return _without_wrapper({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()})
-    return tensors
+        if (prefix := family.find_prefix(tensors)) is None:
+            continue
+        weights = family.read(tensors, prefix)
+        if isinstance(arguments := contents.get("args"), argparse.Namespace):
+            weights = weights.stating("args in the file", argument_properties(arguments, weights))
+        if isinstance(folder := contents.get("huggingface"), Mapping) and family in (HF_VIDEOMAE, HF_MAE):
+            weights = weights.stating("config.json", folder_properties(folder, weights))
+        if isinstance(geometry := contents.get("geometry"), Mapping):
+            weights = weights.stating("the file's metadata", ours.known_properties(geometry))
+        return weights
+    shapes = {name: tuple(t.shape) for name, t in tensors.items() if name.endswith(tuple(f.marker for f in FORMATS))}
+    raise UserError(f"no known format: {shapes} has another number of dimensions than in any")
 
 
 def to_format(source: Source, name: str, image_size: int | tuple[int, int] | None = None) -> Tensors:

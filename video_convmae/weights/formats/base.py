@@ -9,6 +9,7 @@ Letters: O output channels, C input channels, t h w a kernel, D width of a token
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -107,6 +108,24 @@ class Format:
             prefixed = prefix + theirs if name.startswith(("encoder.", "norm.")) else theirs
             written[prefixed] = to_their_values(name, tensor, weights, self.ndim).contiguous()
         return written
+
+
+def argument_properties(arguments: argparse.Namespace, weights: Weights) -> dict[str, Any]:
+    """Return what the arguments of the training state, which ConvMAE, MAE and VideoMAE keep in their checkpoints."""
+    given = vars(arguments)
+    properties: dict[str, Any] = {}
+    is_image = weights.frames == 1
+    normalises = given.get("normlize_target", given.get("norm_pix_loss"))
+    if weights.has("decoder") and isinstance(normalises, bool):
+        properties["target"] = ("patch" if is_image else "patch_channel") if normalises else "none"
+    frames, side = given.get("num_frames"), given.get("input_size")
+    says_grid = is_image or POSITIONS[0] in weights.tensors
+    if not says_grid and isinstance(frames, int) and isinstance(side, int):
+        patch = prod(weights.strides)
+        properties["grid"] = (frames // weights.tubelet, side // patch, side // patch)
+    if isinstance(given.get("sampling_rate"), int) and not is_image:
+        properties["preprocessing"] = {"data.stride": given["sampling_rate"]}
+    return properties
 
 
 # Names. In a pattern "#" is a number and "*" the rest of a name; the first pattern that matches counts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from math import isqrt
 from typing import Any, TypeVar
@@ -14,10 +15,15 @@ from video_convmae.models.classifier import Classifier
 from video_convmae.models.sizes import EncoderConfig
 
 from ..files import Tensors
-from ..state import PARTS, Weights, embedding_weights, summarize_names
+from ..state import GEOMETRY, PARTS, Weights, embedding_weights, summarize_names
 
 _STATED = ("strides", "tubelet", "channels", "heads", "grid", "position_table")  # by a model's or run's configuration
+_PREPROCESSING = (  # by a run's
+    *("data.format", "data.mean", "data.std", "data.sampling", "data.stride", "data.augmentation.interpolation"),
+    *("test.segments", "test.crops", "test.crop_pct"),
+)
 MARKER = "encoder.embeddings.0.linear.weight"
+ALONE = MARKER.removeprefix("encoder.")  # the same in an encoder that was saved without the rest
 Value = TypeVar("Value")
 
 
@@ -27,7 +33,10 @@ def from_model(model: nn.Module) -> Weights:
         raise ValueError(f"a {type(model).__name__}; expected an Autoencoder or a Classifier")
     tensors = model.state_dict()
     tensors = rename_norm(tensors) if isinstance(model, Classifier) else tensors
-    return Weights("VideoConvMAE", tensors, **_properties(model.encoder.config))
+    properties = _properties(model.encoder.config)
+    if isinstance(model, Autoencoder):
+        properties |= {"decoder_heads": model.decoder.config.decoder[2], "target": model.target}
+    return Weights("VideoConvMAE", tensors, **properties)
 
 
 def from_tensors(tensors: Tensors, contents: Mapping[str, Any]) -> Weights:
@@ -38,13 +47,45 @@ def from_tensors(tensors: Tensors, contents: Mapping[str, Any]) -> Weights:
     config, geometry = contents.get("config"), contents.get("geometry")
     model = config.get("model") if isinstance(config, Mapping) else None
     if isinstance(model, Mapping) and {"size", "num_frames", "image_size"} <= model.keys():  # a run's
+        assert isinstance(config, Mapping)
         options = {name: model[name] for name in EncoderConfig.__dataclass_fields__ if model.get(name) is not None}
-        properties = _properties(EncoderConfig(**options)) | {"heads": model.get("heads")}
-    elif isinstance(geometry, Mapping):  # `Weights.geometry`, of a converted file
-        properties = {name: tuple(value) if isinstance(value, list) else value for name, value in geometry.items()}
-    else:
-        properties = _guess(tensors)
-    return Weights("VideoConvMAE", tensors, **properties)
+        encoder = _properties(EncoderConfig(**options)) | {"heads": model.get("heads")}
+        weights = Weights("VideoConvMAE", tensors, **encoder, config=config)
+        return weights.stating("the run's configuration", _run_properties(config, weights))
+    if isinstance(geometry, Mapping) and geometry.get("strides"):  # `Weights.geometry`, of a converted file
+        weights = Weights("VideoConvMAE", tensors, tuple(geometry["strides"]), guessed=True)
+        return replace(weights.stating("the file's metadata", known_properties(geometry)), guessed=False)
+    return Weights("VideoConvMAE", tensors, **_guess(tensors))
+
+
+def known_properties(geometry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those entries of a file's `Weights.geometry` that this version knows."""
+    return {name: geometry[name] for name in (*GEOMETRY, "grid") if name in geometry}
+
+
+def _run_properties(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    """Return what the configuration of a run states beside the encoder."""
+    model, data = config["model"], config.get("data") or {}
+    labels = data.get("labels")
+    properties: dict[str, Any] = {
+        "preprocessing": {name: value for name in _PREPROCESSING if (value := _field(config, name)) is not None},
+        "class_names": labels if isinstance(labels, (list, tuple)) and weights.num_classes else None,
+    }
+    if weights.has("decoder"):
+        decoder, target = model.get("decoder"), model.get("target")
+        properties |= {
+            "decoder_heads": decoder[2] if decoder else None,
+            "target": None if target == "auto" else target,
+        }
+    return properties
+
+
+def _field(config: Mapping[str, Any], name: str) -> Any:
+    """Return a field of a configuration by its dotted name; None: it is not there."""
+    value: Any = config
+    for word in name.split("."):
+        value = value.get(word) if isinstance(value, Mapping) else None
+    return value
 
 
 def rename_norm(values: Mapping[str, Value]) -> dict[str, Value]:
