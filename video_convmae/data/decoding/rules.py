@@ -10,7 +10,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -21,10 +21,13 @@ from .decord_reader import DecordReader
 from .errors import decode_errors, error_line
 from .fallback import has_pyav
 from .pictures import FolderReader, ImageReader
+from .orientation import orientation
 from .pyav_reader import PyAVReader
 from .reader import FrameReader
 from .scan import Scan, check_first_bytes
 from .torchcodec_reader import TorchcodecCudaReader, TorchcodecReader
+
+LONG = 15_000  # frames, ten minutes: torchcodec takes 0.2 s for so many at each opening, PyAV keeps its scan
 
 _IN_ORDER_OF_CHOICE: tuple[ReaderName, ...] = ("torchcodec", "pyav", "decord")
 _MODULES = {"torchcodec": "torchcodec.decoders", "pyav": "av", "decord": "decord"}
@@ -119,6 +122,8 @@ def _open_video(path: str, reader: str) -> FrameReader:
     if reader == "pyav" or misread(reader, pyav.scan):
         return pyav
     try:
+        if misshown(pyav.first_picture()):
+            return pyav
         other = _READERS[reader](path, pyav.scan)
     except Exception:  # it cannot decode this (decord: AV1), or the file is damaged: PyAV's message is clearer
         return pyav
@@ -138,6 +143,16 @@ def misread(reader: str, scan: Scan) -> str | None:
         return None
     if not scan.timed:
         return "the file does not say when its frames are shown"
+    if scan.count > LONG:
+        return "a long file: it would walk all packets at each opening"
+    if not scan.proven:
+        return "a codec whose keyframes only decoding can tell"
+    if scan.false_keys:
+        return "frames that are called keyframes and are none"
+    if scan.blank:
+        return "packets without a picture"
+    if scan.resized:
+        return "the size of the picture changes"
     if scan.cut_off:
         return "the file is cut off within a frame"
     if scan.seeks_late:
@@ -150,6 +165,13 @@ def misread(reader: str, scan: Scan) -> str | None:
         return "B-frames in AVI: it is off by 1 or 2 frames"
     if reader == "decord":
         return _misread_by_decord(scan)
+    return None
+
+
+def misshown(first_picture: Any) -> str | None:
+    """Return the reason for which the other readers would show a file's pictures (av.VideoFrame) wrong, or None."""
+    if (shown := orientation(first_picture)).mirrored or not shown.exact:
+        return "mirrored, or turned by no exact quarter"
     return None
 
 
