@@ -21,11 +21,13 @@ class Look(NamedTuple):
             later, or but for some that are shown before (H.264's recovery point); NO_START; UNREADABLE: damaged, so
             that the container's word stands.
         size: differs when the size of the pictures does; None where the packet does not say.
+        ends: a sequence ends here (H.264, HEVC): which pictures behind it are shown is the decoder's matter.
     """
 
     pictures: int
     start: int
     size: Hashable = None
+    ends: bool = False
 
 
 _DAMAGED = Look(1, UNREADABLE)  # it counts: the frames behind it keep their numbers
@@ -72,6 +74,8 @@ def _h264(setup: bytes) -> Callable[[bytes], Look]:
                 size = data[place:end].rstrip(b"\0")  # the sequence parameters as they are
             elif kind == 6:
                 start = max(start, _has_recovery_point(data[place + 1 : end]))
+            elif kind in (10, 11):
+                return Look(0, NO_START, size, ends=True)
             elif 1 <= kind <= 5:
                 return Look(1, START if kind == 5 else start, size)
         return Look(0, NO_START, size)
@@ -96,14 +100,11 @@ def _has_recovery_point(messages: bytes) -> int:
 
 
 def _hevc(setup: bytes) -> Callable[[bytes], Look]:
-    """ITU-T H.265, 7.4.2.2. Pictures that lead a CRA picture are dropped behind an end of sequence."""
+    """ITU-T H.265, 7.4.2.2."""
     size_bytes = (setup[21] & 3) + 1 if setup[:1] == b"\1" and len(setup) > 21 else 0
-    ended = leading_lost = False
 
     def look(data: bytes) -> Look:
-        nonlocal ended, leading_lost
         size = None
-        result = None
         for place, end in _units(data, size_bytes):
             if not place + 2 <= end <= len(data):
                 return _DAMAGED
@@ -113,12 +114,10 @@ def _hevc(setup: bytes) -> Callable[[bytes], Look]:
             if kind == 33:
                 size = data[place:end].rstrip(b"\0")
             elif kind in (36, 37):
-                ended = True
-            elif kind < 32 and result is None:
-                if 16 <= kind <= 21:
-                    leading_lost, ended = ended or kind in (16, 17, 18), False
-                result = Look(0 if leading_lost and kind in (8, 9) else 1, START if 16 <= kind <= 21 else NO_START)
-        return Look(0, NO_START, size) if result is None else result._replace(size=size)
+                return Look(0, NO_START, size, ends=True)
+            elif kind < 32:
+                return Look(1, START if 16 <= kind <= 21 else NO_START, size)
+        return Look(0, NO_START, size)
 
     return look
 

@@ -18,7 +18,7 @@ from .bitstream import Look, examiner
 from .errors import DecodeError, decode_errors
 from .kept import KEEP_SECONDS, keep_scan, kept_scan
 from .orientation import Turner, orientation, upright
-from .reader import FrameReader
+from .reader import FrameReader, smaller_size
 from .scan import Scan, is_decodable, scan_packets
 
 
@@ -26,12 +26,17 @@ class PyAVReader(FrameReader):
     """PyAV's frames: for each group of pictures needed, one seek to its keyframe and decoding to the last frame needed.
 
     Decodes with one thread, of type NONE: with more, a parent that left a file open deadlocks its forked workers.
+
+    Args:
+        path: the file.
+        max_side: longest side of the pictures returned (`smaller_size`).
     """
 
     name = "pyav"
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, max_side: int | None = None) -> None:
         self.path = path
+        self.max_side = max_side
         self._open()
         codec = self._stream.codec_context
         self._size: tuple[int, int] = codec.width, codec.height  # of the first picture; from its header, until it lies
@@ -56,6 +61,10 @@ class PyAVReader(FrameReader):
         """Yield every frame (av.VideoFrame) in display order, neither converted nor turned. Raises DecodeError."""
         with decode_errors(self.path):
             yield from self._frames_at(np.arange(len(self)))
+
+    def is_too_large(self) -> bool:
+        """Return whether the pictures have a side above `max_side`, as far as the file's header says."""
+        return smaller_size(self._size, self.max_side) != self._size
 
     def first_picture(self) -> Any:
         """Return the first frame (av.VideoFrame)."""
@@ -89,7 +98,7 @@ class PyAVReader(FrameReader):
         for place, frame in enumerate(self._frames_at(indices)):
             if (frame.width, frame.height) != self._size:
                 self._compare_size(frame, int(indices[place]))
-            image = to_rgb(frame, self._size)
+            image = to_rgb(frame, smaller_size(self._size, self.max_side))
             if clip is None:
                 clip = np.empty((len(indices), *image.shape), dtype=np.uint8)
             if image.shape != clip.shape[1:]:
@@ -277,7 +286,7 @@ def rgb_converter() -> Any:
         if shown.angle:
             frame = turner(frame, shown.angle)
         scale = {}
-        if size not in (None, (frame.width, frame.height)):
+        if size is not None and size != (frame.width, frame.height):
             scale = {"width": size[0], "height": size[1], "interpolation": Interpolation.BICUBIC}
         image = reformatter.reformat(frame, format="rgb24", **scale, **options).to_ndarray()
         return upright(image, shown)

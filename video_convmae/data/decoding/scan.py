@@ -16,7 +16,7 @@ import numpy as np
 
 from video_convmae.data import shards
 
-from .bitstream import NO_START, RECOVERY, START, examiner
+from .bitstream import NO_START, RECOVERY, START, Look, examiner
 from .errors import DecodeError
 
 MPEG_TS = "is an MPEG transport stream, which no library reads reliably (decord hangs); put it into mp4 or mkv first"
@@ -55,14 +55,23 @@ class Scan:
 
 def check_first_bytes(path: str) -> None:
     """Raise DecodeError for an empty file or an MPEG transport stream, on which libraries hang or report nonsense."""
-    source = shards.path_or_bytes(path)
-    with open(source, "rb") if isinstance(source, str) else source as file:
-        head = file.read(1024)
+    head = _first_bytes(path, 1024)
     if not head:
         raise DecodeError(f"{path}: is empty (0 bytes)")
     for first, size in ((0, 188), (4, 192), (0, 204)):  # plain, with time codes (.m2ts), with error correction
         if len(head) > first + size and set(head[first::size]) == {0x47}:
             raise DecodeError(f"{path}: {MPEG_TS}")
+
+
+def is_fragmented(path: str) -> bool:
+    """Return whether a file is an mp4 in fragments (DASH, MediaRecorder): its header holds the box mvex."""
+    return b"mvex" in _first_bytes(path, 2**16)
+
+
+def _first_bytes(path: str, count: int) -> bytes:
+    source = shards.path_or_bytes(path)
+    with open(source, "rb") if isinstance(source, str) else source as file:
+        return file.read(count)
 
 
 def scan_packets(path: str, container: Any, stream: Any) -> Scan:
@@ -92,13 +101,13 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
         if packet.is_corrupt:
             cut_off = True
         elif packet.size:
-            pictures, start, size = look(bytes(packet)) if look else (1, START if packet.is_keyframe else NO_START, None)
+            seen = look(bytes(packet)) if look else Look(1, START if packet.is_keyframe else NO_START)
             rows.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
-            looks.append((pictures, start))
-            sizes.add(size)
+            looks.append((seen.pictures, seen.start, seen.ends))
+            sizes.add(seen.size)
             new_setup = new_setup or packet.has_sidedata("new_extradata")
     table = np.array([[_NEVER if value is None else value for value in row] for row in rows], dtype=np.int64)
-    held, starts = np.array(looks, dtype=np.int64).reshape(-1, 2).T
+    held, starts, ends = np.array(looks, dtype=np.int64).reshape(-1, 3).T
     shown, decoded, claimed, hidden = table.reshape(-1, 4)[held > 0].T
     starts, claimed, hidden = starts[held > 0], claimed.astype(bool), hidden.astype(bool)
     proven = look is not None and bool(((starts == START) | (starts == RECOVERY)).any())
@@ -114,8 +123,10 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
     # Packets are in decoding order: one that is shown before the newest keyframe so far makes the GOP an open one.
     newest_keyframe = np.maximum.accumulate(np.where(is_key, shown, _NEVER))
     keyframes = keyframes[np.argsort(keyframes[:, 0], kind="stable")]
-    # A stream that begins in the middle of a GOP, or with two pictures in a packet: what comes out is seen by decoding.
-    countable = (not proven or is_key[0]) and held.max() == 1
+    # What comes out is seen only by decoding: a stream that begins in the middle of a GOP, two pictures in a packet, an
+    # end of sequence in the middle, pictures of MPEG-4 that are not coded among B-frames.
+    not_coded = codec.name == "mpeg4" and codec.has_b_frames and (held == 0).any()
+    countable = (not proven or is_key[0]) and held.max() == 1 and not ends[: held.nonzero()[0][-1]].any() and not not_coded
     timed = bool(countable and not guessed and _NEVER not in shown and len(np.unique(times)) == len(times))
     repairs = codec.name == "h264" and not (proven and (starts[is_key] == START).all())
     return Scan(
