@@ -131,7 +131,9 @@ def hide_vp8(path: Path, place: int) -> None:
     copy.replace(path)
 
 
-def copy_packets(source: Path, target: Path, change: Callable[[int, av.Packet], Iterable[av.Packet]], **options: str) -> Path:
+def copy_packets(
+    source: Path, target: Path, change: Callable[[int, av.Packet], Iterable[av.Packet]], **options: str
+) -> Path:
     """Write a stream's packets into another container, each (with its number) as `change` returns it."""
     with av.open(str(source)) as given, av.open(str(target), "w", options=options) as file:
         stream = file.add_stream_from_template(given.streams.video[0])
@@ -185,7 +187,12 @@ def leave_uncoded(source: Path, target: Path, places: Sequence[int]) -> Path:
         bits = head[: 2 + ones + 2 + 5 + 1] + "0"  # type, seconds, marker, time, marker, not coded
         bits += "0".ljust(8 - len(bits) % 8, "1")
         empty = av.Packet(data[: place + 4] + int(bits, 2).to_bytes(len(bits) // 8, "big"))
-        empty.time_base, empty.pts, empty.dts, empty.duration = packet.time_base, packet.pts, packet.dts, packet.duration
+        empty.time_base, empty.pts, empty.dts, empty.duration = (
+            packet.time_base,
+            packet.pts,
+            packet.dts,
+            packet.duration,
+        )
         return [empty]
 
     return copy_packets(source, target, change)

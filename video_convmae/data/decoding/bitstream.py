@@ -145,7 +145,9 @@ def _mpeg4(setup: bytes) -> Callable[[bytes], Look]:
 
 def _mpeg4_time_bits(header: bytes) -> int:
     """Return the bits of vop_time_increment from a video object layer's header; 0: there is none."""
-    place = next((at for at in range(len(header) - 4) if header[at : at + 3] == b"\0\0\1" and header[at + 3] >> 4 == 2), -1)
+    place = next(
+        (at for at in range(len(header) - 4) if header[at : at + 3] == b"\0\0\1" and header[at + 3] >> 4 == 2), -1
+    )
     if place < 0:
         return 0
     bits = _Bits(header[place + 4 : place + 40])
@@ -179,7 +181,7 @@ def _h263(setup: bytes) -> Callable[[bytes], Look]:
 
 def _look_h263(data: bytes) -> Look:
     """ITU-T H.263, 5.1: the picture's type, at bit 38, or behind the update flag of an extended header."""
-    if data[:2] != b"\0\0" or data[2:3] and data[2] >> 2 != 0x20:
+    if data[:2] != b"\0\0" or (data[2:3] and data[2] >> 2 != 0x20):
         return _DAMAGED
     bits = _Bits(data[:12])
     bits.skip(35)
@@ -283,7 +285,7 @@ def _skip_vp9_colours(bits: _Bits, profile: int) -> None:
 
 
 def _av1(setup: bytes) -> Callable[[bytes], Look]:
-    """AV1 bitstream specification, 5.3 and 5.9.2: each packet shows one frame; a key frame is the first frame's type."""
+    """AV1 bitstream specification, 5.3 and 5.9.2: each packet shows one frame, and has the type of its first."""
 
     def look(data: bytes) -> Look:
         place = 0

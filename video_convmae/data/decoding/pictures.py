@@ -112,7 +112,9 @@ def _series(names: list[str]) -> Counter[str]:
             head, number, _ = re.fullmatch(r"(.*?)(\d*)(\D*)", stem).groups()  # type: ignore[union-attr]  # all match
             heads[head].add(number)
         repeats = len(heads) > 1 and len(set(map(frozenset, heads.values()))) == 1 and len(members) > len(heads)
-        found.update({f"{head}*": len(numbers) for head, numbers in heads.items()} if repeats else {pattern: len(members)})
+        found.update(
+            {f"{head}*": len(numbers) for head, numbers in heads.items()} if repeats else {pattern: len(members)}
+        )
     return found
 
 

@@ -130,8 +130,8 @@ class PyAVReader(FrameReader):
             self._size_was_told = True
             sizes = "{}x{} to {}x{}".format(*self._size, frame.width, frame.height)
             warnings.warn(
-                f"{self.path}: the size of the picture changes, from {sizes} at frame {index} or before; every frame is "
-                "scaled to the first one's size",
+                f"{self.path}: the size of the picture changes, from {sizes} at frame {index} or before; every frame "
+                "is scaled to the first one's size",
                 stacklevel=2,
             )
 

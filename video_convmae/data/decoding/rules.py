@@ -22,14 +22,14 @@ from video_convmae.data.records import Record
 from .decord_reader import DecordReader
 from .errors import decode_errors, error_line
 from .fallback import has_pyav
-from .pictures import FolderReader, ImageReader, split_pattern
 from .orientation import orientation
+from .pictures import FolderReader, ImageReader, split_pattern
 from .pyav_reader import PyAVReader
 from .reader import FrameReader
 from .scan import Scan, check_first_bytes, is_fragmented
 from .torchcodec_reader import TorchcodecCudaReader, TorchcodecReader
 
-LONG = 15_000  # frames, ten minutes: torchcodec takes 0.2 s for so many at each opening, PyAV keeps its scan
+LONG = 15_000  # frames, ten minutes at 25 a second: the other libraries read all packets at each opening
 
 _IN_ORDER_OF_CHOICE: tuple[ReaderName, ...] = ("torchcodec", "pyav", "decord")
 _MODULES = {"torchcodec": "torchcodec.decoders", "pyav": "av", "decord": "decord"}
@@ -115,7 +115,7 @@ def open_frames(record: Record, reader: ReaderName = "auto", max_side: int | Non
 def read_frames(
     path: str | Path, indices: Sequence[int] | np.ndarray | None = None, *, reader: ReaderName = "auto"
 ) -> np.ndarray:
-    """Return frames of a video file, a folder of pictures or a picture, as ffmpeg shows them: uint8 `(T, H, W, 3)`, RGB.
+    """Return frames of a video file, a folder of pictures or a picture as ffmpeg shows them: uint8 RGB `(T, H, W, 3)`.
 
     Args:
         path: the file or folder; `folder/img_*.jpg` reads one of several series of pictures, `a.tar#b.mp4` a member

@@ -126,7 +126,9 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
     # What comes out is seen only by decoding: a stream that begins in the middle of a GOP, two pictures in a packet, an
     # end of sequence in the middle, pictures of MPEG-4 that are not coded among B-frames.
     not_coded = codec.name == "mpeg4" and codec.has_b_frames and (held == 0).any()
-    countable = (not proven or is_key[0]) and held.max() == 1 and not ends[: held.nonzero()[0][-1]].any() and not not_coded
+    countable = (
+        (not proven or is_key[0]) and held.max() == 1 and not ends[: held.nonzero()[0][-1]].any() and not not_coded
+    )
     timed = bool(countable and not guessed and _NEVER not in shown and len(np.unique(times)) == len(times))
     repairs = codec.name == "h264" and not (proven and (starts[is_key] == START).all())
     return Scan(
