@@ -78,7 +78,7 @@ def _h264(setup: bytes) -> Callable[[bytes], Look]:
                 return Look(0, NO_START, size, ends=True)
             elif 1 <= kind <= 5:
                 return Look(1, START if kind == 5 else start, size)
-        return Look(0, NO_START, size)
+        return Look(0, NO_START, size) if any(_units(data, size_bytes)) else _DAMAGED
 
     return look
 
@@ -117,7 +117,7 @@ def _hevc(setup: bytes) -> Callable[[bytes], Look]:
                 return Look(0, NO_START, size, ends=True)
             elif kind < 32:
                 return Look(1, START if 16 <= kind <= 21 else NO_START, size)
-        return Look(0, NO_START, size)
+        return Look(0, NO_START, size) if any(_units(data, size_bytes)) else _DAMAGED
 
     return look
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import chain, compress, islice, takewhile
 from typing import Any
@@ -60,7 +60,9 @@ class PyAVReader(FrameReader):
     def pictures(self) -> Iterator[Any]:
         """Yield every frame (av.VideoFrame) in display order, neither converted nor turned. Raises DecodeError."""
         with decode_errors(self.path):
-            yield from self._frames_at(np.arange(len(self)))
+            for index, frame in enumerate(self._frames_at(np.arange(len(self)))):
+                self._compare_size(frame, index)
+                yield frame
 
     def is_too_large(self) -> bool:
         """Return whether the pictures have a side above `max_side`, as far as the file's header says."""
@@ -96,8 +98,7 @@ class PyAVReader(FrameReader):
         to_rgb = rgb_converter()
         clip: np.ndarray | None = None
         for place, frame in enumerate(self._frames_at(indices)):
-            if (frame.width, frame.height) != self._size:
-                self._compare_size(frame, int(indices[place]))
+            self._compare_size(frame, int(indices[place]))
             image = to_rgb(frame, smaller_size(self._size, self.max_side))
             if clip is None:
                 clip = np.empty((len(indices), *image.shape), dtype=np.uint8)
@@ -122,8 +123,10 @@ class PyAVReader(FrameReader):
 
     def _compare_size(self, frame: Any, index: int) -> None:
         """Note the size of the first picture, to which those of another size are scaled, as the ffmpeg program does."""
+        if (frame.width, frame.height) == self._size:
+            return
         if not self._size_is_seen:
-            with PyAVReader(self.path) as again:  # this one is in the middle of decoding
+            with closing(PyAVReader(self.path)) as again:  # this one is in the middle of decoding
                 first = again.first_picture()
                 self._size, self._size_is_seen = (first.width, first.height), True
         if (frame.width, frame.height) != self._size and not self._size_was_told:
@@ -216,7 +219,7 @@ class PyAVReader(FrameReader):
             with suppress(av.error.FFmpegError):
                 self._container.seek(position, stream=self._stream)
                 packets = self._container.demux(self._stream)
-                headers = []
+                headers: list[Any] = []
                 for packet in packets:
                     if packet.pts == shown:
                         return (packet for packet in chain(headers, [packet], packets) if is_decodable(packet))

@@ -110,7 +110,8 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
     held, starts, ends = np.array(looks, dtype=np.int64).reshape(-1, 3).T
     shown, decoded, claimed, hidden = table.reshape(-1, 4)[held > 0].T
     starts, claimed, hidden = starts[held > 0], claimed.astype(bool), hidden.astype(bool)
-    proven = look is not None and bool(((starts == START) | (starts == RECOVERY)).any())
+    found = bool(((starts == START) | (starts == RECOVERY)).any())
+    proven = found and (look is not None or codec.codec.intra_only)
     is_key = (starts == START) | (claimed & (starts != NO_START)) if proven else claimed
     if not is_key.any():
         raise DecodeError(f"{path}: holds no keyframe to decode from")
@@ -178,7 +179,7 @@ def _seeks_late(container: Any, stream: Any, keyframes: np.ndarray) -> bool:
     for shown in keyframes[:-1][keyframes[1:, 1] <= keyframes[:-1, 0], 0][:1]:
         container.seek(int(shown), stream=stream)
         landed = next(container.demux(stream)).pts
-        return landed is None or landed > shown
+        return landed is None or bool(landed > shown)
     return False
 
 
