@@ -30,6 +30,7 @@ class Look(NamedTuple):
     ends: bool = False
 
 
+_PICTURE = Look(1, NO_START)
 _DAMAGED = Look(1, UNREADABLE)  # it counts: the frames behind it keep their numbers
 
 
@@ -65,6 +66,8 @@ def _h264(setup: bytes) -> Callable[[bytes], Look]:
     size_bytes = (setup[4] & 3) + 1 if setup[:1] == b"\1" and len(setup) > 4 else 0
 
     def look(data: bytes) -> Look:
+        if size_bytes and len(data) > size_bytes and data[size_bytes] & 31 == 1:
+            return _PICTURE  # most packets
         start, size = NO_START, None
         for place, end in _units(data, size_bytes):
             kind = data[place] & 31

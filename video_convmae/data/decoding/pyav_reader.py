@@ -123,7 +123,7 @@ class PyAVReader(FrameReader):
 
     def _compare_size(self, frame: Any, index: int) -> None:
         """Note the size of the first picture, to which those of another size are scaled, as the ffmpeg program does."""
-        if (frame.width, frame.height) == self._size:
+        if (frame.width, frame.height) == self._size and (self._size_is_seen or not self.scan.resized):
             return
         if not self._size_is_seen:
             with closing(PyAVReader(self.path)) as again:  # this one is in the middle of decoding

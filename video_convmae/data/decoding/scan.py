@@ -95,21 +95,23 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
         raise DecodeError(f"{path}: is a picture, not a video (lists of pictures have data.format: image)")
     codec = stream.codec_context
     look = examiner(codec.codec.canonical_name, codec.extradata)
-    rows, looks, sizes = [], [], set()
+    rows, sizes = [], set()
     cut_off = new_setup = False
     for packet in container.demux(stream):
         if packet.is_corrupt:
             cut_off = True
         elif packet.size:
             seen = look(bytes(packet)) if look else Look(1, START if packet.is_keyframe else NO_START)
-            rows.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
-            looks.append((seen.pictures, seen.start, seen.ends))
-            sizes.add(seen.size)
-            new_setup = new_setup or packet.has_sidedata("new_extradata")
-    table = np.array([[_NEVER if value is None else value for value in row] for row in rows], dtype=np.int64)
-    held, starts, ends = np.array(looks, dtype=np.int64).reshape(-1, 3).T
-    shown, decoded, claimed, hidden = table.reshape(-1, 4)[held > 0].T
-    starts, claimed, hidden = starts[held > 0], claimed.astype(bool), hidden.astype(bool)
+            times = (_NEVER if packet.pts is None else packet.pts, _NEVER if packet.dts is None else packet.dts)
+            rows.append((*times, packet.is_keyframe, packet.is_discard, seen.pictures, seen.start, seen.ends))
+            if packet.is_keyframe:
+                new_setup = new_setup or packet.has_sidedata("new_extradata")
+            if seen.size is not None:
+                sizes.add(seen.size)
+    table = np.array(rows, dtype=np.int64).reshape(-1, 7)
+    held, ends = table[:, 4], table[:, 6]
+    shown, decoded, claimed, hidden, _, starts, _ = table[held > 0].T
+    claimed, hidden = claimed.astype(bool), hidden.astype(bool)
     found = bool(((starts == START) | (starts == RECOVERY)).any())
     proven = found and (look is not None or codec.codec.intra_only)
     is_key = (starts == START) | (claimed & (starts != NO_START)) if proven else claimed
@@ -144,7 +146,7 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
         proven=proven,
         false_keys=proven and bool((claimed & (starts == NO_START)).any()),
         blank=bool((held == 0).any()),
-        resized=new_setup or len(sizes - {None}) > 1,
+        resized=new_setup or len(sizes) > 1,
         timed=timed,
         b_frames=bool(codec.has_b_frames),
         open_gop=bool((shown < newest_keyframe).any()),
