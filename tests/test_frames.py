@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 import video_convmae
-from video_convmae.data.decoding import DecodeError, kept, open_frames, pyav_reader
+from video_convmae.data.decoding import DecodeError, open_frames, pyav_reader
 from video_convmae.data.decoding.process import ReaderProcess
+from video_convmae.data.decoding.scan import Scan
 from video_convmae.data.records import Record
 from video_convmae.prepare.encode import pack_video
 from video_convmae.prepare.options import PackSettings
@@ -211,6 +212,19 @@ def test_a_codec_whose_bytes_are_not_known_is_checked_when_decoded(
     assert_right(path, "pyav", linear(path))
 
 
+@pytest.mark.skipif("not has_decord()")
+def test_decord_reads_only_what_it_reads_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = clips.encode(tmp_path / "clip.mp4", options={"g": "20"})
+    record = Record(str(path))
+    assert open_frames(record, "decord").name == "decord"
+    with monkeypatch.context() as patch:  # it takes other frames for keyframes than the scan does
+        patch.setattr(Scan, "key_indices", lambda scan: np.array([0, 30]))
+        assert open_frames(record, "decord").name == "pyav"
+    with monkeypatch.context() as patch:  # it would walk all packets of a long file at each opening
+        patch.setattr("video_convmae.data.decoding.rules.LONG", 59)
+        assert open_frames(record, "decord").name == "pyav"
+
+
 def test_packing_copies_what_is_shown(tmp_path: Path) -> None:
     path = clips.call_keys(_stream("h263", tmp_path), tmp_path / "claims.3gp")
     (tmp_path / "packed.mp4").write_bytes(pack_video(Record(str(path)), PackSettings(short_side=96)).data)
@@ -375,7 +389,7 @@ def test_a_pattern_says_which_series(tmp_path: Path) -> None:
 
 
 def test_the_scan_of_a_long_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
-    monkeypatch.setattr(pyav_reader, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(pyav_reader, "KEEP_FRAMES", 0)
     scans: list[str] = []
     scan = pyav_reader.scan_packets
     monkeypatch.setattr(pyav_reader, "scan_packets", lambda path, *rest: scans.append(path) or scan(path, *rest))
@@ -396,13 +410,12 @@ def test_the_scan_of_a_long_file_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_scans_of_short_files_are_not_kept(tmp_path: Path, cache_folder: Path) -> None:
-    assert kept.KEEP_SECONDS >= 0.1
     video_convmae.read_frames(clips.encode(tmp_path / "clip.mp4", 10), [3])
     assert not list(cache_folder.rglob("*"))
 
 
 def test_a_cache_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pyav_reader, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(pyav_reader, "KEEP_FRAMES", 0)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert video_convmae.count_frames(clips.encode(tmp_path / "clip.mp4", 10)) == 10

@@ -21,7 +21,7 @@ from video_convmae.data import shards
 
 from .scan import Scan
 
-KEEP_SECONDS = 0.2  # a scan that took longer is kept: of files of some minutes and more, not of a data set's clips
+KEEP_FRAMES = 5000  # a scan of more is kept (0.04 s at first opening); clips of a data set are shorter
 _LAYOUT = 1  # of the files; another with every change of what a scan means
 
 

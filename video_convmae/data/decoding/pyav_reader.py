@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -16,7 +15,7 @@ from video_convmae.data import shards
 
 from .bitstream import Look, examiner
 from .errors import DecodeError, decode_errors
-from .kept import KEEP_SECONDS, keep_scan, kept_scan
+from .kept import KEEP_FRAMES, keep_scan, kept_scan
 from .orientation import Turner, orientation, upright
 from .reader import FrameReader, smaller_size
 from .scan import Scan, is_decodable, scan_packets
@@ -86,11 +85,10 @@ class PyAVReader(FrameReader):
 
     def _scan(self) -> Scan:
         """Scan the file; where packets do not tell the number of frames, they are counted by decoding."""
-        started = time.perf_counter()
         self.scan = scan_packets(self.path, self._container, self._stream)
         if not self.scan.timed:
             self.scan = replace(self.scan, count=sum(1 for _ in self._frames_from_the_start()))
-        if time.perf_counter() - started > KEEP_SECONDS:
+        if self.scan.count > KEEP_FRAMES:
             keep_scan(self.path, self.scan)
         return self.scan
 

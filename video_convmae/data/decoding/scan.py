@@ -102,8 +102,8 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
             cut_off = True
         elif packet.size:
             seen = look(bytes(packet)) if look else Look(1, START if packet.is_keyframe else NO_START)
-            times = (_NEVER if packet.pts is None else packet.pts, _NEVER if packet.dts is None else packet.dts)
-            rows.append((*times, packet.is_keyframe, packet.is_discard, seen.pictures, seen.start, seen.ends))
+            stamps = (_NEVER if packet.pts is None else packet.pts, _NEVER if packet.dts is None else packet.dts)
+            rows.append((*stamps, packet.is_keyframe, packet.is_discard, seen.pictures, seen.start, seen.ends))
             if packet.is_keyframe:
                 new_setup = new_setup or packet.has_sidedata("new_extradata")
             if seen.size is not None:
