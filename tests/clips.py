@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,14 @@ def _write_silence(file: Any) -> None:
 def rotate(path: Path, degrees: int) -> None:
     """Set the display matrix of an mp4, as phones do: the player turns the picture clockwise by 90, 180 or 270."""
     cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
-    matrix = [cos, sin, 0, -sin, cos, 0, 0, 0]
+    set_matrix(path, (cos, sin, -sin, cos))
+
+
+def set_matrix(path: Path, matrix: tuple[float, float, float, float]) -> None:
+    """Set the display matrix of an mp4: the pixel at (x, y) is shown at (ax + cy, bx + dy)."""
+    a, b, c, d = (round(value * 65536) for value in matrix)
     data = bytearray(path.read_bytes())
-    struct.pack_into(">8i", data, data.index(b"tkhd") + 44, *[value * 65536 for value in matrix])
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
 
 
@@ -124,6 +129,95 @@ def hide_vp8(path: Path, place: int) -> None:
                 packet.stream = stream
                 target.mux(packet)
     copy.replace(path)
+
+
+def copy_packets(
+    source: Path, target: Path, change: Callable[[int, av.Packet], Iterable[av.Packet]], **options: str
+) -> Path:
+    """Write a stream's packets into another container, each (with its number) as `change` returns it."""
+    with av.open(str(source)) as given, av.open(str(target), "w", options=options) as file:
+        stream = file.add_stream_from_template(given.streams.video[0])
+        for number, packet in enumerate(given.demux(video=0)):
+            for changed in change(number, packet) if packet.size else ():
+                changed.stream = stream
+                file.mux(changed)
+    return target
+
+
+def call_keys(source: Path, target: Path, every: int = 1, **options: str) -> Path:
+    """Copy a stream into a container that calls every n-th frame a keyframe, beside those that are."""
+
+    def call(number: int, packet: av.Packet) -> list[av.Packet]:
+        packet.is_keyframe = packet.is_keyframe or number % every == 0
+        return [packet]
+
+    return copy_packets(source, target, call, **options)
+
+
+def without_stss(path: Path) -> None:
+    """Take the list of keyframes from an mp4: then every frame counts as one."""
+    path.write_bytes(path.read_bytes().replace(b"stss", b"free"))
+
+
+def insert_units(source: Path, target: Path, unit: bytes) -> Path:
+    """Put a packet with this NAL unit, which holds no picture, behind every fifth packet of H.264 or HEVC."""
+
+    def insert(number: int, packet: av.Packet) -> list[av.Packet]:
+        if number % 5 != 4:
+            return [packet]
+        blank = av.Packet(len(unit).to_bytes(4, "big") + unit)
+        blank.time_base = packet.time_base
+        half = packet.duration // 2
+        blank.pts, blank.dts, blank.duration = packet.pts + half, packet.dts + half, half
+        return [packet, blank]
+
+    return copy_packets(source, target, insert)
+
+
+def leave_uncoded(source: Path, target: Path, places: Sequence[int]) -> Path:
+    """Make P-VOPs of MPEG-4 (at 25 frames/s: 5 bits of time) into VOPs that are not coded."""
+
+    def change(number: int, packet: av.Packet) -> list[av.Packet]:
+        if number not in places:
+            return [packet]
+        data = bytes(packet)
+        place = data.index(b"\0\0\1\xb6")
+        head = f"{int.from_bytes(data[place + 4 : place + 12], 'big'):064b}"
+        ones = len(head[2:]) - len(head[2:].lstrip("1"))
+        bits = head[: 2 + ones + 2 + 5 + 1] + "0"  # type, seconds, marker, time, marker, not coded
+        bits += "0".ljust(8 - len(bits) % 8, "1")
+        empty = av.Packet(data[: place + 4] + int(bits, 2).to_bytes(len(bits) // 8, "big"))
+        empty.time_base, empty.pts, empty.dts, empty.duration = (
+            packet.time_base,
+            packet.pts,
+            packet.dts,
+            packet.duration,
+        )
+        return [empty]
+
+    return copy_packets(source, target, change)
+
+
+def encode_sizes(path: Path, codec: str, sizes: Sequence[tuple[int, int]], count: int = 12) -> Path:
+    """Encode `count` pictures of each size (height, width) into one stream, as WebRTC does."""
+    options = FAST[codec] | ({"bf": "0"} if codec == "libx264" else {})
+    with av.open(str(path), "w") as file:
+        stream = _video_stream(file, codec, sizes[0], "yuv420p", Fraction(1, 25), options)
+        file.start_encoding()
+        for place, size in enumerate(sizes):
+            encoder = av.CodecContext.create(codec, "w")
+            encoder.height, encoder.width, encoder.pix_fmt = *size, "yuv420p"
+            encoder.time_base, encoder.thread_count, encoder.options = Fraction(1, 25), 1, options
+            frames: list[av.VideoFrame | None] = []
+            for number, picture in enumerate(pictures(count, *size)):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+                frame.pts, frame.time_base = place * count + number, Fraction(1, 25)
+                frames.append(frame)
+            for frame in [*frames, None]:
+                for packet in encoder.encode(frame):
+                    packet.stream, packet.time_base = stream, Fraction(1, 25)
+                    file.mux(packet)
+    return path
 
 
 def cut(path: Path, fraction: float) -> None:

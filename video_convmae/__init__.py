@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time see __getattr__
     from video_convmae import masking
+    from video_convmae.data.decoding import count_frames, read_frames
     from video_convmae.models.autoencoder import create_autoencoder
     from video_convmae.models.classifier import create_classifier
     from video_convmae.models.probe import create_probe
@@ -14,15 +15,26 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time see __getattr__
     from video_convmae.weights.load import load_weights
 
 __version__ = "0.1.0"
-__all__ = ["create_autoencoder", "create_classifier", "create_probe", "load", "load_weights", "masking"]
+__all__ = [
+    "count_frames",
+    "create_autoencoder",
+    "create_classifier",
+    "create_probe",
+    "load",
+    "load_weights",
+    "masking",
+    "read_frames",
+]
 
 # Imported on first use: a reading process and `--help` import parts of this package without paying for torch.
 _HOMES = {
+    "count_frames": "video_convmae.data.decoding",
     "create_autoencoder": "video_convmae.models.autoencoder",
     "create_classifier": "video_convmae.models.classifier",
     "create_probe": "video_convmae.models.probe",
     "load": "video_convmae.predictor",
     "load_weights": "video_convmae.weights.load",
+    "read_frames": "video_convmae.data.decoding",
 }
 
 

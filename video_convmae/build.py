@@ -270,7 +270,7 @@ def build_clips(
     draw_mask = None
     if mask is not None:
         draw_mask = partial(masking.draw, mask.kind, encoder.grid, mask.ratio, mask.decoder_ratio)
-    reader = ReaderProcess(data.reader, data.decode_timeout)
+    reader = ReaderProcess(data.reader, data.decode_timeout, data.max_side)
     return ClipDataset(
         records,
         build_sampling(data, encoder),
@@ -291,7 +291,7 @@ def build_views(data: DataConfig, records: Records, encoder: EncoderConfig, view
         views,
         Augmentation(data.augmentation),
         encoder.clip_shape[2:],
-        ReaderProcess(data.reader, data.decode_timeout),
+        ReaderProcess(data.reader, data.decode_timeout, data.max_side),
     )
 
 

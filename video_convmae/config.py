@@ -66,6 +66,9 @@ class DataConfig:
     resolved once and written into the run's configuration."""
     decode_timeout: float = 60.0
     """Seconds after which a decode is ended and its record counts as bad."""
+    max_side: int = 4096
+    """Longest side of a decoded picture; larger ones are divided by 2, 3, ... when they are read. 16 frames of 8K take
+    1.6 GB in each of two processes; by this default a quarter of it."""
     max_bad_fraction: float = 0.01
     """Fraction of the list that may be bad before the run stops."""
     memory: float = 0.0

@@ -145,7 +145,8 @@ class Predictor:
 
     @cached_property
     def _reader(self) -> ReaderProcess:
-        return ReaderProcess(self.config.data.reader, self.config.data.decode_timeout)
+        data = self.config.data
+        return ReaderProcess(data.reader, data.decode_timeout, data.max_side)
 
 
 def load(

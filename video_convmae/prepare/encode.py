@@ -20,7 +20,8 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from video_convmae.data.decoding import DecodeError, open_frames
-from video_convmae.data.decoding.pyav_reader import PyAVReader
+from video_convmae.data.decoding.orientation import UPRIGHT, orientation
+from video_convmae.data.decoding.pyav_reader import PyAVReader, rgb_converter
 from video_convmae.data.records import Record
 from video_convmae.prepare.options import ENCODERS, PackSettings
 
@@ -73,10 +74,8 @@ def pack_video(record: Record, settings: PackSettings, progress: Callable[[], No
                 if index % HEARTBEAT_EVERY == 0:
                     progress()
                 if converter is None:
-                    first_size, converter = (frame.width, frame.height), _Converter(frame, settings)
+                    converter = _Converter(frame, settings)
                     stream = _add_stream(container, converter.size, settings, tick, rate)
-                if (frame.width, frame.height) != first_size:
-                    raise DecodeError(f"{record.path}: the frame size changes at frame {index}")
                 place = place_of.get(index)
                 if place is not None:
                     picture = converter(frame, "yuv420p")
@@ -158,17 +157,16 @@ class _Converter:
     """
 
     def __init__(self, frame: Any, settings: PackSettings) -> None:
-        self.turns = frame.rotation // 90 % 4  # quarter turns counterclockwise
-        width, height = (frame.height, frame.width) if self.turns % 2 else (frame.width, frame.height)
+        self.shown = orientation(frame)
+        width, height = (frame.height, frame.width) if self.shown.transposed else (frame.width, frame.height)
         self.size = settings.size(width, height)
         # A reformatter keeps the tables of its last conversion: one for each size.
-        self._scaler, self._turner = VideoReformatter(), VideoReformatter()
+        self._scaler, self._to_rgb = VideoReformatter(), rgb_converter()
 
     def __call__(self, frame: Any, format: str) -> Any:
         """Return a new frame in the pixel format "yuv420p" or "rgb24"."""
-        if self.turns:  # in RGB, one array; the planes of YUV 4:2:0 have two sizes
-            upright: Any = np.rot90(self._turner.reformat(frame, format="rgb24", threads=1).to_ndarray(), self.turns)
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(upright), format="rgb24")
+        if self.shown != UPRIGHT:  # in RGB, one array; the planes of YUV 4:2:0 have two sizes
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(self._to_rgb(frame)), format="rgb24")
         target = {} if format == "rgb24" else {"dst_colorspace": Colorspace.ITU601, "dst_color_range": ColorRange.MPEG}
         return self._scaler.reformat(
             frame, *self.size, format=format, interpolation=Interpolation.BICUBIC, threads=1, **target

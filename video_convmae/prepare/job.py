@@ -25,6 +25,7 @@ from tqdm import tqdm
 from video_convmae.atomic import replacing, whole_lines, write_text
 from video_convmae.data import shards
 from video_convmae.data.decoding import DecodeError
+from video_convmae.data.decoding.pictures import split_pattern
 from video_convmae.data.options import ListFormat
 from video_convmae.data.records import ListError, Record, parse_line, read_list
 from video_convmae.data.text import read_text
@@ -229,7 +230,7 @@ def file_stamp(path: str) -> list[int] | None:
     """Return size and modification time (ns) of a record's file; None if there is none. A tar archive stands for all
     of its members."""
     try:
-        status = os.stat(shards.file_of(path))
+        status = os.stat(split_pattern(shards.file_of(path))[0])
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns]

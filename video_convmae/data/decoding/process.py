@@ -49,13 +49,17 @@ class ReaderProcess:
     Args:
         reader: a name that `resolve_reader` takes.
         timeout: seconds that one open or one read may take.
+        max_side: as in `open_frames`.
     """
 
-    def __init__(self, reader: ReaderName = "auto", timeout: float = 60.0) -> None:
+    def __init__(self, reader: ReaderName = "auto", timeout: float = 60.0, max_side: int | None = 4096) -> None:
         if reader not in get_args(ReaderName):
             raise ValueError(f"data.reader is {reader!r}; expected one of {', '.join(get_args(ReaderName))}")
+        if max_side is not None and max_side < 1:
+            raise ValueError(f"data.max_side is {max_side}; expected 1 pixel or more")
         self.reader = reader
         self.timeout = timeout
+        self.max_side = max_side
         self._child: ChildProcess | None = None
         self._opened: RemoteReader | None = None
 
@@ -70,7 +74,7 @@ class ReaderProcess:
         if self._opened is not None:
             self._opened.close()
         if self._child is None or not self._child.is_alive():
-            self._child = ChildProcess(serve_frames, self.reader)
+            self._child = ChildProcess(serve_frames, self.reader, self.max_side)
         self._opened = RemoteReader(self._child, record, self.timeout)
         return self._opened
 
@@ -88,8 +92,8 @@ class ReaderProcess:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[type[ReaderProcess], tuple[str, float]]:
-        return ReaderProcess, (self.reader, self.timeout)
+    def __reduce__(self) -> tuple[type[ReaderProcess], tuple[str, float, int | None]]:
+        return ReaderProcess, (self.reader, self.timeout, self.max_side)
 
 
 class RemoteReader(contextlib.AbstractContextManager["RemoteReader"]):
@@ -134,7 +138,7 @@ class RemoteReader(contextlib.AbstractContextManager["RemoteReader"]):
             raise DecodeError(f"{self.path}: the reader process {error}") from None
 
 
-def serve_frames(progress: Callable[[], None], reader: ReaderName) -> Handler:
+def serve_frames(progress: Callable[[], None], reader: ReaderName, max_side: int | None = None) -> Handler:
     """Return the handler of a reader process: a record opens it, anything else is indices of frames to read."""
     reader = resolve_reader(reader)
     opened: FrameReader | None = None
@@ -145,7 +149,7 @@ def serve_frames(progress: Callable[[], None], reader: ReaderName) -> Handler:
             if opened is not None:
                 opened.close()
                 opened = None  # opening the next may fail
-            opened = open_frames(request, reader)
+            opened = open_frames(request, reader, max_side)
             return len(opened), opened.name
         assert opened is not None  # the parent reads only what it has opened
         frames = np.ascontiguousarray(opened.read(request))  # first: a failure of its library changes the name

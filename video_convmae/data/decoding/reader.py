@@ -10,6 +10,12 @@ import numpy as np
 from .errors import DecodeError, decode_errors
 
 
+def smaller_size(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
+    """Return width and height divided by the least whole number that brings both down to `max_side`; None: no bound."""
+    divisor = 1 if max_side is None else -(-max(size) // max_side)
+    return max(1, size[0] // divisor), max(1, size[1] // divisor)
+
+
 class FrameReader(ABC):
     """Frames of one open record; a context manager.
 

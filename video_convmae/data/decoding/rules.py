@@ -7,24 +7,29 @@ instead; `FrameReader.name` says so.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 
-from video_convmae.data.options import ReaderName
+from video_convmae.data.options import IMAGE_SUFFIXES, ReaderName
 from video_convmae.data.records import Record
 
 from .decord_reader import DecordReader
 from .errors import decode_errors, error_line
 from .fallback import has_pyav
-from .pictures import FolderReader, ImageReader
+from .orientation import orientation
+from .pictures import FolderReader, ImageReader, split_pattern
 from .pyav_reader import PyAVReader
 from .reader import FrameReader
-from .scan import Scan, check_first_bytes
+from .scan import Scan, check_first_bytes, is_fragmented
 from .torchcodec_reader import TorchcodecCudaReader, TorchcodecReader
+
+LONG = 15_000  # frames, ten minutes at 25 a second: the other libraries read all packets at each opening
 
 _IN_ORDER_OF_CHOICE: tuple[ReaderName, ...] = ("torchcodec", "pyav", "decord")
 _MODULES = {"torchcodec": "torchcodec.decoders", "pyav": "av", "decord": "decord"}
@@ -83,12 +88,14 @@ def _import_library(reader: str) -> None:
             raise ImportError("torch finds no CUDA device")
 
 
-def open_frames(record: Record, reader: ReaderName = "auto") -> FrameReader:
+def open_frames(record: Record, reader: ReaderName = "auto", max_side: int | None = None) -> FrameReader:
     """Open a record (video, folder of frames or image, as its `format` says) for reading frames by index.
 
     Args:
         record: the record.
         reader: a name that `resolve_reader` takes; for videos only.
+        max_side: pictures with a longer side are divided by a whole number until they have none: 8K to 4K by 4096. It
+            bounds the memory of a clip. None: no bound.
 
     Raises:
         DecodeError: the record cannot be read.
@@ -98,11 +105,44 @@ def open_frames(record: Record, reader: ReaderName = "auto") -> FrameReader:
         reader = resolve_reader(reader)
     with decode_errors(record.path):
         if record.format == "frames":
-            return FolderReader(record.path, record.num_frames)
+            return FolderReader(record.path, record.num_frames, max_side)
         if record.format == "image":
-            return ImageReader(record.path)
+            return ImageReader(record.path, max_side)
         check_first_bytes(record.path)
-        return _open_video(record.path, reader)
+        return _open_video(record.path, reader, max_side)
+
+
+def read_frames(
+    path: str | Path, indices: Sequence[int] | np.ndarray | None = None, *, reader: ReaderName = "auto"
+) -> np.ndarray:
+    """Return frames of a video file, a folder of pictures or a picture as ffmpeg shows them: uint8 RGB `(T, H, W, 3)`.
+
+    Args:
+        path: the file or folder; `folder/img_*.jpg` reads one of several series of pictures, `a.tar#b.mp4` a member
+            of an archive.
+        indices: of the frames, in any order, repeats allowed, counted from 0; None: every frame.
+        reader: "auto", "pyav", "torchcodec" or "decord", for videos. All return the same frames.
+
+    Raises:
+        DecodeError: the file cannot be read, or has no frame of such an index; the message names it.
+        ValueError, ImportError: the reader is unknown or does not work here.
+    """
+    with open_frames(_record_at(path), reader) as opened:
+        return opened.read(np.arange(len(opened)) if indices is None else indices)
+
+
+def count_frames(path: str | Path) -> int:
+    """Return the number of frames that `read_frames` returns of a file or folder. Raises DecodeError."""
+    with open_frames(_record_at(path), "pyav" if has_pyav() else "auto") as opened:
+        return len(opened)
+
+
+def _record_at(path: str | Path) -> Record:
+    path = os.path.expanduser(path)
+    folder, pattern = split_pattern(path)
+    if pattern is not None or os.path.isdir(folder):
+        return Record(path, format="frames")
+    return Record(path, format="image" if path.lower().endswith(IMAGE_SUFFIXES) else "video")
 
 
 def read_record(record: Record, indices: Sequence[int] | np.ndarray, reader: ReaderName = "auto") -> np.ndarray:
@@ -111,14 +151,16 @@ def read_record(record: Record, indices: Sequence[int] | np.ndarray, reader: Rea
         return opened.read(indices)
 
 
-def _open_video(path: str, reader: str) -> FrameReader:
+def _open_video(path: str, reader: str, max_side: int | None) -> FrameReader:
     """Open with PyAV, which scans the file; then with the reader asked for, if it will read this file right."""
     if not has_pyav():
         return _READERS[reader](path, None)
-    pyav = PyAVReader(path)
-    if reader == "pyav" or misread(reader, pyav.scan):
+    pyav = PyAVReader(path, max_side)
+    if reader == "pyav" or misread(reader, pyav.scan) or pyav.is_too_large():
         return pyav
     try:
+        if is_fragmented(path) or misshown(pyav.first_picture()):  # in fragments (DASH, MediaRecorder) they seek wrong
+            return pyav
         other = _READERS[reader](path, pyav.scan)
     except Exception:  # it cannot decode this (decord: AV1), or the file is damaged: PyAV's message is clearer
         return pyav
@@ -138,6 +180,16 @@ def misread(reader: str, scan: Scan) -> str | None:
         return None
     if not scan.timed:
         return "the file does not say when its frames are shown"
+    if scan.count > LONG:
+        return "a long file: it would walk all packets at each opening"
+    if not scan.proven:
+        return "a codec whose keyframes only decoding can tell"
+    if scan.false_keys:
+        return "frames that are called keyframes and are none"
+    if scan.blank:
+        return "packets without a picture"
+    if scan.resized:
+        return "the size of the picture changes"
     if scan.cut_off:
         return "the file is cut off within a frame"
     if scan.seeks_late:
@@ -150,6 +202,13 @@ def misread(reader: str, scan: Scan) -> str | None:
         return "B-frames in AVI: it is off by 1 or 2 frames"
     if reader == "decord":
         return _misread_by_decord(scan)
+    return None
+
+
+def misshown(first_picture: Any) -> str | None:
+    """Return the reason for which the other readers would show a file's pictures (av.VideoFrame) wrong, or None."""
+    if (shown := orientation(first_picture)).mirrored or not shown.exact:
+        return "mirrored, or turned by no exact quarter"
     return None
 
 

@@ -2,7 +2,8 @@
 
 The scan is the one authority on the frames of a file, so that all readers agree: the frames are those that FFmpeg shows
 from first to last, in display order. A frame hidden by an edit list, or in a packet that a truncation cut off, is not
-counted; frame i is the i-th of the others, however long each is shown.
+counted; frame i is the i-th of the others, however long each is shown. What a container says of its packets is a claim:
+keyframes and pictures are counted by the packets' own bytes (bitstream.py) where their codec is known there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from video_convmae.data import shards
 
+from .bitstream import NO_START, RECOVERY, START, Look, examiner
 from .errors import DecodeError
 
 MPEG_TS = "is an MPEG transport stream, which no library reads reliably (decord hangs); put it into mp4 or mkv first"
@@ -29,8 +31,13 @@ class Scan:
     stream: int  # index of the stream that is read, among all streams of the file
     tick: Fraction  # seconds
     rate: Fraction | None  # frames a second, as far as the file says
+    count: int  # frames that can be shown
     times: np.ndarray  # display times of the frames that can be shown, ascending
-    keyframes: np.ndarray  # (K, 2): display time and decoding time of the keyframes, ascending
+    keyframes: np.ndarray  # (K, 2): display time and decoding time of the frames that decoding can begin at, ascending
+    proven: bool  # their own bytes say so; if not, the container does, and each is checked when it is decoded
+    false_keys: bool  # the container calls frames keyframes that decoding cannot begin at
+    blank: bool  # some packets hold no picture
+    resized: bool  # the size of the pictures changes
     timed: bool  # display times are known; if not, frames are found by decoding from the start
     b_frames: bool  # decoding order may differ from display order
     open_gop: bool  # some frames are stored behind a keyframe and shown before it
@@ -41,17 +48,30 @@ class Scan:
     droppable: bool  # its packets mark the frames that no other refers to, so that those can be skipped
     one_rgb: bool  # every reader turns its pixels into the same RGB values
 
+    def key_indices(self) -> np.ndarray:
+        """Return the indices of the frames that decoding can begin at."""
+        return np.flatnonzero(np.isin(self.times, self.keyframes[:, 0]))
+
 
 def check_first_bytes(path: str) -> None:
     """Raise DecodeError for an empty file or an MPEG transport stream, on which libraries hang or report nonsense."""
-    source = shards.path_or_bytes(path)
-    with open(source, "rb") if isinstance(source, str) else source as file:
-        head = file.read(1024)
+    head = _first_bytes(path, 1024)
     if not head:
         raise DecodeError(f"{path}: is empty (0 bytes)")
     for first, size in ((0, 188), (4, 192), (0, 204)):  # plain, with time codes (.m2ts), with error correction
         if len(head) > first + size and set(head[first::size]) == {0x47}:
             raise DecodeError(f"{path}: {MPEG_TS}")
+
+
+def is_fragmented(path: str) -> bool:
+    """Return whether a file is an mp4 in fragments (DASH, MediaRecorder): its header holds the box mvex."""
+    return b"mvex" in _first_bytes(path, 2**16)
+
+
+def _first_bytes(path: str, count: int) -> bytes:
+    source = shards.path_or_bytes(path)
+    with open(source, "rb") if isinstance(source, str) else source as file:
+        return file.read(count)
 
 
 def scan_packets(path: str, container: Any, stream: Any) -> Scan:
@@ -74,18 +94,27 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
     if container.format.name.endswith("_pipe") or stream.disposition & Disposition.attached_pic:
         raise DecodeError(f"{path}: is a picture, not a video (lists of pictures have data.format: image)")
     codec = stream.codec_context
-    rows = []
-    cut_off = repairs = False
+    look = examiner(codec.codec.canonical_name, codec.extradata)
+    rows, sizes = [], set()
+    cut_off = new_setup = False
     for packet in container.demux(stream):
         if packet.is_corrupt:
             cut_off = True
-        elif packet.size and not (codec.name == "vp8" and _is_hidden_vp8(packet)):
-            rows.append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
-            if codec.name == "h264" and packet.is_keyframe and not _begins_afresh(packet, codec.extradata):
-                repairs = True
-    table = np.array([[_NEVER if value is None else value for value in row] for row in rows], dtype=np.int64)
-    shown, decoded, is_key, hidden = table.reshape(-1, 4).T
-    is_key, hidden = is_key.astype(bool), hidden.astype(bool)
+        elif packet.size:
+            seen = look(bytes(packet)) if look else Look(1, START if packet.is_keyframe else NO_START)
+            stamps = (_NEVER if packet.pts is None else packet.pts, _NEVER if packet.dts is None else packet.dts)
+            rows.append((*stamps, packet.is_keyframe, packet.is_discard, seen.pictures, seen.start, seen.ends))
+            if packet.is_keyframe:
+                new_setup = new_setup or packet.has_sidedata("new_extradata")
+            if seen.size is not None:
+                sizes.add(seen.size)
+    table = np.array(rows, dtype=np.int64).reshape(-1, 7)
+    held, ends = table[:, 4], table[:, 6]
+    shown, decoded, claimed, hidden, _, starts, _ = table[held > 0].T
+    claimed, hidden = claimed.astype(bool), hidden.astype(bool)
+    found = bool(((starts == START) | (starts == RECOVERY)).any())
+    proven = found and (look is not None or codec.codec.intra_only)
+    is_key = (starts == START) | (claimed & (starts != NO_START)) if proven else claimed
     if not is_key.any():
         raise DecodeError(f"{path}: holds no keyframe to decode from")
     reordered = bool((np.diff(shown) < 0).any())
@@ -97,15 +126,27 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
     # Packets are in decoding order: one that is shown before the newest keyframe so far makes the GOP an open one.
     newest_keyframe = np.maximum.accumulate(np.where(is_key, shown, _NEVER))
     keyframes = keyframes[np.argsort(keyframes[:, 0], kind="stable")]
-    timed = not guessed and _NEVER not in shown and len(np.unique(times)) == len(times)
+    # What comes out is seen only by decoding: a stream that begins in the middle of a GOP, two pictures in a packet, an
+    # end of sequence in the middle, pictures of MPEG-4 that are not coded among B-frames.
+    not_coded = codec.name == "mpeg4" and codec.has_b_frames and (held == 0).any()
+    countable = (
+        (not proven or is_key[0]) and held.max() == 1 and not ends[: held.nonzero()[0][-1]].any() and not not_coded
+    )
+    timed = bool(countable and not guessed and _NEVER not in shown and len(np.unique(times)) == len(times))
+    repairs = codec.name == "h264" and not (proven and (starts[is_key] == START).all())
     return Scan(
         container=container.format.name,
         video_streams=len(container.streams.video),
         stream=stream.index,
         tick=stream.time_base,
         rate=stream.average_rate or stream.guessed_rate,
+        count=len(times),
         times=times,
         keyframes=keyframes,
+        proven=proven,
+        false_keys=proven and bool((claimed & (starts == NO_START)).any()),
+        blank=bool((held == 0).any()),
+        resized=new_setup or len(sizes) > 1,
         timed=timed,
         b_frames=bool(codec.has_b_frames),
         open_gop=bool((shown < newest_keyframe).any()),
@@ -140,40 +181,8 @@ def _seeks_late(container: Any, stream: Any, keyframes: np.ndarray) -> bool:
     for shown in keyframes[:-1][keyframes[1:, 1] <= keyframes[:-1, 0], 0][:1]:
         container.seek(int(shown), stream=stream)
         landed = next(container.demux(stream)).pts
-        return landed is None or landed > shown
+        return landed is None or bool(landed > shown)
     return False
-
-
-def _begins_afresh(packet: Any, setup: bytes | None) -> bool:
-    """Return whether an H.264 packet holds an IDR slice: no frame from there on needs an earlier one.
-
-    A keyframe without one (intra refresh, open GOP) is a recovery point: pictures are right only some frames later, or
-    those shown before it are not. Containers mark both kinds as keyframes, so the packet's NAL units are looked at. The
-    low 5 bits of a unit's first byte are its type; 5 is a slice of an IDR picture.
-
-    Args:
-        packet: av.Packet.
-        setup: the codec's extradata. In mp4, mkv and flv it begins with 1 (an AVCDecoderConfigurationRecord), and
-            each unit is preceded by its size, in 1 to 4 bytes. Elsewhere units are preceded by the start code 0 0 1.
-    """
-    data = bytes(packet)
-    if not setup or setup[0] != 1:
-        return any(unit[:1] and unit[0] & 31 == 5 for unit in data.split(b"\0\0\1")[1:])
-    size_bytes = (setup[4] & 3) + 1  # lengthSizeMinusOne
-    place = 0
-    while place + size_bytes < len(data):
-        if data[place + size_bytes] & 31 == 5:
-            return True
-        place += size_bytes + int.from_bytes(data[place : place + size_bytes], "big")
-    return False
-
-
-def _is_hidden_vp8(packet: Any) -> bool:
-    """Return whether a VP8 frame is never shown: the bit show_frame of its header is 0 (RFC 6386, section 9.1).
-
-    VP9 and AV1 put a hidden frame into one packet with a shown one.
-    """
-    return not memoryview(packet)[0] & 0b10000
 
 
 def is_decodable(packet: Any) -> bool:
