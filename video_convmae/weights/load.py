@@ -412,8 +412,8 @@ def _other_sizes(weights: Weights, config: EncoderConfig) -> str:
         theirs = {} if weights.guessed else encoder_arguments(weights)
     except ValueError:  # of no model of ours
         theirs = {}
-    names = ("widths", "depths", "heads", "strides", "tubelet", "channels", "mlp_ratio")
-    names = (*names, "temporal_kernel", "spatial_kernel")
+    sizes = ("widths", "depths", "heads", "strides", "tubelet", "channels", "mlp_ratio")
+    names = (*sizes, "temporal_kernel", "spatial_kernel")
     if weights.heads is None:
         theirs.pop("heads", None)
     others = [name for name in names if name in theirs and theirs[name] != getattr(config, name)]

@@ -120,7 +120,11 @@ class Weights:
         Raises:
             UserError: a statement contradicts the tensors, or what their format determines.
         """
-        stated = {n: tuple(v) if isinstance(v, list) else v for n, v in properties.items() if v is not None}
+        stated: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in properties.items()
+            if value is not None
+        }
         known = {} if self.guessed else {name: getattr(self, name) for name in ("strides", "tubelet", "channels")}
         width = embedding_weights(self.tensors)[-1].shape[0]
         for name, value in known.items():
