@@ -54,7 +54,7 @@ from video_convmae.visualize.reconstruct import (
     write_reconstruction_video,
 )
 
-PRETRAIN_STEPS = 2000
+PRETRAIN_STEPS = 900
 FINETUNE_STEPS, LABELLED = 300, 200
 RUNS = ("pretrain", "finetuned", "scratch")
 MIN_AHEAD = 0.15  # of finetuned before scratch, in top-1
