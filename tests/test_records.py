@@ -87,7 +87,6 @@ def test_a_line_that_fits_no_form_is_an_error(tmp_path: Path, format: str, line:
         ("video", "VideoPath\tLabel", "a header"),
         ("video", "3,a.mp4", "',' separates the fields"),
         ("frames", "frame_dir,total_frames,label", "a header"),
-        ("frames", "folder 8 1 2 5", "4 numbers stand behind the folder"),
     ],
 )
 def test_lists_of_other_programs_are_recognised(tmp_path: Path, format: str, line: str, message: str) -> None:

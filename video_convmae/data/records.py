@@ -268,10 +268,7 @@ def _other_form(line: str, format: ListFormat, is_first: bool) -> str | None:
         return (
             f"{mark!r} separates the fields; {expected}, and no quotes: sed 's/{mark}/ /g' FILE > list.txt writes that"
         )
-    if format == "frames":
-        count = len(_split_off_integers(line)[1])
-        return f"{count} numbers stand behind the folder; {expected}: a record has one label" if count > 2 else None
-    if not (found := _BEHIND_THE_NAME.match(line)) or "/" in found[1]:
+    if format == "frames" or not (found := _BEHIND_THE_NAME.match(line)) or "/" in found[1]:
         return None
     behind = found[1].strip()
     if behind[0] in ",;|\"'":
