@@ -347,7 +347,7 @@ def test_lars_adapts_matrices_alone(videos: Path) -> None:
     """MAE's rule at weight decay 0: a matrix moves by lr x 0.001 x its norm, a vector by lr x its gradient."""
     model = torch.nn.Linear(8, 3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    config = OptimConfig(optimizer="lars", weight_decay=0.0, lr=0.4, betas=(0.9, 0.999))
+    config = OptimConfig(optimizer="lars", weight_decay=0.0, lr=0.4, warmup_epochs=0, betas=(0.9, 0.999))
     optimizer = build_optimization(model, config, TrainConfig(epochs=1), 4, 4).optimizer
     model(torch.randn(5, 8)).square().sum().backward()
     for group in optimizer.param_groups:

@@ -29,7 +29,7 @@ def draw_curves(path: Path) -> None:
     shown = {row["model"]: row for row in reversed(curves) if row["model"] in COLOURS}
     last = max(step for row in shown.values() for step, _ in row["loss"])
     drawing = Drawing(960, 404, "Loss, linear probe and effective rank over the steps of pretraining")
-    drawing.text(14, 28, "A run that learns, and one that does not", 17, "start", font_weight="bold")
+    drawing.text(14, 28, "What the logs of pretraining say", 17, "start", font_weight="bold")
     for number, (value, title, ticks) in enumerate(PANELS):
         left = 56 + number * (WIDTH + 80)
         drawing.text(left + WIDTH / 2, TOP - 16, title, 14)
@@ -39,7 +39,7 @@ def draw_curves(path: Path) -> None:
             if model in shown:
                 axes.curve([(step, [min(height, ticks[-1][0])]) for step, height in shown[model][value]], colour)
     x = 56
-    for model, colour in COLOURS.items():
+    for model, colour in [each for each in COLOURS.items() if each[0] in shown]:
         drawing.line([(x, 344), (x + 26, 344)], stroke=colour, stroke_width=3)
         drawing.text(x + 34, 349, model, 14, "start", fill=colour)
         x += 300

@@ -44,6 +44,8 @@ def draw_study(path: Path) -> None:
     labels = [(statistics.mean(curve[longest]), f"{PRETRAINED}, pretrained", BLUE)]
     for name, colour, dashes, label in OTHERS:
         values = [row["top1"] for row in few if row["model"] == name]
+        if not values:
+            continue
         mean = statistics.mean(values)
         trained = any(row["pretrain_steps"] for row in few if row["model"] == name)
         start = [] if trained else [(0, [mean])]

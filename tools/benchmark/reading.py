@@ -253,12 +253,12 @@ class StageTimer:
         """Time the conversion to RGB within PyAV's reader."""
         make_converter = pyav_reader.rgb_converter
 
-        def timed_converter() -> Callable[[Any], np.ndarray]:
+        def timed_converter() -> Callable[..., np.ndarray]:
             convert = make_converter()
 
-            def timed_convert(frame: Any) -> np.ndarray:
+            def timed_convert(*arguments: Any) -> np.ndarray:
                 with self._timed("convert"):
-                    return convert(frame)
+                    return convert(*arguments)
 
             return timed_convert
 
