@@ -25,6 +25,7 @@ def finetune(config: FinetuneConfig) -> int:
     from video_convmae.data.labels import label_notes
     from video_convmae.engine.distributed import init_distributed
     from video_convmae.engine.fit import fit_probe
+    from video_convmae.engine.run_folder import claim
     from video_convmae.weights.load import describe_encoder
 
     takes_model = config.model.from_weights
@@ -49,13 +50,14 @@ def finetune(config: FinetuneConfig) -> int:
         if info.is_main:
             print(report or "init.weights is none: a random encoder is probed", flush=True)
         inference = build.build_inference(probe, config.data, records, config.validate, info)
-        fit_probe(
-            inference,
-            Path(config.output),
-            config.data.max_bad_fraction,
-            to_plain(config),
-            build.build_validation(config, info, validation),
-        )
+        with claim(Path(config.output), info):
+            fit_probe(
+                inference,
+                Path(config.output),
+                config.data.max_bad_fraction,
+                to_plain(config),
+                build.build_validation(config, info, validation),
+            )
         return 0
 
 

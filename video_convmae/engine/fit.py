@@ -20,7 +20,7 @@ from .checkpoint import checkpoint_name, list_checkpoints, save_checkpoint, step
 from .distributed import barrier
 from .inference import ListInference, chunk_folder
 from .log import BadRecordLog, last_words
-from .run_folder import claim, write_config
+from .run_folder import write_config
 from .validation import Validation
 
 
@@ -37,26 +37,15 @@ def fit_probe(
 
     Args:
         inference: the probe over the training list's views.
-        folder: the run folder.
+        folder: the run folder, which the caller has claimed.
         max_bad_fraction: largest allowed fraction of bad records.
         run_config: configuration of the run as plain data.
         validation: measured once, with the fitted probe.
 
     Raises:
         TooManyBadRecords: see `BadRecordLog`.
-        UserError: the folder holds a run that was trained, or another process writes into it.
+        UserError: the folder holds a run that was trained.
     """
-    with claim(folder, inference.info):
-        _fit_probe(inference, folder, max_bad_fraction, run_config, validation)
-
-
-def _fit_probe(
-    inference: ListInference,
-    folder: Path,
-    max_bad_fraction: float,
-    run_config: dict[str, Any],
-    validation: Validation | None,
-) -> None:
     model, info, records = inference.model, inference.info, inference.views.records
     if not isinstance(model, Probe) or not isinstance(model.head, KNNHead | LogisticHead):
         raise TypeError(f"the model is a {type(model).__name__}; expected a Probe with model.probe knn or logistic")
