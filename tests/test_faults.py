@@ -256,7 +256,7 @@ def test_a_run_over_a_list_with_bad_files(folder: Path, tmp_path: Path) -> None:
     """tools/pretrain.py: `bad_records.jsonl` and the log's counter; two start methods give the same losses."""
     expected = reported_of(_binds(folder / "no permission.mp4"))
     losses = []
-    for start_method, workers in (("fork", 3), ("spawn", 2)):
+    for start_method, workers in (("fork", 2), ("spawn", 2)):
         output = tmp_path / start_method
         edits = ("--train.epochs=1", "--train.batch_size=10", f"--data.workers={workers}")
         with started(folder, output, f"--data.start_method={start_method}", *edits) as process:
@@ -271,7 +271,7 @@ def test_a_run_over_a_list_with_bad_files(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.faults
 def test_too_many_bad_files_end_a_run_at_once(folder: Path, tmp_path: Path) -> None:
-    edits = ("--data.max_bad_fraction=0.015", "--data.workers=3")
+    edits = ("--data.max_bad_fraction=0.015", "--data.workers=2")
     with started(folder, tmp_path, *edits) as process:
         wait_until(lambda: (tmp_path / "bad_records.jsonl").exists(), process)
         family = descendants(process.pid)
@@ -378,11 +378,11 @@ def test_a_killed_decoding_process_costs_one_record(good: Path, tmp_path: Path) 
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_nothing_outlives_a_killed_run(start_method: str, folder: Path, tmp_path: Path) -> None:
     """One decoding process hangs at that moment or soon."""
-    edits = (f"--data.start_method={start_method}", "--data.workers=3")
+    edits = (f"--data.start_method={start_method}", "--data.workers=2")
     with started(folder, tmp_path, *edits) as process:
         wait_until(lambda: (tmp_path / "log.jsonl").exists() and len(log(tmp_path)) >= 3, process)
         family = descendants(process.pid)
-        assert len(workers_of(process.pid)) == 3
+        assert len(workers_of(process.pid)) == 2
         process.kill()
         process.wait(PROMPT)
         assert all(is_gone(pid, PROMPT) for pid in family)
@@ -391,10 +391,10 @@ def test_nothing_outlives_a_killed_run(start_method: str, folder: Path, tmp_path
 # ---- 4. ends of a run -----------------------------------------------------------------------------------------------
 
 ENDS = ["success", "error", "SIGTERM to the main process", "Ctrl-C"]
-WAYS = [(end, "fork", workers) for end in ENDS for workers in (0, 1, 3)]
-WAYS += [(end, start_method, workers) for start_method in START_METHODS[1:] for end in ENDS for workers in (1, 3)]
+WAYS = [(end, "fork", workers) for end in ENDS for workers in (0, 1, 2)]
+WAYS += [(end, start_method, workers) for start_method in START_METHODS[1:] for end in ENDS for workers in (1, 2)]
 QUICK = {("success", "spawn", 1), ("error", "forkserver", 1), ("Ctrl-C", "forkserver", 1), ("Ctrl-C", "fork", 0)}
-QUICK |= {("SIGTERM to the main process", "spawn", 1), ("SIGTERM to the main process", "fork", 3)}
+QUICK |= {("SIGTERM to the main process", "spawn", 1), ("SIGTERM to the main process", "fork", 2)}
 
 
 @pytest.mark.parametrize(
