@@ -37,9 +37,11 @@ def decoded(path: str | Path) -> np.ndarray:
 
 
 def labelled(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Clips, uint8 `(n, T, H, W, 3)`, and labels of a split."""
+    """The middles of clips, uint8 `(n, T, 32, 32, 3)`, and labels of a split."""
     records = read_list(folder / f"{split}_how.txt", root=folder)
-    return np.stack([decoded(record.path) for record in records]), records.labels
+    clips = np.stack([decoded(record.path) for record in records])
+    margin = (clips.shape[2] - SMALL["size"]) // 2
+    return clips[:, :, margin : margin + SMALL["size"], margin : margin + SMALL["size"]], records.labels
 
 
 def test_the_lists_are_balanced_and_read_back(folder: Path) -> None:
@@ -51,10 +53,11 @@ def test_the_lists_are_balanced_and_read_back(folder: Path) -> None:
 
 
 def test_clips_are_h264(folder: Path) -> None:
-    with av.open(str(next((folder / "train").iterdir()))) as container:
-        stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
-        assert [(frame.width, frame.height) for frame in container.decode(stream)] == [(32, 32)] * 16
+    for split, size in (("train", 40), ("validation", 32)):
+        with av.open(str(next((folder / split).iterdir()))) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+            assert [(frame.width, frame.height) for frame in container.decode(stream)] == [(size, size)] * 16
 
 
 def test_training_and_validation_share_no_map(folder: Path) -> None:
@@ -109,7 +112,7 @@ def test_same_seed_same_bytes_for_any_number_of_processes(folder: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"size": 33}, "even"), ({"size": 512}, "480"), ({"train": 100}, "multiple of 6")]
+    ("change", "message"), [({"size": 33}, "even"), ({"size": 512}, "384"), ({"train": 100}, "multiple of 6")]
 )
 def test_settings_that_cannot_be_are_refused(tmp_path: Path, change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -7,7 +7,8 @@ An agent stands somewhere on a map of Freedoom: Phase 2 and holds one of six but
 it walks forward or backward, strafes or turns. Every start is played once with every button, so the six clips begin
 with the same frame and one frame cannot tell the class; turning and strafing to one side look much alike, except that
 near things pass faster. Starts where a wall or a step blocks a walk, or a view has too little texture, are left out. No
-monsters, no weapon, no status bar. Training and validation use different maps.
+monsters, no weapon, no status bar. Training and validation use different maps. As in tools.study.clips, training clips
+are a quarter wider.
 
 Output: as of tools.study.clips, with the one task `how`: `train/*.mp4`, `validation/*.mp4`; the lists `train_how.txt`
 and `validation_how.txt` (start after start, the six buttons in order), the class names beside them; and, last of all,
@@ -40,7 +41,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tools.study.clips import SETTINGS_FILE, SPLITS, is_complete, remove_clips, write_h264
+from tools.study.clips import MARGIN, SETTINGS_FILE, SPLITS, is_complete, remove_clips, write_h264
 
 # Class names, ViZDoom's buttons, and which way a button moves the agent: degrees counter-clockwise from its view.
 BUTTONS = {
@@ -62,8 +63,9 @@ CLEARANCE = 165
 MIN_TEXTURE = 4.0  # grey levels; a view of one blank wall or of darkness has 1 to 3
 MAX_TRIES = 200  # about one start of three is taken
 HEIGHTS = {120: "RES_160X120", 240: "RES_320X240", 480: "RES_640X480"}
+MAX_SIZE = max(HEIGHTS) * MARGIN // (MARGIN + 2)
 
-RECIPE = 1  # raise it when the same settings give other clips, so that earlier folders are made again
+RECIPE = 2  # raise it when the same settings give other clips, so that earlier folders are made again
 CLIP_NAME = re.compile(r"\d{5}_(move|strafe|turn)_[a-z]+_map\d\d\.mp4")
 
 
@@ -83,8 +85,8 @@ class DoomSettings:
             if count < 1 or count % len(CLASSES):
                 expected = f"a multiple of {len(CLASSES)}: every start is played with every button"
                 raise ValueError(f"{name} is {count}; expected {expected}")
-        if self.size % 2 or not 16 <= self.size <= max(HEIGHTS):
-            raise ValueError(f"size is {self.size}; expected an even number of pixels from 16 to {max(HEIGHTS)}")
+        if self.size % 2 or not 16 <= self.size <= MAX_SIZE:
+            raise ValueError(f"size is {self.size}; expected an even number of pixels from 16 to {MAX_SIZE}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def make_doom_clips(
         output: destination folder. Clips that an earlier call with other settings left there are removed.
         train: training clips, a multiple of the six buttons.
         validation: validation clips, likewise.
-        size: side of a clip in pixels.
+        size: side of a validation clip in pixels.
         seed: clips of another seed begin elsewhere.
         processes: None: one for each core.
 
@@ -244,9 +246,12 @@ def _make_clips(
 ) -> list[str]:
     """Find a start and make its clips, one a class; returns their paths in the folder."""
     rng = np.random.default_rng([settings.seed, SPLITS.index(split), index])
-    start, clips = _find_start(_engine(settings.size), partial(draw_start, places, rng))
+    margin = settings.size // MARGIN
+    start, clips = _find_start(_engine(settings.size + 2 * margin), partial(draw_start, places, rng))
     names = []
     for label, frames in enumerate(clips):
+        if split == "validation":
+            frames = frames[:, margin:-margin, margin:-margin]
         button = CLASSES[label].replace(" ", "_")
         names.append(f"{split}/{index * len(CLASSES) + label:05d}_{button}_{start.map}.mp4")
         write_h264(output / names[-1], frames, FPS)

@@ -3,10 +3,11 @@
     make study                                     # eight hours on two CPU cores
     python -m tools.study --quick                  # one seed, three models, which way the digit moves: 45 minutes
     python -m tools.study --scale 4 --device cuda  # four times the clips and the pretraining steps
+    python -m tools.study --world doom             # another world: which button is held in Doom (tools.study.doom)
 
 Each model is pretrained on all training clips without labels, and then measured with few: *how* (which of eight ways a
 digit moves) and *what* (which digit). Validation clips show digits and photographs that no training clip shows. A model
-from scratch is finetuned alone, for as many steps, and in columns of their own for ten times as many. On a CPU each
+from scratch is finetuned alone, for as many steps, and in a column of their own for five times as many. On a CPU each
 core trains a model of its own. *How* with the fewest labels comes first, for every model, and then the rest.
 
 results.json, a list of rows, curves.json, what the logs of pretraining say, and table.md are written after every
@@ -20,10 +21,11 @@ import json
 import multiprocessing
 import os
 import statistics
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from torchvision.transforms.v2.functional import center_crop
 from video_convmae.benchmark.environment import describe_machine
 
 from tools.study.clips import make_digit_clips
+from tools.study.doom import CLASSES, make_doom_clips
 from tools.study.training import finetune_on, pretrain_on
 from video_convmae.atomic import write_text
 from video_convmae.data.decoding.process import ReaderProcess
@@ -38,7 +41,7 @@ from video_convmae.data.records import read_list
 from video_convmae.engine.baselines import fit_and_score, mean_frame, motion_energy
 from video_convmae.engine.checkpoint import checkpoint_name
 
-PRETRAIN_STEPS, PRETRAIN_BATCH = 4000, 32  # of configs/debug/demo.yaml
+PRETRAIN_STEPS, PRETRAIN_BATCH = 8000, 32  # of configs/debug/demo.yaml
 TRAIN_CLIPS, VALIDATION_CLIPS, SIZE = 20_000, 2_000, 32
 
 Edits = tuple[str, ...]
@@ -68,6 +71,29 @@ PLAIN = (
     "--model.strides=[8]",
     "--model.position_table=flat",
 )
+
+
+class World(NamedTuple):
+    """Where clips come from.
+
+    make: folder, training clips, validation clips -> the clips and their lists. tasks: labels of each clip. edits: of
+    every configuration.
+    """
+
+    make: Callable[[Path, int, int], None]
+    tasks: tuple[str, ...]
+    edits: Edits = ()
+
+
+def _make_doom(folder: Path, train: int, validation: int) -> None:
+    per_start = len(CLASSES)
+    make_doom_clips(folder, train // per_start * per_start, validation // per_start * per_start, SIZE)
+
+
+WORLDS = {
+    "digits": World(make_digit_clips, ("how", "what")),
+    "doom": World(_make_doom, ("how",), ("--data.stride=2",)),  # its clips have 16 frames, models see 8
+}
 IMAGE = ("--model.num_frames=1", "--mask.kind=random", "--mask.ratio=0.75")
 MODELS = {
     "VideoConvMAE-MSD": StudyModel(several=True, curve=True),
@@ -75,7 +101,7 @@ MODELS = {
     "VideoMAE (plain ViT)": StudyModel(model=PLAIN, several=True),
     "from scratch (hybrid)": StudyModel(stages=(), several=True),
     "from scratch (plain ViT)": StudyModel(model=PLAIN, stages=(), several=True),
-    "MSD, half of the hidden tokens predicted": StudyModel(stages=(("--mask.decoder_ratio=0.5",),), several=True),
+    "MSD, half of the hidden tokens predicted": StudyModel(stages=(("--mask.decoder_ratio=0.5",),)),
     "MSD, tube mask 0.75": StudyModel(stages=(("--mask.kind=tube", "--mask.ratio=0.75"),)),
     "MSD, tube mask 0.9": StudyModel(stages=(("--mask.kind=tube", "--mask.ratio=0.9"),)),
     "MSD, random mask 0.75": StudyModel(stages=(("--mask.kind=random", "--mask.ratio=0.75"),)),
@@ -128,8 +154,8 @@ MEASUREMENTS = (
     Measurement("how", "linear", 1000, 1000, (*PROBE, "--model.probe=linear", "--optim.lr=1e-2")),
     Measurement("how", "knn", VALIDATION_CLIPS // 2, 0),  # of the probe beside pretraining: half the validation clips
 )
-AS_LONG_AS_THEY_LIKE = Measurement("how", "finetune", 1000, 4000)  # of models from scratch
-CURVE = (500, 1000, 2000)  # steps of pretraining after which few labels are also tried
+AS_LONG_AS_THEY_LIKE = Measurement("how", "finetune", 1000, 2000)  # of models from scratch
+CURVE = (500, 1000, 2000, 4000)  # steps of pretraining after which few labels are also tried
 
 
 def main() -> None:
@@ -137,8 +163,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m tools.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder (default %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each of the first six models (default 3)")
+    parser.add_argument("--output", type=Path, help="folder (default runs/study, of another world runs/study_WORLD)")
+    parser.add_argument("--world", choices=WORLDS, default="digits", help="default %(default)s")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each of the first five models (default 3)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
     parser.add_argument("--quick", action="store_true", help="one seed, three models, *how* with 200 labels")
     parser.add_argument("--scale", type=float, default=1, help="times as many clips and pretraining steps (default 1)")
@@ -149,7 +176,8 @@ def main() -> None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.quick:
         args.models, args.seeds = list(QUICK), 1
-    make_digit_clips(args.output / "data", round(args.scale * TRAIN_CLIPS), VALIDATION_CLIPS)
+    args.output = args.output or Path("runs/study" if args.world == "digits" else f"runs/study_{args.world}")
+    WORLDS[args.world].make(args.output / "data", round(args.scale * TRAIN_CLIPS), VALIDATION_CLIPS)
     several = [(name, seed) for seed in range(args.seeds) for name in args.models if MODELS[name].several]
     models = several + [(name, 0) for name in args.models if not MODELS[name].several]
     processes = args.processes or (1 if args.device.startswith("cuda") else os.cpu_count())
@@ -172,7 +200,8 @@ def plan_model(name: str, args: argparse.Namespace) -> list[tuple[Measurement, i
         return planned
     if model.curve:
         planned += [(FEW_LABELS, round(args.scale * steps)) for steps in CURVE]
-    columns = [column for column in MEASUREMENTS[1:] if model.several or column.task == "how"]
+    tasks = WORLDS[args.world].tasks if model.several else ("how",)
+    columns = [column for column in MEASUREMENTS[1:] if column.task in tasks]
     if not model.stages:
         columns = [column for column in columns if column.protocol != "knn"] + [AS_LONG_AS_THEY_LIKE]
     return planned + [(column, whole) for column in columns]
@@ -182,7 +211,7 @@ def measure_model(name: str, seed: int, planned: list[tuple[Measurement, int]], 
     """Pretrain a model, then take every measurement that has no row yet."""
     model, data = MODELS[name], args.output / "data"
     folder = args.output / "runs" / f"{list(MODELS).index(name)}_{seed}"
-    settings = [*model.model, f"--seed={seed}", f"--device={args.device}"]
+    settings = [*model.model, *WORLDS[args.world].edits, f"--seed={seed}", f"--device={args.device}"]
     known = {row_key(row) for row in collect_rows(args.output)}
     for column, pretrain_steps in planned:
         row: Row = {"model": name, "task": column.task, "protocol": column.protocol, "labels": column.labels}
@@ -230,7 +259,7 @@ def measure_baselines(args: argparse.Namespace) -> None:
         row: Row = {"task": column.task, "protocol": "linear", "labels": column.labels}
         row |= {"seed": 0, "steps": 0, "pretrain_steps": 0}
         missing = [name for name in BASELINES if row_key(row | {"model": name}) not in known]
-        if column.protocol != "finetune" or not missing:
+        if column.protocol != "finetune" or column.task not in WORLDS[args.world].tasks or not missing:
             continue
         train, train_labels = _read_clips(args.output / "data", f"train_{column.task}", column.labels)
         test, test_labels = _read_clips(args.output / "data", f"validation_{column.task}", None)
