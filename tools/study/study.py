@@ -21,8 +21,11 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -182,12 +185,15 @@ def main() -> None:
     models = several + [(name, 0) for name in args.models if not MODELS[name].several]
     processes = args.processes or (1 if args.device.startswith("cuda") else os.cpu_count())
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        jobs = [pool.submit(measure_baselines, args)]
-        for part in (slice(1), slice(1, None)):
-            jobs += [pool.submit(measure_model, *each, plan_model(each[0], args)[part], args) for each in models]
-            for future in as_completed(jobs):
-                future.result()
+    try:
+        with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            jobs = [pool.submit(measure_baselines, args)]
+            for part in (slice(1), slice(1, None)):
+                jobs += [pool.submit(measure_model, *each, plan_model(each[0], args)[part], args) for each in models]
+                for future in as_completed(jobs):
+                    future.result()
+    except (BrokenProcessPool, KeyboardInterrupt):
+        sys.exit(f"{args.output} was interrupted; the same command resumes it")
     print(table(collect_rows(args.output)))
 
 
@@ -226,7 +232,8 @@ def measure_model(name: str, seed: int, planned: list[tuple[Measurement, int]], 
             if weights is not None and pretrain_steps < args.scale * PRETRAIN_STEPS:
                 weights = weights / "checkpoints" / checkpoint_name(pretrain_steps)
             edits = [*settings, *column.edits]
-            metrics = finetune_on(data, column.task, column.labels, column.steps, run, weights, *edits)
+            with _ended_by_a_signal():
+                metrics = finetune_on(data, column.task, column.labels, column.steps, run, weights, *edits)
             row["top1"] = metrics["val_top1"]
         row |= describe_machine(args.device)
         if column.protocol == "finetune":
@@ -248,8 +255,18 @@ def pretrain_model(model: StudyModel, folder: Path, settings: list[str], args: a
         start = [] if weights is None else [f"--init.weights={weights}"]
         weights = folder / f"pretrain_{number}"
         length = f"--train.max_steps={round(args.scale * PRETRAIN_STEPS)}"
-        pretrain_on(data, weights, *settings, *start, length, *watch, *edits)
+        with _ended_by_a_signal():
+            pretrain_on(data, weights, *settings, *start, length, *watch, *edits)
     return weights
+
+
+@contextmanager
+def _ended_by_a_signal() -> Iterator[None]:
+    """End this process where a signal stopped its run, and with it the pool: it would begin its next model."""
+    try:
+        yield
+    except SystemExit:
+        os._exit(1)
 
 
 def measure_baselines(args: argparse.Namespace) -> None:
