@@ -76,8 +76,10 @@ def hidden_pixels(model: Autoencoder, visible: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("implementation", ["packed", "dense"])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("size", "mask"),
+    [(size, mask) for size in SIZES for mask in MASKS if mask == "tube" or size not in ("large", "huge")],
+)
 def test_hidden_pixels_do_not_reach_the_tokens(size: str, mask: str, implementation: str) -> None:
     model = shrunk(size, implementation=implementation)
     clips, visible = batch(model, mask)
@@ -118,7 +120,7 @@ def test_visible_neighbours_do_reach_each_other_through_the_convolutions() -> No
 @pytest.mark.parametrize("implementation", ["packed", "dense"])
 @pytest.mark.parametrize(
     ("geometry", "kind", "masks"),
-    [("video", "random", 4), ("video", "tube", 2), ("strides 2,2,2", "frame", 2), ("image", "random", 4)],
+    [("strides 2,2,2", "random", 4), ("strides 2,2,2", "frame", 2), ("image", "random", 4), ("video", "tube", 2)],
 )
 def test_masks_of_a_clip_together_equal_a_pass_each(geometry: str, kind: str, masks: int, implementation: str) -> None:
     """Loss, tokens, predictions, gradients, with decoder masking and without."""
