@@ -159,7 +159,7 @@ def test_the_whole_model_builds(path: Path) -> None:
         least = 85e6 if "base" in path.name else 1e6 if "tiny" in path.name else 20e6
         assert sum(p.numel() for p in model.parameters()) > least
         assert (model.fusion is not None and len(model.fusion.joints) > 0) == (
-            "_msd" in path.name or "own" in path.name
+            any(part in path.name for part in ("_msd", "_fast", "own"))
         )
 
 
@@ -260,12 +260,17 @@ def test_the_numbers_are_the_recipes(path: Path) -> None:
     batch = config.train.batch_size * 8 * nodes * config.train.accumulate
     spatiotemporal = "spatiotemporal" in path.name
     assert config.data.stride == (2 if "ssv2" in path.name else 4)
-    assert config.train.epochs == (200 if "200ep" in path.name or spatiotemporal else 800)
+    fast = "fast" in path.name  # four masks a clip: as many masks a step and in all, so a quarter of clips and epochs
+    assert config.train.epochs == (200 if "200ep" in path.name or spatiotemporal or fast else 800)
     assert (config.mask.kind, config.mask.ratio) == ("random" if spatiotemporal else "tube", 0.9)
-    assert (batch, config.data.repeats) == ((512, 4) if spatiotemporal else (2048, 1))
+    assert (config.mask.count, config.mask.count * config.train.epochs) == (
+        (4, 800) if fast else (1, config.train.epochs)
+    )
+    assert (batch, config.data.repeats) == ((512, 4) if spatiotemporal else (2048 // config.mask.count, 1))
     expected = (1.6e-3, 0.0, 5, 0.02) if spatiotemporal else (1.5e-4, 1e-5, 40, None)
-    optim = config.optim
-    assert (optim.base_lr, optim.base_min_lr, optim.warmup_epochs, optim.clip_grad) == expected
+    optim, masks = config.optim, config.mask.count
+    rates = (optim.base_lr / masks, optim.base_min_lr / masks, optim.warmup_epochs * masks, optim.clip_grad)
+    assert rates == pytest.approx(expected)
     assert (optim.weight_decay, optim.betas) == (0.05, (0.9, 0.95))
     assert f"Effective batch {batch} " in text
 
@@ -280,14 +285,16 @@ def effective_batch(config: PretrainConfig | FinetuneConfig, text: str) -> int:
 
 @pytest.mark.parametrize("path", [p for p in PRETRAINING if "in1k" in p.name], ids=name)
 def test_the_numbers_of_image_pretraining_are_the_recipes(path: Path) -> None:
-    """shared/reference/convmae_family.md section 2, pretrain v1."""
-    config = load(path)
+    """shared/reference/convmae_family.md section 2, pretrain v1 and Fast."""
+    config, fast = load(path), "fast" in path.name
     optim, augmentation = config.optim, config.data.augmentation
-    assert effective_batch(config, path.read_text()) == 3072
-    assert config.train.epochs == (200 if "200ep" in path.name else 1600)
+    assert effective_batch(config, path.read_text()) == (512 if fast else 3072)
+    assert config.train.epochs == (50 if fast else 200 if "200ep" in path.name else 1600)
     assert (optim.optimizer, optim.betas, optim.weight_decay) == ("adamw", (0.9, 0.95), 0.05)
-    assert (optim.base_lr, optim.base_min_lr, optim.warmup_epochs, optim.clip_grad) == (1.5e-4, 0.0, 40, None)
+    expected = (6e-4, 0.0, 10, None) if fast else (1.5e-4, 0.0, 40, None)
+    assert (optim.base_lr, optim.base_min_lr, optim.warmup_epochs, optim.clip_grad) == expected
     assert (config.mask.kind, config.mask.ratio, config.data.repeats) == ("random", 0.75, 1)
+    assert config.mask.count == (4 if fast else 1)
     assert (augmentation.crop, augmentation.area, augmentation.aspect) == ("random_resized", (0.2, 1.0), (0.75, 1.3333))
     assert (augmentation.flip, augmentation.interpolation) == (True, "bicubic")
     model = config.model

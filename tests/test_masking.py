@@ -42,22 +42,39 @@ def test_frame_cuts_at_most_one_frame(grid: masking.Grid, ratio: float, seed: in
     assert int(((per_frame > 0) & (per_frame < grid[1] * grid[2])).sum()) <= 1
 
 
+@pytest.mark.parametrize("kind", ["random", "tube", "frame"])
 @given(grid=grids, ratio=st.floats(0.01, 0.99), count=st.integers(1, 8), seed=seeds)
-def test_complementary_masks_are_disjoint(grid: masking.Grid, ratio: float, count: int, seed: int) -> None:
-    tokens = grid[0] * grid[1] * grid[2]
-    n = tokens - int(ratio * tokens)
-    if count * n > tokens:
+def test_complementary_masks_are_disjoint(grid: masking.Grid, ratio: float, count: int, seed: int, kind: str) -> None:
+    t, h, w = grid
+    places = h * w if kind == "tube" else t * h * w
+    n = places - int(ratio * places)
+    if count * n > places:
         with pytest.raises(ValueError, match="do not fit"):
-            masking.complementary(grid, ratio, count, generator(seed))
+            masking.complementary(grid, ratio, count, generator(seed), kind)
         return
-    visible = masking.complementary(grid, ratio, count, generator(seed))
+    visible = masking.complementary(grid, ratio, count, generator(seed), kind)
     assert visible.shape == (count, *grid)
-    assert (visible.flatten(1).sum(1) == n).all()
+    assert (visible.flatten(1).sum(1) == n * (t if kind == "tube" else 1)).all()
     assert int(visible.sum(0).max()) == 1
+    if kind == "tube":
+        assert (visible == visible[:, :1]).all()
 
 
 def test_four_complementary_masks_cover_the_image() -> None:
     assert masking.complementary((1, 14, 14), 0.75, 4).any(0).all()
+
+
+def test_nine_disjoint_masks_of_tubes_at_nine_tenths() -> None:
+    visible = masking.complementary((8, 14, 14), 0.9, 9, kind="tube")
+    assert (visible.flatten(2).sum(2) == 20).all()
+    assert int(visible.any(0)[0].sum()) == 180
+    with pytest.raises(ValueError, match="there can be 1 to 9"):
+        masking.complementary((8, 14, 14), 0.9, 10, kind="tube")
+
+
+def test_blocks_have_no_complementary_masks() -> None:
+    with pytest.raises(ValueError, match="expected random, tube or frame"):
+        masking.draw("block", (8, 14, 14), 0.9, count=2)
 
 
 def test_twenty_of_196_are_visible_at_nine_tenths() -> None:

@@ -269,7 +269,7 @@ def build_clips(
     """Build the training clips, in the shape that the encoder takes; with a mask, what is hidden and predicted."""
     draw_mask = None
     if mask is not None:
-        draw_mask = partial(masking.draw, mask.kind, encoder.grid, mask.ratio, mask.decoder_ratio)
+        draw_mask = partial(masking.draw, mask.kind, encoder.grid, mask.ratio, mask.decoder_ratio, count=mask.count)
     reader = ReaderProcess(data.reader, data.decode_timeout, data.max_side)
     return ClipDataset(
         records,
@@ -504,7 +504,7 @@ def _probe_cost(config: PretrainConfig, model: Autoencoder) -> float:
     trained = model.multiply_adds(int(visible.sum()), None if predicted is None else int(predicted.sum()))
     encoded = model.multiply_adds(visible.numel(), 0)
     del encoded["decoder"]
-    arithmetic = sum(encoded.values()) / (3 * repeats * sum(trained.values()))
+    arithmetic = sum(encoded.values()) / (3 * repeats * mask.count * sum(trained.values()))
     return 1 + arithmetic if config.data.memory else max(1.0, arithmetic)
 
 

@@ -43,8 +43,14 @@ class MaskConfig:
     """Fraction of the tokens that is hidden."""
     decoder_ratio: float | None = None
     """Fraction of the hidden tokens that is predicted, in running cells (VideoMAE V2; faster); none: all of them."""
+    count: int = 1
+    """Masks of a clip with no visible token in common, all learned from in one step (FastConvMAE); not of blocks."""
 
     def __post_init__(self) -> None:
+        if self.count < 1 or (self.count > 1 and self.kind == "block"):
+            raise ValueError(
+                f"mask.count is {self.count} and mask.kind {self.kind}; expected 1 or more masks, of blocks exactly 1"
+            )
         if self.decoder_ratio is not None and not 0 < self.decoder_ratio <= 1:
             raise ValueError(
                 f"mask.decoder_ratio is {self.decoder_ratio}; expected 0 < ratio <= 1, or none for all hidden tokens"

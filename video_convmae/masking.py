@@ -41,13 +41,8 @@ def frame(grid: Grid, ratio: float, generator: torch.Generator | None = None) ->
     one frame, 49 of 4 x 49 at 0.75 fill exactly one.
     """
     t, h, w = _check(grid, ratio)
-    # Tokens become visible in this order: all of one frame, then all of the next. With 2 frames of 2 tokens, frames
-    # (1, 0) and within (0, 1) give the tokens 2 3 0 1; at 0.25, three are visible: all of frame 1 and half of frame 0.
-    frames = torch.randperm(t, generator=generator)
-    within = torch.randperm(h * w, generator=generator)
-    order = (frames[:, None] * (h * w) + within).flatten()
     visible = torch.zeros(t * h * w, dtype=torch.bool)
-    visible[order[: visible.numel() - int(ratio * visible.numel())]] = True
+    visible[_frame_by_frame(grid, generator)[: visible.numel() - int(ratio * visible.numel())]] = True
     return visible.view(t, h, w)
 
 
@@ -78,16 +73,30 @@ def block(grid: Grid, ratio: float, generator: torch.Generator | None = None) ->
     return visible
 
 
-def complementary(grid: Grid, ratio: float, count: int, generator: torch.Generator | None = None) -> Tensor:
+def complementary(
+    grid: Grid, ratio: float, count: int, generator: torch.Generator | None = None, kind: str = "random"
+) -> Tensor:
     """Draw `count` masks with no visible token in common (FastConvMAE), shape `(count, t, h, w)`.
 
-    Four masks at 0.75 cover the grid: every token is visible in exactly one. If `count * n < N`, the rest is hidden in
-    all of them.
+    Each hides as many tokens as one mask of its kind. Four at 0.75 cover the grid: every token is visible in exactly
+    one. If `count * n < N`, the rest is hidden in all of them: of 196 tubes, nine masks at 0.9 show 20 each and 16 are
+    never shown.
+
+    Args:
+        grid: (t, h, w), the token grid.
+        ratio: share of the tokens that each mask hides, 0 or more and below 1.
+        count: number of masks.
+        generator: of the sample.
+        kind: random, tube or frame.
 
     Raises:
-        ValueError: `count` masks of that many visible tokens do not fit into the grid.
+        ValueError: `count` masks of that many visible tokens do not fit into the grid, or no such kind.
     """
     t, h, w = _check(grid, ratio)
+    if kind == "tube":
+        return complementary((1, h, w), ratio, count, generator).expand(count, t, h, w).clone()
+    if kind not in ("random", "frame"):
+        raise ValueError(f"complementary masks of kind {kind!r} do not exist; expected random, tube or frame")
     tokens = t * h * w
     n = tokens - int(ratio * tokens)
     if count < 1 or count * n > tokens:
@@ -96,8 +105,8 @@ def complementary(grid: Grid, ratio: float, count: int, generator: torch.Generat
             f"at ratio {ratio} there can be 1 to {tokens // n}"
         )
     visible = torch.zeros(count, tokens, dtype=torch.bool)
-    groups = torch.randperm(tokens, generator=generator)[: count * n].view(count, n)
-    visible.scatter_(1, groups, True)
+    order = torch.randperm(tokens, generator=generator) if kind == "random" else _frame_by_frame(grid, generator)
+    visible.scatter_(1, order[: count * n].view(count, n), True)
     return visible.view(count, t, h, w)
 
 
@@ -152,24 +161,32 @@ def draw(
     ratio: float,
     decoder_ratio: float | None = None,
     generator: torch.Generator | None = None,
+    count: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
-    """Draw the mask of one sample and, with decoder masking, choose the tokens to predict.
+    """Draw the mask of one sample, or several complementary ones; with decoder masking, choose the tokens to predict.
 
     Args:
-        kind: tube, random, frame or block.
+        kind: tube, random, frame or block (one mask alone).
         grid: (t, h, w), the token grid.
         ratio: share of the tokens that is hidden, 0 or more and below 1.
         decoder_ratio: share of the hidden tokens to predict (see `running_cell`); `None` = all.
         generator: of the sample.
+        count: masks with no visible token in common (see `complementary`).
 
     Returns:
-        `visible` and `predicted`, `(t, h, w)` bool each; `predicted` is `None` where all hidden tokens are predicted.
+        `visible` and `predicted`, `(t, h, w)` bool each, of several masks `(count, t, h, w)`; `predicted` is `None`
+        where all hidden tokens are predicted.
 
     Raises:
-        ValueError: an unknown kind, an impossible grid or share.
+        ValueError: an unknown kind, an impossible grid, share or count.
     """
     if kind not in MASKS:
         raise ValueError(f"the mask is {kind!r}; expected one of {', '.join(MASKS)}")
+    if count != 1:
+        visible = complementary(grid, ratio, count, generator, kind)
+        if decoder_ratio is None:
+            return visible, None
+        return visible, torch.stack([running_cell(mask, decoder_ratio) for mask in visible])
     visible = MASKS[kind](grid, ratio, generator)
     return visible, None if decoder_ratio is None else running_cell(visible, decoder_ratio)
 
@@ -191,3 +208,15 @@ def _random_visible(tokens: int, ratio: float, generator: torch.Generator | None
     visible = torch.ones(tokens, dtype=torch.bool)
     visible[torch.randperm(tokens, generator=generator)[: int(ratio * tokens)]] = False
     return visible
+
+
+def _frame_by_frame(grid: Grid, generator: torch.Generator | None) -> Tensor:
+    """Draw an order of the tokens `(N,)`: all of one frame, then all of the next.
+
+    With 2 frames of 2 tokens, frames (1, 0) and within (0, 1) give 2 3 0 1; the first three are all of frame 1 and half
+    of frame 0.
+    """
+    t, h, w = grid
+    frames = torch.randperm(t, generator=generator)
+    within = torch.randperm(h * w, generator=generator)
+    return (frames[:, None] * (h * w) + within).flatten()

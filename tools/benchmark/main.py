@@ -41,6 +41,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--mask", choices=MASK_KINDS, help="default: tube; random for images")
     add("--ratio", type=float, help="share of the tokens that is hidden; default: 0.9; 0.75 for images")
     add("--decoder-ratio", type=float, help="share of the hidden tokens that is predicted; default: all")
+    add("--masks", type=int, default=1, help="masks of a clip; --vs dense and packed take as many passes of one")
     add("--no-msd", action="store_true", help="leave out the multi-scale decoder")
     add("--batch", type=int, default=2, help="clips a step")
     add("--device", default="cpu", help="cpu or cuda")

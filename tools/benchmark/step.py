@@ -4,6 +4,7 @@
     video-convmae benchmark step --vs hf-videomae --device cuda --precision bf16 --batch 64 --compile
     video-convmae benchmark step --frames 1 --vs dense                        # images, ratio 0.75
     video-convmae benchmark step --decoder-ratio 0.5 --vs packed              # against the whole decoder
+    video-convmae benchmark step --frames 1 --masks 4 --vs dense              # FastConvMAE, against four plain passes
     video-convmae benchmark step --task finetune --vs hf-videomae --profile   # nothing hidden
 
 A step is forward, backward and a fused AdamW update on random clips that lie on the device. Each side has a process of
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -123,7 +125,7 @@ def _build_ours(args: argparse.Namespace, name: str) -> StepSide:
     if args.task == "finetune":
         side = _classification(args, size, arguments)
     else:
-        side = _pretraining(args, size, arguments, None if name == "packed" else args.decoder_ratio)
+        side = _pretraining(args, size, arguments, None if name == "packed" else args.decoder_ratio, name == "ours")
     device = torch.device(args.device)
     parallelize(
         side.model.to(device),
@@ -135,13 +137,19 @@ def _build_ours(args: argparse.Namespace, name: str) -> StepSide:
 
 
 def _pretraining(
-    args: argparse.Namespace, size: str, arguments: dict[str, Any], decoder_ratio: float | None
+    args: argparse.Namespace, size: str, arguments: dict[str, Any], decoder_ratio: float | None, together: bool
 ) -> StepSide:
+    """Build a pretraining step; the masks of a clip are given together, or each with the clip again."""
     model = create_autoencoder(size, **arguments)
     clips, (masks, predicted) = _clips(args, model.encoder.config.clip_shape), _masks(args, model.grid, decoder_ratio)
-    visible = int(masks[0].sum())
-    counted = model.multiply_adds(visible, None if predicted is None else int(predicted[0].sum()))
-    moved = conv_stage_bytes(model.encoder, visible, DTYPES[args.precision])
+    if args.masks > 1 and not together:
+        clips, masks = clips.repeat_interleave(args.masks, dim=0), masks.flatten(0, 1)
+        predicted = None if predicted is None else predicted.flatten(0, 1)
+    passes = args.batch * args.masks
+    visible = int(masks.sum()) // passes
+    counted = model.multiply_adds(visible, None if predicted is None else int(predicted.sum()) // passes)
+    counted = {part: args.masks * count for part, count in counted.items()}
+    moved = args.masks * conv_stage_bytes(model.encoder, visible, DTYPES[args.precision])
     return StepSide(model, lambda: model(clips, masks, predicted).loss, counted, moved)
 
 
@@ -200,9 +208,14 @@ def _labels(args: argparse.Namespace) -> Tensor:
 def _masks(
     args: argparse.Namespace, grid: masking.Grid, decoder_ratio: float | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Draw the visible and the predicted tokens of a batch, `(B, t, h, w)` each; they stay on the CPU."""
+    """Draw the visible and the predicted tokens of a batch; they stay on the CPU.
+
+    Returns:
+        `(B, t, h, w)` each, of several masks a clip `(B, masks, t, h, w)`.
+    """
     generator = torch.Generator().manual_seed(0)
-    drawn = [masking.draw(args.mask, grid, args.ratio, decoder_ratio, generator) for _ in range(args.batch)]
+    draw = partial(masking.draw, args.mask, grid, args.ratio, decoder_ratio, generator, args.masks)
+    drawn = [draw() for _ in range(args.batch)]
     predicted = [each for _, each in drawn if each is not None]
     return torch.stack([visible for visible, _ in drawn]), torch.stack(predicted) if predicted else None
 
@@ -377,7 +390,8 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
         _side_result(counted[i], [pair[i] for pair in pairs], memory[i], rate, args.batch) for i in range(len(names))
     )
     whole = [[sum(parts) for parts in pair] for pair in pairs]
-    hidden = "nothing hidden" if args.task == "finetune" else f"{args.mask} {args.ratio}"
+    masks = f"{args.masks} x " if args.masks > 1 else ""
+    hidden = "nothing hidden" if args.task == "finetune" else f"{masks}{args.mask} {args.ratio}"
     return {
         "model": f"{args.size} {args.implementation} {args.frames}x{args.image_size}, {args.task}, {hidden}"
         + (f", {args.decoder_ratio} of the hidden predicted" if args.decoder_ratio else ""),

@@ -51,8 +51,8 @@ class Sample(NamedTuple):
 
     Attributes:
         clips: `(R, C, T, H, W)` uint8, or R crops for the device to resize.
-        visible: `(R, t, h, w)` bool, True = the encoder sees the token; None without masks.
-        predicted: `(R, t, h, w)` bool, True = the decoder predicts the token; None: all hidden tokens, or no masks.
+        visible: `(R, t, h, w)` bool, or `(R, masks, t, h, w)`; True = the encoder sees the token; None without masks.
+        predicted: likewise, True = the decoder predicts the token; None: all hidden tokens, or no masks.
         label: -1 where the list has none.
         index: the record shown.
         bad_records: records that could not be read.
@@ -81,8 +81,8 @@ class ClipDataset(Dataset[Sample]):
         sampling: choice of frames.
         augmentation: transforms of a clip.
         size: (height, width) of a clip.
-        draw_mask: generator -> `visible (t, h, w)` and `predicted (t, h, w)`, None for all hidden tokens. Called here,
-            in the worker, with the clip's own generator. None: nothing is hidden.
+        draw_mask: generator -> `visible` and `predicted`, `(t, h, w)` or `(masks, t, h, w)` each; None for all hidden
+            tokens. Called here, in the worker, with the clip's own generator. None: nothing is hidden.
         reader: decodes in a process that can be killed, or keeps what it has decoded.
         repeats: clips of one decoded record (repeated augmentation), each with its own start, crop and mask.
         seed: of the run.

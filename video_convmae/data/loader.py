@@ -26,8 +26,8 @@ class Batch(NamedTuple):
 
     Attributes:
         clips: `(B, C, T, H, W)` uint8, or B crops for the device to resize.
-        visible: `(B, t, h, w)` bool, True = the encoder sees the token; None without masks.
-        predicted: `(B, t, h, w)` bool, True = the decoder predicts the token; None: all hidden tokens, or no masks.
+        visible: `(B, t, h, w)` bool, or `(B, masks, t, h, w)`; True = the encoder sees the token; None without masks.
+        predicted: likewise, True = the decoder predicts the token; None: all hidden tokens, or no masks.
         labels, records: `(B,)` int64.
         bad_records: records that could not be read while this batch was made.
     """

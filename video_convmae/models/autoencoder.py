@@ -25,7 +25,7 @@ class AutoencoderOutput(NamedTuple):
 
     loss: scalar, float32 at least: mean squared error over the predicted patches.
     prediction, target: `(B, k, pixels of a token)`, the predicted tokens in ascending order: all hidden ones,
-        k = N - n, unless `predicted` was given.
+        k = N - n, unless `predicted` was given. Where clips have several masks, B is clips x masks, here and below.
     tokens: `(B, n, D)`, visible tokens in ascending order, after fusion and the final norm.
     """
 
@@ -166,8 +166,9 @@ class Autoencoder(FusedEncoder):
 
         Args:
             clips: `(B, C, T, H, W)` float, normalised as the data is.
-            visible: `(B, t, h, w)` bool, equally many True for every clip. Best left on the CPU: see `Packing`.
-            predicted: `(B, t, h, w)` bool, the hidden tokens to predict, equally many for every clip (see
+            visible: `(B, t, h, w)` bool, equally many True for every clip; or several masks a clip,
+                `(B, masks, t, h, w)`, whose loss is the mean of theirs. Best left on the CPU: see `Packing`.
+            predicted: bool of the same shape, the hidden tokens to predict, equally many in every mask (see
                 `masking.running_cell`); `None` = all hidden.
 
         Raises:
@@ -238,16 +239,17 @@ def predict_nothing(clips: Tensor, visible: Tensor, targets: Tensor, target: Tar
 
     Args:
         clips: `(B, C, T, H, W)`.
-        visible: `(B, t, h, w)` bool, on any device.
-        targets: `(B, k, pixels)`, as in `AutoencoderOutput`.
+        visible: `(B, t, h, w)` or `(B, masks, t, h, w)` bool, on any device.
+        targets: `(B, k, pixels)`, of each mask, as in `AutoencoderOutput`.
         target: their kind.
     """
     if target == "none":
-        t, h, w = visible.shape[1:]
+        t, h, w = visible.shape[-3:]
         colours = clips.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (t, -1)).mean(dim=(3, 5, 7))
-        shown = visible.to(clips.device, non_blocking=True)[:, None]
-        colour = torch.where(shown, colours, 0.0).sum(dim=(2, 3, 4)) / shown.sum(dim=(2, 3, 4))
-        targets = targets.unflatten(2, (-1, clips.shape[1])) - colour[:, None, None]
+        shown = visible.to(clips.device, non_blocking=True).reshape(len(clips), -1, 1, t, h, w)  # by clip and mask
+        space = (3, 4, 5)
+        colour = torch.where(shown, colours[:, None], 0.0).sum(dim=space) / shown.sum(dim=space)
+        targets = targets.unflatten(2, (-1, clips.shape[1])) - colour.flatten(0, 1)[:, None, None]
     return targets.square().mean()
 
 

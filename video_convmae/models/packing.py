@@ -2,6 +2,7 @@
 
 Letters: B clips, C channels, T H W frames and pixels of a clip; t h w the token grid, N = t*h*w; n visible and k chosen
 tokens of a clip; m tokens that the convolutional stages compute (n packed, N dense); P pixels along a token's side.
+Where a clip has several masks, each counts as a clip: B is then clips x masks, and only pixels are looked up by clip.
 
 Every operation of stages 1 and 2 but the depthwise convolution works inside one cell, so features are kept as
 `(B, m, cells, C)`: for each computed token, its cells. Cells are *nested*: with strides (4, 2, 2) a token holds 2x2
@@ -37,17 +38,20 @@ class Packing:
     keep: `(B, n)` visible tokens; hidden: `(B, N - n)`; predicted: `(B, k)`; computed: `(B, m)` tokens that the
     convolutional stages compute. All ascending.
 
+    Several masks of a clip (FastConvMAE) are as many clips that share their pixels. Packed, masks with no token in
+    common compute each cell once, and a convolution sees the cells of its own mask alone.
+
     Args:
-        visible: `(B, t, h, w)` bool with equally many True for every clip. On the CPU, finding the indices makes no
-            accelerator wait.
+        visible: `(clips, t, h, w)` or `(clips, masks, t, h, w)` bool with equally many True in every mask. On the CPU,
+            finding the indices makes no accelerator wait.
         device: of the features.
         implementation: `packed` computes the visible tokens alone, `dense` all of them and masks the convolutions'
             input, as the released ConvMAE does. Both give the same tokens.
-        predicted: `(B, t, h, w)` bool, hidden tokens that the decoder predicts, equally many for every clip;
+        predicted: bool of the same shape, hidden tokens that the decoder predicts, equally many in every mask;
             `None` = all hidden.
 
     Raises:
-        ValueError: a wrong type or shape; the clips have different numbers of visible or predicted tokens, or one has
+        ValueError: a wrong type or shape; the masks have different numbers of visible or predicted tokens, or one has
             none; a predicted token is visible.
     """
 
@@ -58,10 +62,14 @@ class Packing:
         implementation: Implementation = "packed",
         predicted: Tensor | None = None,
     ) -> None:
-        if visible.ndim != 4 or visible.dtype != torch.bool:
-            raise ValueError(f"visible is {visible.dtype} {tuple(visible.shape)}; expected bool (B, t, h, w)")
-        self.batch, *grid = visible.shape
-        self.grid: Grid = (grid[0], grid[1], grid[2])
+        if visible.ndim not in (4, 5) or visible.dtype != torch.bool:
+            raise ValueError(
+                f"visible is {visible.dtype} {tuple(visible.shape)}; expected bool (clips, t, h, w) or "
+                "(clips, masks, t, h, w)"
+            )
+        *batch, t, h, w = visible.shape
+        self.batch, grid = prod(batch), (t, h, w)
+        self.grid: Grid = grid
         self.keep, self.hidden = (index.to(device, non_blocking=True) for index in split_tokens(visible))
         self.predicted = self.hidden
         if predicted is not None:
@@ -78,7 +86,7 @@ class Packing:
         self.shown: Tensor | None = None
         self.computed = self.keep
         if not self.packed and self.hidden.shape[1]:
-            self.shown = visible.flatten(1)[..., None, None].to(device, non_blocking=True)
+            self.shown = visible.reshape(self.batch, -1, 1, 1).to(device, non_blocking=True)
             self.computed = torch.arange(prod(grid), device=device).expand(self.batch, -1)
 
     def visible_of_computed(self, x: Tensor) -> Tensor:
@@ -175,17 +183,17 @@ def take_patches(clips: Tensor, tubelet: int, side: int, index: Tensor) -> Tenso
     """Gather the pixels of the tokens at `index`, before any arithmetic.
 
     Args:
-        clips: `(B, C, T, H, W)`.
+        clips: `(clips, C, T, H, W)`.
         tubelet: frames in a token.
         side: pixels along a token's side, P.
-        index: `(B, k)`.
+        index: `(B, k)`, the masks of a clip one after the other.
 
     Returns:
         `(B, k, tubelet, P, P, C)`.
     """
     patches = rearrange(clips, "b c (t u) (h p) (w q) -> b t h w u p q c", u=tubelet, p=side, q=side)  # a view
-    batch, _, h, w = patches.shape[:4]
-    clip = torch.arange(batch, device=clips.device)[:, None]
+    count, _, h, w = patches.shape[:4]
+    clip = torch.arange(len(index), device=clips.device)[:, None] // (len(index) // count)
     return patches[clip, index // (h * w), index // w % h, index % w]
 
 
@@ -206,12 +214,16 @@ def patch_cells(patches: Tensor, factors: tuple[int, ...]) -> Tensor:
 
 
 def split_tokens(mask: Tensor, name: str = "visible") -> tuple[Tensor, Tensor]:
-    """Return the indices where `mask (B, t, h, w)` is True, `(B, n)`, and where it is False, `(B, N - n)`, ascending.
+    """Return the indices where a mask is True, `(B, n)`, and where it is False, `(B, N - n)`, ascending.
+
+    Args:
+        mask: `(clips, t, h, w)` or `(clips, masks, t, h, w)` bool.
+        name: stands in the message of an error.
 
     Raises:
-        ValueError: the clips have different counts of True, or none. `name` stands in the message.
+        ValueError: the masks have different counts of True, or none.
     """
-    mask = mask.flatten(1)
+    mask = mask.flatten(-3).flatten(0, -2)
     counts = mask.sum(1).tolist()
     if min(counts) != max(counts) or counts[0] == 0:
         raise ValueError(
