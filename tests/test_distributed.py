@@ -29,7 +29,7 @@ def torchrun(count: int, *program: str) -> list[str]:
 # Wrapped models
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_recipe_wrapped_in_every_way_equals_the_bare_model(ranks: int, capsys: pytest.CaptureFixture) -> None:
     """Loss, gradients, weights and their average after two steps; docs/pretraining.md promises 1e-5."""
     program = torchrun(ranks, str(ROOT / "tests" / "wrapped_models.py"))
@@ -56,7 +56,13 @@ def test_every_recipe_wrapped_in_every_way_equals_the_bare_model(ranks: int, cap
 # Runs
 
 
-@pytest.mark.parametrize("edits", [("--train.parallel=fsdp", "--train.ema=0.9"), ("--train.compress_gradients=true",)])
+@pytest.mark.parametrize(
+    "edits",
+    [
+        ("--train.parallel=fsdp", "--train.ema=0.9"),
+        pytest.param(("--train.compress_gradients=true",), marks=pytest.mark.slow),
+    ],
+)
 def test_a_sharded_run_takes_the_steps_of_one_process(videos: Path, tmp_path: Path, edits: tuple[str, ...]) -> None:
     """Started by one process, resumed sharded on two, finished by one; each reads what the one before wrote."""
     common = ("--data.workers=0", "--optim.warmup_epochs=0", "--log.profile=true", "--train.epochs=5")
