@@ -87,6 +87,11 @@ def test_a_line_that_fits_no_form_is_an_error(tmp_path: Path, format: str, line:
         ("video", "VideoPath\tLabel", "a header"),
         ("video", "3,a.mp4", "',' separates the fields"),
         ("frames", "frame_dir,total_frames,label", "a header"),
+        ("frames", "folder 8 1 2 5", "4 numbers stand behind 'folder' .8 1 2 5., and no 'folder 8 1' is.*one label"),
+        ("frames", "folder 0 8 1 2", "4 numbers stand behind 'folder'"),
+        ("video", "folder/path 1 2 5", "3 numbers stand behind 'folder/path' .1 2 5..*one label"),
+        ("video", "path 1 2 0 -1", "4 numbers stand behind 'path'"),
+        ("image", "path 1 2 5", "3 numbers stand behind 'path'"),
     ],
 )
 def test_lists_of_other_programs_are_recognised(tmp_path: Path, format: str, line: str, message: str) -> None:
@@ -100,6 +105,16 @@ def test_a_file_of_such_a_name_is_a_record(tmp_path: Path, line: str) -> None:
     (tmp_path / path).touch()
     (record, _) = read_list(write(tmp_path, f"{line}\nb.mp4 1\n"), root=tmp_path)
     assert record.path == str(tmp_path / path)
+
+
+@pytest.mark.parametrize(("format", "line"), [("video", "take 2 7"), ("image", "take 2 7"), ("frames", "take 2 9 7")])
+def test_a_number_behind_a_name_is_of_the_name_or_a_label_too_many(tmp_path: Path, format: str, line: str) -> None:
+    path = write(tmp_path, line)
+    (tmp_path / "take").mkdir()
+    with pytest.raises(ListError, match=r"line 1: . numbers stand behind 'take' .*, and no 'take 2' is there"):
+        read_list(path, format, root=tmp_path)
+    (tmp_path / "take 2").mkdir()
+    assert [(record.path, record.label) for record in read_list(path, format, tmp_path)] == [(f"{tmp_path}/take 2", 7)]
 
 
 def test_other_files_are_recognised(tmp_path: Path) -> None:

@@ -231,9 +231,26 @@ def _read_line(line: str, format: ListFormat, root: str | Path, is_first: bool) 
     except ValueError as error:
         raise ValueError(doubt or error) from None
     place = _as_stored(record.path, root)
+    doubt = doubt or _several_numbers(line, record, root)
     if doubt and not _exists(place):
         raise ValueError(doubt)
     return place, record
+
+
+def _several_numbers(line: str, record: Record, root: str | Path) -> str | None:
+    """Return what is wrong with a line of more numbers than its form has, and what to do; None: they are the name's.
+
+    A name may end in a number (`take 2`), and its file may be missing like any other. With `take` on the disk, or with
+    two numbers, a missing file is more likely one of several labels.
+    """
+    head, behind = _split_off_integers(record.path)
+    if not behind or (len(behind) == 1 and not _exists(os.path.join(root, head))):
+        return None
+    numbers = _split_off_integers(line)[1]
+    return (
+        f"{len(numbers)} numbers stand behind {head!r} ({' '.join(numbers)}), and no {record.path!r} is there; "
+        f"expected {_EXPECTED[record.format]!r}: a record is read whole, and has one label"
+    )
 
 
 def _names_file(line: str, format: ListFormat, root: str | Path) -> bool:
