@@ -14,6 +14,7 @@ from typing import Any
 
 import av
 import numpy as np
+from PIL import Image
 
 FAST = {"libx264": {"preset": "veryfast"}, "libx265": {"preset": "ultrafast"}, "libsvtav1": {"preset": "12"}}
 FAST |= {"libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"}, "libvpx": {"deadline": "realtime", "cpu-used": "8"}}
@@ -70,6 +71,15 @@ def encode(
         for stream in streams:
             file.mux(stream.encode())
     return path
+
+
+def save_series(folder: Path, count: int, *patterns: str, size: tuple[int, int] = (48, 80)) -> Path:
+    """Save `count` pictures of each series (`img_*.png`) into a folder, each series with a seed of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, pattern in enumerate(patterns):
+        for number, image in enumerate(pictures(count, *size, seed=seed), start=1):
+            Image.fromarray(image).save(folder / pattern.replace("*", f"{number:05}"))
+    return folder
 
 
 def _video_stream(file: Any, codec: str, size: tuple[int, int], pix_fmt: str, tick: Fraction, options: dict) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clips import encode, pictures
+from clips import encode, pictures, save_series
 from PIL import Image
 from states import interrupt_and_resume
 from torch import nn
@@ -116,6 +116,17 @@ def extracted(*arguments: object, **named: str) -> features.FeatureTable:
 
 
 # Features of a list
+
+
+def test_features_of_folders_of_several_series(runs: dict[str, Path], tmp_path: Path) -> None:
+    """The list names a series; a folder of several is a record that cannot be read."""
+    save_series(tmp_path / "alone", 12, "img_*.png")
+    save_series(tmp_path / "mixed", 12, "img_*.png", "flow_x_*.png")
+    (tmp_path / "list.txt").write_text("alone 12 0\nmixed/img_* 12 1\nmixed 12 2\n")
+    table = extracted(runs["pretrained"], tmp_path, tmp_path / "out", "--format=frames")
+    assert table.failed.tolist() == [False, False, True]
+    assert (table.features[0] == table.features[1]).all()
+    assert "holds 2 series of pictures" in (tmp_path / "out" / "bad_records.jsonl").read_text()
 
 
 @pytest.mark.parametrize("kind", ["pretrained", "classifier", "linear"])

@@ -351,7 +351,7 @@ def _save(folder: Path, *names: str) -> Path:
             r"2 series of pictures: img_\* \(2\), flow_x_\* \(2\)",
         ),
         (["1.jpg", "2.jpg", "1.png", "2.png"], r"2 series of pictures: \*.jpg \(2\), \*.png \(2\)"),
-        (["1_rgb.png", "2_rgb.png", "1_depth.png"], r"\*_rgb \(2\), \*_depth \(1\); name the one to read in the list"),
+        (["1_rgb.png", "2_rgb.png", "1_depth.png"], r"\*_rgb \(2\), \*_depth \(1\); name the one to read, clip/\*_rgb"),
         (["cam1_01.png", "cam1_02.png", "cam2_01.png", "cam2_02.png"], r"cam1_\* \(2\), cam2_\* \(2\)"),
         (["img_1.jpg", "img_2.jpg", "cover.jpg"], r"img_\* \(2\), \* \(1\)"),
     ],

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clips import encode, pictures
+from clips import encode, pictures, save_series
 from PIL import Image
 
 import video_convmae
@@ -262,6 +262,24 @@ def test_predict_prints_the_top_classes(finetuned: Path, videos: Path, capsys: p
     for file in files:
         expected += [file, *(f"{p.score:8.2%}  {p.name}" for p in loaded(file, top=2))]
     assert lines == expected
+
+
+def test_of_several_series_in_a_folder_one_is_named(
+    finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    alone = save_series(tmp_path / "alone", 12, "img_*.png")
+    mixed = save_series(tmp_path / "mixed", 12, "img_*.png", "flow_x_*.png", "flow_y_*.png")
+    loaded = video_convmae.load(finetuned)
+    for read in (loaded, loaded.features):
+        with pytest.raises(DecodeError, match=r"holds 3 series of pictures: .*img_\* \(12\).*flow_x_\* \(12\)"):
+            read(mixed)
+    assert torch.equal(loaded.pictures(mixed / "img_*", loaded.middle), loaded.pictures(alone, loaded.middle))
+    assert predict.main([str(finetuned), str(mixed), f"{mixed}/img_*", "--json", "--device=cpu"]) == 1
+    out, error = capsys.readouterr()
+    (predicted,) = map(json.loads, out.splitlines())
+    assert [each["score"] for each in predicted["predictions"]] == [each.score for each in loaded(alone)]
+    assert "holds 3 series" in error
+    assert error.count("\n") == 1
 
 
 def test_predict_goes_on_after_a_bad_file(finetuned: Path, videos: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from clips import encode
+from clips import encode, save_series
 from PIL import Image
 
 from video_convmae import create_autoencoder, masking
@@ -83,6 +83,17 @@ def test_reconstruct_ends_with_one_line_about_a_bad_file(
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("video-convmae reconstruct: error: ")
         assert message in line
+
+
+def test_reconstruct_reads_what_predict_reads(
+    run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = save_series(tmp_path / "clip", 24, "img_*.png", "flow_x_*.png")
+    arguments = [f"--output={tmp_path}", str(run[0]), str(run[1] / "0.mp4")]
+    assert draw_reconstructions([*arguments, f"{folder}/img_*"]) == 0
+    capsys.readouterr()
+    assert run_command("reconstruct", [*arguments, str(folder)]) == 1
+    assert "holds 2 series of pictures: img_* (24), flow_x_* (24)" in capsys.readouterr().err
 
 
 def test_the_caption_is_honest() -> None:

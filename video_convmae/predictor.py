@@ -26,10 +26,10 @@ from video_convmae.config import (
     to_plain,
 )
 from video_convmae.data.datasets import TestViewDataset
-from video_convmae.data.decoding import DecodeError, resolve_reader
+from video_convmae.data.decoding import DecodeError, record_at, resolve_reader
 from video_convmae.data.decoding.process import ReaderProcess
-from video_convmae.data.options import IMAGE_SUFFIXES, AugmentationConfig, ListFormat, ReaderName, ViewConfig
-from video_convmae.data.records import ListError, Record, Records, class_names
+from video_convmae.data.options import AugmentationConfig, ListFormat, ReaderName, ViewConfig
+from video_convmae.data.records import ListError, Records, class_names
 from video_convmae.data.transforms import Augmentation
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
 from video_convmae.engine.options import ProtocolConfig
@@ -71,6 +71,8 @@ class Predictor:
 
     def __call__(self, path: str | Path, top: int = 5, views: ViewConfig | None = None) -> list[Prediction]:
         """Return the `top` most probable classes of a video or image file, or of a folder of frames.
+
+        Of several series of pictures in a folder, `folder/img_*` is one.
 
         Args:
             path: the file.
@@ -123,13 +125,14 @@ class Predictor:
     def pictures(self, path: str | Path, views: ViewConfig) -> Tensor:
         """Return the file's views before normalisation, `(V, C, T, H, W)` uint8 RGB on the CPU.
 
-        A folder holds frames, and a file is an image or a video, whatever the model was trained on.
+        A folder holds frames, `folder/img_*` is one of several series in it, and a file is an image or a video,
+        whatever the model was trained on.
 
         Raises:
             DecodeError: the file cannot be read.
         """
         data, encoder = self.config.data, self.model.encoder.config
-        record = Record(str(path), format=_format(Path(path)))
+        record = record_at(path)
         records, size = Records([record], record.format), encoder.clip_shape[2:]
         sampling, augmentation = build_sampling(data, encoder), Augmentation(data.augmentation)
         sample = TestViewDataset(records, sampling, views, augmentation, size, self._reader)[0]
@@ -203,13 +206,6 @@ def _working_reader(reader: ReaderName) -> ReaderName:
         substitute = resolve_reader("auto")
         warnings.warn(f"{substitute} decodes in place of the run's {reader}: {error}", Note, stacklevel=3)
         return substitute
-
-
-def _format(path: Path) -> ListFormat:
-    """Return the record format of a path: a folder of frames, an image or a video."""
-    if path.is_dir():
-        return "frames"
-    return "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video"
 
 
 def _load_published(path: Path) -> tuple[Autoencoder | Classifier, PretrainConfig | FinetuneConfig]:

@@ -1,10 +1,11 @@
 """Print the most probable classes of videos or images.
 
     video-convmae predict runs/k400 clip.mp4 other.webm
-    video-convmae predict vit_b_k710.pth frames/ --labels kinetics400 --json
+    video-convmae predict vit_b_k710.pth frames/ 'others/img_*' --labels kinetics400 --json
 
-A file may be a video, an image or a folder of frames. The views of the run's own test protocol are averaged. A file
-that cannot be read is reported on stderr; the others are still predicted, and the exit status is 1.
+A file may be a video, an image, a folder of frames, or one of several series in a folder (between quotes). The views of
+the run's own test protocol are averaged. A file that cannot be read is reported on stderr; the others are still
+predicted, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; return the exit status."""
     parser = CommandLine("predict", __doc__)
     parser.add_argument("weights", help="run folder, a checkpoint of one (checkpoints/best), or a published classifier")
-    parser.add_argument("files", nargs="+", help="videos, images, folders of frames")
+    parser.add_argument("files", nargs="+", help="videos, images, folders of frames or 'FOLDER/img_*'")
     parser.add_argument("--labels", help="class names: kinetics400, something_something_v2, or a file whose line n "
                         "names class n; default: the run's own")  # fmt: skip
     parser.add_argument("--top", type=_at_least_one, default=5, help="number of classes (default 5)")

@@ -20,20 +20,20 @@ def main(arguments: Sequence[str]) -> int:
     parser = CommandLine("reconstruct", __doc__)
     parser.add_argument("weights", help="run folder (its newest checkpoint), checkpoint or model.safetensors of a "
                         "run, or the name of shipped weights")  # fmt: skip
-    parser.add_argument("videos", nargs="+", help="video files")
+    parser.add_argument("videos", nargs="+", help="videos, images, folders of frames or 'FOLDER/img_*'")
     parser.add_argument("--output", type=Path, required=True, help="folder for reconstruction.png and .mp4")
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights, if the run kept one")
     parser.add_argument("--seed", type=int, default=0, help="seed of the masks (default %(default)s)")
     args = parser.parse_args(arguments)
 
     from video_convmae.atomic import refuse_overwriting
-    from video_convmae.data.records import Record
+    from video_convmae.data.decoding import record_at
     from video_convmae.runs import load_autoencoder
     from video_convmae.visualize import reconstruct
 
     refuse_overwriting([args.output / f"reconstruction.{kind}" for kind in ("png", "mp4")], args.videos)
     model, config = load_autoencoder(args.weights, args.ema)
-    records = [Record(path, format=config.data.format) for path in args.videos]
+    records = [record_at(path) for path in args.videos]
     clips = reconstruct.read_middle_clips(records, config, model.encoder.config.clip_shape[2:])
     masks = reconstruct.draw_masks(model, config, len(clips), args.seed)
     result = reconstruct.reconstruct_clips(model, config, clips, masks)

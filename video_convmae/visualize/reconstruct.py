@@ -52,7 +52,7 @@ def read_middle_clips(records: Iterable[Record], config: PretrainConfig, size: t
     sampling = Sampling(config.data.sampling, config.model.num_frames, config.data.stride)
     name, clips = resolve_reader(config.data.reader), []
     for record in records:
-        with open_frames(record, name) as reader:
+        with open_frames(record, name, config.data.max_side) as reader:
             frames = reader.read(sampling.views(len(reader), 1)[0])
         height, width = frames.shape[1:3]
         (crop,) = view_crops(height, width, size, 1)

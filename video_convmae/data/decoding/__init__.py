@@ -18,7 +18,7 @@ file. Only torchcodec imports torch, and only when it is chosen: a reader proces
 
 from .errors import DecodeError, DecodeTimeout
 from .reader import FrameReader
-from .rules import count_frames, open_frames, read_frames, read_record, resolve_reader
+from .rules import count_frames, open_frames, read_frames, read_record, record_at, resolve_reader
 
 __all__ = [
     "DecodeError",
@@ -28,5 +28,6 @@ __all__ = [
     "open_frames",
     "read_frames",
     "read_record",
+    "record_at",
     "resolve_reader",
 ]

@@ -43,8 +43,8 @@ class FolderReader(FrameReader):
             found = ", ".join(f"{name} ({count})" for name, count in series.most_common(5))
             more = f" and {len(series) - 5} more" if len(series) > 5 else ""
             raise DecodeError(
-                f"{path}: holds {len(series)} series of pictures: {found}{more}; name the one to read in the list, "
-                f"{os.path.join(os.path.basename(path), series.most_common(1)[0][0])}"
+                f"{path}: holds {len(series)} series of pictures: {found}{more}; name the one to read, "
+                f"{os.path.join(os.path.basename(os.path.normpath(path)), series.most_common(1)[0][0])}"
             )
         if num_frames is not None and len(chosen) != num_frames:
             raise DecodeError(f"{path}: holds {len(chosen)} pictures; the list says {num_frames}")

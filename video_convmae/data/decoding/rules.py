@@ -127,17 +127,19 @@ def read_frames(
         DecodeError: the file cannot be read, or has no frame of such an index; the message names it.
         ValueError, ImportError: the reader is unknown or does not work here.
     """
-    with open_frames(_record_at(path), reader) as opened:
+    with open_frames(record_at(path), reader) as opened:
         return opened.read(np.arange(len(opened)) if indices is None else indices)
 
 
 def count_frames(path: str | Path) -> int:
     """Return the number of frames that `read_frames` returns of a file or folder. Raises DecodeError."""
-    with open_frames(_record_at(path), "pyav" if has_pyav() else "auto") as opened:
+    with open_frames(record_at(path), "pyav" if has_pyav() else "auto") as opened:
         return len(opened)
 
 
-def _record_at(path: str | Path) -> Record:
+def record_at(path: str | Path) -> Record:
+    """Return the record of a path that is in no list: a folder, or one series in it (`folder/img_*`), a picture or a
+    video, by its name."""
     path = os.path.expanduser(path)
     folder, pattern = split_pattern(path)
     if pattern is not None or os.path.isdir(folder):
