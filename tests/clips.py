@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 FAST = {"libx264": {"preset": "veryfast"}, "libx265": {"preset": "ultrafast"}, "libsvtav1": {"preset": "12"}}
+FAST |= {"mpeg4": {}, "mjpeg": {}, "mpeg2video": {"bf": "2"}}
 FAST |= {"libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"}, "libvpx": {"deadline": "realtime", "cpu-used": "8"}}
 os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder: errors only
 
@@ -211,16 +212,17 @@ def leave_uncoded(source: Path, target: Path, places: Sequence[int]) -> Path:
 def encode_sizes(path: Path, codec: str, sizes: Sequence[tuple[int, int]], count: int = 12) -> Path:
     """Encode `count` pictures of each size (height, width) into one stream, as WebRTC does."""
     options = FAST[codec] | ({"bf": "0"} if codec == "libx264" else {})
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     with av.open(str(path), "w") as file:
-        stream = _video_stream(file, codec, sizes[0], "yuv420p", Fraction(1, 25), options)
+        stream = _video_stream(file, codec, sizes[0], pix_fmt, Fraction(1, 25), options)
         file.start_encoding()
         for place, size in enumerate(sizes):
             encoder = av.CodecContext.create(codec, "w")
-            encoder.height, encoder.width, encoder.pix_fmt = *size, "yuv420p"
+            encoder.height, encoder.width, encoder.pix_fmt = *size, pix_fmt
             encoder.time_base, encoder.thread_count, encoder.options = Fraction(1, 25), 1, options
             frames: list[av.VideoFrame | None] = []
             for number, picture in enumerate(pictures(count, *size)):
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pix_fmt)
                 frame.pts, frame.time_base = place * count + number, Fraction(1, 25)
                 frames.append(frame)
             for frame in [*frames, None]:

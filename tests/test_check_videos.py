@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import av
+import clips
 import numpy as np
 import pytest
 from PIL import Image
@@ -105,6 +106,24 @@ def test_good_rows_are_kept_and_bad_ones_are_named(
     printed = capsys.readouterr().out
     for words in ("9 rows: 4 good", "5 bad", "48x32 (4)", "h264 (3), vp9 (1)", "is empty"):
         assert words in printed
+
+
+def test_a_size_that_changes_is_said_and_read_as_in_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips.encode_sizes(tmp_path / "call.webm", "libvpx", [(96, 128), (48, 64)])
+    clips.encode(tmp_path / "plain.mp4", 12)
+    (tmp_path / "list.txt").write_text("plain.mp4 0\ncall.webm 1\n")
+    check(tmp_path, tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["good"], summary["sizes"]) == (2, {"64x48": 1, "128x96": 1})
+    (note,) = summary["notes"]
+    assert (note["line"], note["record"]) == (2, "call.webm")
+    assert "changes, from 128x96 to 64x48 at frame 12 or before; every frame is scaled to the first" in note["note"]
+    assert "1 good with a note: call.webm: the size of the picture changes" in capsys.readouterr().out
+    with ReaderProcess("pyav") as process, process.open(Record(str(tmp_path / "call.webm"))) as reader:
+        assert reader.read([0, 20]).shape == (2, 96, 128, 3)
+        assert reader.note == note["note"].replace("frame 12", "frame 20")
 
 
 def check_with_names(folder: Path, out: Path) -> Path:
@@ -230,7 +249,7 @@ def test_full_reads_every_frame_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     class Reader:
         def __init__(self, record: Record) -> None:
             self._opened = process.open(record)
-            self.name = "pyav"
+            self.name, self.note = "pyav", None
 
         def __enter__(self) -> Reader:
             return self

@@ -283,7 +283,17 @@ def test_the_frame_that_does_not_decode_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize(("codec", "suffix"), [("libvpx", "webm"), ("libvpx-vp9", "webm"), ("libx264", "mkv")])
+@pytest.mark.parametrize(
+    ("codec", "suffix"),
+    [
+        ("libvpx", "webm"),
+        ("libvpx-vp9", "webm"),
+        ("libx264", "mkv"),
+        ("mpeg4", "avi"),
+        ("mjpeg", "avi"),
+        ("mpeg2video", "mkv"),  # FFmpeg does not show the last picture before a change
+    ],
+)
 def test_a_size_that_changes(codec: str, suffix: str, reader: str, tmp_path: Path) -> None:
     """Every reader returns pictures of the first one's size, whichever frames are asked for, and says so."""
     path = clips.encode_sizes(tmp_path / f"clip.{suffix}", codec, [(96, 128), (48, 64), (96, 128)])
@@ -293,11 +303,13 @@ def test_a_size_that_changes(codec: str, suffix: str, reader: str, tmp_path: Pat
         late = video_convmae.read_frames(path, [14, 30], reader=reader)
     with pytest.warns(UserWarning, match="changes"):
         frames = video_convmae.read_frames(path, reader=reader)
-    assert frames.shape == (36, 96, 128, 3)
+    assert frames.shape == (34 if codec == "mpeg2video" else 36, 96, 128, 3)
     assert (frames[[14, 30]] == late).all()
-    assert (frames[:12] == np.stack(stored[:12])).all()
-    small = np.stack(stored[12:24]).repeat(2, axis=1).repeat(2, axis=2).astype(int)
-    assert np.abs(frames[12:24] - small).mean() < 12
+    for frame, image in zip(frames, stored, strict=True):
+        if image.shape == frame.shape:
+            assert (frame == image).all()
+        else:
+            assert np.abs(frame - image.repeat(2, axis=0).repeat(2, axis=1).astype(int)).mean() < 12
 
 
 def test_pictures_of_8k_are_divided(tmp_path: Path) -> None:

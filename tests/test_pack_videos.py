@@ -96,6 +96,18 @@ def test_the_list_keeps_its_meaning(folder: Path, tmp_path: Path, capsys: pytest
     assert "6 rows: 4 packed" in capsys.readouterr().out
 
 
+def test_a_size_that_changes_is_packed_at_the_first_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = clips.encode_sizes(tmp_path / "call.webm", "libvpx", [(96, 128), (48, 64)])
+    (tmp_path / "list.txt").write_text("call.webm 1\n")
+    summary = run(tmp_path, tmp_path / "out", "--crf=10")
+    assert "the size of the picture changes, from 128x96 to 64x48 at frame 12" in summary["notes"][0]["note"]
+    assert "1 good with a note: call.webm: the size" in capsys.readouterr().out
+    packed = read_record(Record(str(tmp_path / "out" / "videos" / "call.webm.mp4")), range(24), "pyav").astype(float)
+    shown = read_record(Record(str(path)), range(24), "pyav")
+    assert packed.shape == shown.shape == (24, 96, 128, 3)
+    assert np.abs(packed - shown).mean(axis=(1, 2, 3)).max() < 6
+
+
 def test_packed_frames_are_the_source_s(folder: Path) -> None:
     record = Record(str(folder / "a.mp4"))
     packed = pack_video(record, PackSettings(crf=10))

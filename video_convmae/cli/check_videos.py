@@ -9,7 +9,8 @@ Of each record the first, middle and last frames are decoded, and a clip of 16 f
     clean.before.txt  LIST, if it is the clean.txt of an earlier check in this folder and some of its rows are bad now
     clean.labels.txt  their class names, if the list has a file of them beside it (NAME.labels.txt)
     faults.csv        line, record, error
-    summary.json      sizes, frame rates, lengths and codecs of the good records; number of records for each error
+    summary.json      sizes, frame rates, lengths and codecs of the good records, and notes on them (the size of the
+                      picture changes: training scales all to the first); number of records for each error
     checked.jsonl     one line a record, written as records are read: an interrupted check resumes from here, and a
                       repeated one reads only files that were bad or have changed
 
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _report(summary: dict[str, Any], out: Path) -> str:
     """Return a summary as text."""
+    from video_convmae.prepare.job import format_notes
+
     lines = [
         f"{summary['rows']:,} rows: {summary['good']:,} good ({out / 'clean.txt'}), "
         f"{summary['bad']:,} bad ({out / 'faults.csv'}); reader {summary['reader']}, "
@@ -77,4 +80,5 @@ def _report(summary: dict[str, Any], out: Path) -> str:
             lines.append(f"{name}: {spread['min']:g} to {spread['max']:g}, median {spread['median']:g}")
     lines += [f"{count:,} x {error}" for error, count in list(summary["errors"].items())[:10]]
     lines += [f"labels: {note}" for note in summary["labels"]]
+    lines += format_notes(summary["notes"], out)
     return "\n".join(lines)

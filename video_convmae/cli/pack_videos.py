@@ -10,7 +10,8 @@
                    shows the same samples), and bad rows become comments. Beside it NAME.labels.txt, if LIST has one
     videos/        the packed videos; with --tar shards/
     faults.csv     line, record, error
-    summary.json   bytes and frames before and after; PSNR against the decoded source at the packed size, in RGB
+    summary.json   bytes and frames before and after; PSNR against the decoded source at the packed size, in RGB; notes
+                   on good videos (the size of the picture changes: packed at the size of the first)
     settings.json  the settings: one folder holds videos of one kind
     packed.jsonl   one line a video, written as videos are done: after an interruption, kills included, the same
                    command resumes
@@ -76,6 +77,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _report(summary: dict[str, Any], out: Path, name: str) -> str:
     """Return a summary as text."""
+    from video_convmae.prepare.job import format_notes
+
     text = f"{summary['rows']:,} rows: {summary['good']:,} packed ({out / name}), {summary['bad']:,} bad"
     text += f" ({out / 'faults.csv'})" if summary["bad"] else ""
     if psnr := summary.get("psnr"):
@@ -83,4 +86,4 @@ def _report(summary: dict[str, Any], out: Path, name: str) -> str:
         text += f"\n{before / 1e6:,.1f} MB became {after / 1e6:,.1f} MB ({after / before:.2f} of it), "
         text += f"{summary['source_frames']:,} frames {summary['frames']:,}"
         text += f"\nPSNR {psnr['min']} to {psnr['max']} dB, median {psnr['median']}, against the source at this size"
-    return text
+    return "\n".join([text, *format_notes(summary["notes"], out)])

@@ -7,7 +7,8 @@ every frame. Written to the output folder:
     clean.before.txt  the list itself, if it was the clean.txt of an earlier check and rows of it are bad now
     clean.labels.txt  their class names, if the list has a file of them beside it (NAME.labels.txt)
     faults.csv        line, record, error
-    summary.json      sizes, frame rates, lengths and codecs of the good records; number of records for each error
+    summary.json      sizes, frame rates, lengths and codecs of the good records, and notes on them (the size of the
+                      picture changes); number of records for each error
     checked.jsonl     one line a record, written as records are read (job.py)
 """
 
@@ -31,7 +32,7 @@ from video_convmae.data.decoding.process import ChildProcess, Handler, ReaderPro
 from video_convmae.data.labels import check_labels, class_names, count_labels, label_notes
 from video_convmae.data.options import ListFormat, ReaderName
 from video_convmae.data.records import ListError, Record, Records
-from video_convmae.prepare.job import RecordResult, ResumableJob, Row, read_rows, write_report
+from video_convmae.prepare.job import RecordResult, ResumableJob, Row, list_notes, read_rows, write_report
 from video_convmae.prepare.options import LIST_TEXT
 
 CLIP_FRAMES, CLIP_STRIDE = 16, 4
@@ -81,9 +82,9 @@ class CheckJob(ResumableJob[ReaderProcess, dict[str, Any], CheckResult]):
                 height, width = _read_every_frame(reader)
             else:
                 height, width = reader.read(frames_to_check(len(reader))).shape[1:3]
-            frames, name = len(reader), reader.name
+            facts = {"frames": len(reader), "reader": reader.name, "note": reader.note}
         fps, codec = read_header(record)
-        return {"frames": frames, "width": width, "height": height, "fps": fps, "codec": codec, "reader": name}
+        return {**facts, "width": width, "height": height, "fps": fps, "codec": codec}
 
     def store_outcome(self, row: Row, outcome: dict[str, Any]) -> dict[str, Any]:
         """Return the fields unchanged."""
@@ -131,7 +132,7 @@ def check_videos(
     out.mkdir(parents=True, exist_ok=True)
     results = CheckJob(out / "checked.jsonl", reader, timeout, full).run(rows, workers)
     summary = {"reader": reader, "full": full, **summarize_check([results[row.record.path] for row in rows])}
-    summary["labels"] = notes
+    summary |= {"labels": notes, "notes": list_notes(rows, results)}
     good = [row for row in rows if results[row.record.path].error is None]
     if len(good) < len(rows) and os.path.realpath(path) == os.path.realpath(clean):
         write_text(out / "clean.before.txt", "".join(f"{row.text}\n" for row in rows), **LIST_TEXT)

@@ -41,6 +41,7 @@ class PackedVideo:
         source_frames: number of frames in the source.
         width, height: pixels.
         psnr: dB against the decoded and scaled source, in RGB.
+        note: `FrameReader.note` of the source.
     """
 
     data: bytes
@@ -49,10 +50,11 @@ class PackedVideo:
     width: int
     height: int
     psnr: float
+    note: str | None = None
 
 
 def pack_video(record: Record, settings: PackSettings, progress: Callable[[], None] = lambda: None) -> PackedVideo:
-    """Pack a video.
+    """Pack a video; where the size of its picture changes, every frame is scaled to that of the first, as for training.
 
     Args:
         record: the video.
@@ -87,10 +89,10 @@ def pack_video(record: Record, settings: PackSettings, progress: Callable[[], No
             if converter is None:
                 raise DecodeError(f"{record.path}: no frame was decoded")
             container.mux(stream.encode())
-        source_frames = len(reader)
+        source_frames, note = len(reader), reader.note
     data = buffer.getvalue()
     psnr = _measure_psnr(record.path, data, references, len(kept), progress)
-    return PackedVideo(data, len(kept), source_frames, *converter.size, psnr)
+    return PackedVideo(data, len(kept), source_frames, *converter.size, psnr, note)
 
 
 def frame_times(scan: Any, count: int) -> tuple[np.ndarray, Fraction]:

@@ -63,12 +63,14 @@ class RecordResult:
         stamp: `file_stamp` before the work began.
         method: `ResumableJob.method`.
         error: description of the failure; None if the record is good.
+        note: what a user should know of a good record (`FrameReader.note`).
     """
 
     path: str
     stamp: list[int] | None
     method: str
     error: str | None = None
+    note: str | None = None
 
 
 class Closable(Protocol):
@@ -234,6 +236,20 @@ def file_stamp(path: str) -> list[int] | None:
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns]
+
+
+def list_notes(rows: Sequence[Row], results: Mapping[str, RecordResult]) -> list[dict[str, Any]]:
+    """Return the notes on good records: line, record, note."""
+    noted = [(row, note) for row in rows if (note := results[row.record.path].note) is not None]
+    return [{"line": row.line, "record": row.written_path, "note": note} for row, note in noted]
+
+
+def format_notes(notes: Sequence[Mapping[str, Any]], out: Path) -> list[str]:
+    """Return the notes as lines of a report: their number and the first."""
+    if not notes:
+        return []
+    more = f"; all in {out / 'summary.json'}" if len(notes) > 1 else ""
+    return [f"{len(notes):,} good with a note: {notes[0]['record']}: {notes[0]['note']}{more}"]
 
 
 def write_report(

@@ -7,7 +7,8 @@ Written to the output folder:
                    list has one
     videos/        the packed videos; or shards/, tar archives
     faults.csv     line, record, error
-    summary.json   bytes and frames before and after; PSNR against the decoded source at the packed size, in RGB
+    summary.json   bytes and frames before and after; PSNR against the decoded source at the packed size, in RGB; notes
+                   on good videos (the size of the picture changes)
     settings.json  the settings: one folder holds videos of one kind
     packed.jsonl   one line a video, written as videos are done (job.py)
 
@@ -37,7 +38,7 @@ from video_convmae.data.records import ListError, Record
 from video_convmae.data.shards import file_of, read_member, split_path
 from video_convmae.data.text import read_text
 from video_convmae.prepare.encode import PackedVideo, pack_video
-from video_convmae.prepare.job import RecordResult, ResumableJob, Row, first_rows, read_rows, write_report
+from video_convmae.prepare.job import RecordResult, ResumableJob, Row, first_rows, list_notes, read_rows, write_report
 from video_convmae.prepare.options import LIST_TEXT, PackSettings
 
 
@@ -244,7 +245,9 @@ class PackJob(ResumableJob[PackingProcess, PackedVideo, PackResult]):
 
     def store_outcome(self, row: Row, outcome: PackedVideo) -> dict[str, Any]:
         """Write a packed video to the store; returns the fields of its result."""
-        facts = {name: getattr(outcome, name) for name in ("source_frames", "frames", "width", "height", "psnr")}
+        facts = {
+            name: getattr(outcome, name) for name in ("source_frames", "frames", "width", "height", "psnr", "note")
+        }
         sizes = {"source_bytes": _size_of(row.record.path), "bytes": len(outcome.data)}
         return {**self.store.add(row, outcome), **sizes, **facts}
 
@@ -287,6 +290,7 @@ def pack_videos(
     with closing(job.store):
         results = job.run(rows, workers)
     summary = {"settings": asdict(settings), **summarize_packing([results[row.record.path] for row in rows])}
+    summary["notes"] = list_notes(rows, results)
     _write_packed_list(path, written, rows, results, class_names)
     write_report(out, rows, results, summary)
     return summary

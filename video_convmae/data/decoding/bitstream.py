@@ -127,33 +127,38 @@ def _hevc(setup: bytes) -> Callable[[bytes], Look]:
 
 def _mpeg4(setup: bytes) -> Callable[[bytes], Look]:
     """ISO/IEC 14496-2, 6.2.5: a VOP's type, and whether it is coded. Without VOPs: H.263 under MPEG-4's name."""
-    time_bits = _mpeg4_time_bits(setup)
+    time_bits = _mpeg4_time_bits(_mpeg4_layer(setup))
 
     def look(data: bytes) -> Look:
         nonlocal time_bits
         place = data.find(b"\0\0\1\xb6")
         if place < 0:
             return Look(0, NO_START) if data[:3] == b"\0\0\1" else _look_h263(data)
-        if place > 4:
-            time_bits = _mpeg4_time_bits(data[:place]) or time_bits
+        layer = _mpeg4_layer(data[:place])
+        time_bits = _mpeg4_time_bits(layer) or time_bits
         start = NO_START if data[place + 4 : place + 5] and data[place + 4] >> 6 else START
         pictures = 0 if _not_coded(data[place + 4 :], time_bits) else 1
         following = data.find(b"\0\0\1\xb6", place + 4)  # "packed": B-frames ride with the picture that they need
         if following >= 0 and not _not_coded(data[following + 4 :], time_bits):
             pictures += 1
-        return Look(pictures, start if pictures else NO_START)
+        return Look(pictures, start if pictures else NO_START, layer or None)
 
     return look
 
 
-def _mpeg4_time_bits(header: bytes) -> int:
-    """Return the bits of vop_time_increment from a video object layer's header; 0: there is none."""
-    place = next(
-        (at for at in range(len(header) - 4) if header[at : at + 3] == b"\0\0\1" and header[at + 3] >> 4 == 2), -1
-    )
-    if place < 0:
+def _mpeg4_layer(headers: bytes) -> bytes:
+    """Return the header of a video object layer, from behind its start code to the next; empty: there is none."""
+    for place, end in _units(headers, 0):
+        if headers[place] >> 4 == 2:
+            return headers[place + 1 : end]
+    return b""
+
+
+def _mpeg4_time_bits(layer: bytes) -> int:
+    """Return the bits of vop_time_increment; 0: there is no header."""
+    if not layer:
         return 0
-    bits = _Bits(header[place + 4 : place + 40])
+    bits = _Bits(layer[:36])
     bits.skip(9)
     if bits.take(1):
         bits.skip(7)
@@ -220,6 +225,20 @@ def _mpeg2(setup: bytes) -> Callable[[bytes], Look]:
         if place < 0 or place + 5 >= len(data):
             return Look(0, NO_START, size) if data[:3] == b"\0\0\1" else _DAMAGED
         return Look(1, START if data[place + 5] >> 3 & 7 == 1 else NO_START, size)
+
+    return look
+
+
+def _mjpeg(setup: bytes) -> Callable[[bytes], Look]:
+    """ITU-T T.81, B.2.2: the size in the frame header, behind the length of its segment and the bits of a sample."""
+
+    def look(data: bytes) -> Look:
+        place = 2
+        while place + 9 <= len(data) and data[place] == 255:
+            if data[place + 1] in (0xC0, 0xC1, 0xC2):
+                return Look(1, START, data[place + 5 : place + 9])
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        return _DAMAGED
 
     return look
 
@@ -347,6 +366,7 @@ _EXAMINERS: dict[str, Callable[[bytes], Callable[[bytes], Look]]] = {
     "flv1": _flv1,
     "mpeg1video": _mpeg2,
     "mpeg2video": _mpeg2,
+    "mjpeg": _mjpeg,
     "vp8": _vp8,
     "vp9": _vp9,
     "av1": _av1,

@@ -40,7 +40,9 @@ class FallbackReader(FrameReader):
                     raise
                 self._instead = PyAVReader(self.path)
                 self.name = self._instead.name
-        return self._instead._read_ascending(indices)
+        frames = self._instead._read_ascending(indices)
+        self.note = self._instead.note
+        return frames
 
     def close(self) -> None:
         self._video = None

@@ -102,20 +102,21 @@ class RemoteReader(contextlib.AbstractContextManager["RemoteReader"]):
     Attributes:
         path: path of the record.
         name: library that decodes, as in `FrameReader`.
+        note: as in `FrameReader`.
     """
 
     def __init__(self, child: ChildProcess, record: Record, timeout: float) -> None:
         self.path = record.path
         self._child: ChildProcess | None = child
         self._timeout = timeout
-        self._length, self.name = self._ask(record)
+        self._length, self.name, self.note = self._ask(record)
 
     def __len__(self) -> int:
         return self._length
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return frames as `FrameReader.read` does, whose checks run in the child; also raises DecodeTimeout."""
-        frames, self.name = self._ask(indices)
+        frames, self.name, self.note = self._ask(indices)
         return frames
 
     def close(self, *exception: object) -> None:
@@ -143,17 +144,17 @@ def serve_frames(progress: Callable[[], None], reader: ReaderName, max_side: int
     reader = resolve_reader(reader)
     opened: FrameReader | None = None
 
-    def handle(request: Record | Sequence[int] | np.ndarray) -> tuple[int | np.ndarray, str]:
+    def handle(request: Record | Sequence[int] | np.ndarray) -> tuple[int | np.ndarray, str, str | None]:
         nonlocal opened
         if isinstance(request, Record):
             if opened is not None:
                 opened.close()
                 opened = None  # opening the next may fail
             opened = open_frames(request, reader, max_side)
-            return len(opened), opened.name
+            return len(opened), opened.name, opened.note
         assert opened is not None  # the parent reads only what it has opened
         frames = np.ascontiguousarray(opened.read(request))  # first: a failure of its library changes the name
-        return frames, opened.name
+        return frames, opened.name, opened.note
 
     return handle
 

@@ -39,7 +39,7 @@ class PyAVReader(FrameReader):
         self._open()
         codec = self._stream.codec_context
         self._size: tuple[int, int] = codec.width, codec.height  # of the first picture; from its header, until it lies
-        self._size_is_seen = self._size_was_told = False
+        self._size_is_seen = False
         self._start_of: dict[int, int] = {}  # keyframe -> the one before it that decoding had to begin at
         self._look: Callable[[bytes], Look] | None = None
         try:
@@ -127,14 +127,13 @@ class PyAVReader(FrameReader):
             with closing(PyAVReader(self.path)) as again:  # this one is in the middle of decoding
                 first = again.first_picture()
                 self._size, self._size_is_seen = (first.width, first.height), True
-        if (frame.width, frame.height) != self._size and not self._size_was_told:
-            self._size_was_told = True
+        if (frame.width, frame.height) != self._size and self.note is None:
             sizes = "{}x{} to {}x{}".format(*self._size, frame.width, frame.height)
-            warnings.warn(
-                f"{self.path}: the size of the picture changes, from {sizes} at frame {index} or before; every frame "
-                "is scaled to the first one's size",
-                stacklevel=2,
+            self.note = (
+                f"the size of the picture changes, from {sizes} at frame {index} or before; every frame is scaled to "
+                "the first one's size"
             )
+            warnings.warn(f"{self.path}: {self.note}", stacklevel=2)
 
     def _counted_frames_at(self, indices: np.ndarray) -> Iterator[Any]:
         frames = islice(self._frames_from_the_start(), int(indices[-1]) + 1)

@@ -23,10 +23,12 @@ class FrameReader(ABC):
         path: path of the record.
         name: library that decodes: "torchcodec", "torchcodec_cuda", "pyav" or "decord"; "pillow" for images. Not always
             the one asked for (see rules.py).
+        note: what a user should know of the frames that were read; None: nothing.
     """
 
     path: str
     name: str
+    note: str | None = None
 
     @abstractmethod
     def __len__(self) -> int:

@@ -127,10 +127,17 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
     newest_keyframe = np.maximum.accumulate(np.where(is_key, shown, _NEVER))
     keyframes = keyframes[np.argsort(keyframes[:, 0], kind="stable")]
     # What comes out is seen only by decoding: a stream that begins in the middle of a GOP, two pictures in a packet, an
-    # end of sequence in the middle, pictures of MPEG-4 that are not coded among B-frames.
+    # end of sequence in the middle, pictures of MPEG-4 that are not coded among B-frames; where the size changes,
+    # MPEG-1 and -2 withhold a picture, and MJPEG that is begun at a picture of half the height takes it for a field.
+    resized = new_setup or len(sizes) > 1
     not_coded = codec.name == "mpeg4" and codec.has_b_frames and (held == 0).any()
+    depends = resized and codec.name in ("mpeg1video", "mpeg2video", "mjpeg")
     countable = (
-        (not proven or is_key[0]) and held.max() == 1 and not ends[: held.nonzero()[0][-1]].any() and not not_coded
+        (not proven or is_key[0])
+        and held.max() == 1
+        and not ends[: held.nonzero()[0][-1]].any()
+        and not not_coded
+        and not depends
     )
     timed = bool(countable and not guessed and _NEVER not in shown and len(np.unique(times)) == len(times))
     repairs = codec.name == "h264" and not (proven and (starts[is_key] == START).all())
@@ -146,7 +153,7 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
         proven=proven,
         false_keys=proven and bool((claimed & (starts == NO_START)).any()),
         blank=bool((held == 0).any()),
-        resized=new_setup or len(sizes) > 1,
+        resized=resized,
         timed=timed,
         b_frames=bool(codec.has_b_frames),
         open_gop=bool((shown < newest_keyframe).any()),
