@@ -213,7 +213,7 @@ PREPROCESSOR = {
 def their_model(kind: str, **settings: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: it comes with [bench]")
     shape = {"image_size": 64, "num_frames": 8, **HIDDEN, **DECODER, "decoder_intermediate_size": 64, "id2label": NAMES}
-    settings = shape | {"use_mean_pooling": kind == "VideoClassification"} | settings
+    settings = shape | {"use_mean_pooling": kind != "PreTraining"} | settings
     config = transformers.VideoMAEConfig(**settings, label2id={name: n for n, name in NAMES.items()})
     torch.manual_seed(0)
     return getattr(transformers, f"VideoMAEFor{kind}")(config).eval()
@@ -253,6 +253,7 @@ def folder_by_hand(folder: Path, **changes: Any) -> Path:
         "vit_base", num_classes=3, num_frames=8, image_size=64, widths=(192,), depths=(1,), heads=6, mlp_ratio=2,
         position_table="flat", learnable_positions=False,
     )  # fmt: skip
+    torch.nn.init.normal_(model.encoder.attention_blocks[0].attention.qkv.bias)
     config = {"model_type": "videomae", "image_size": 64, "num_frames": 8, **HIDDEN, "id2label": NAMES} | changes
     folder.mkdir(exist_ok=True)
     save_safetensors(to_format(model, "huggingface"), folder / "model.safetensors")
@@ -268,6 +269,18 @@ def test_a_config_that_is_of_another_model_is_refused(tmp_path: Path) -> None:
             ({"patch_size": 14}, "patch_size 14"),
             ({"num_attention_heads": 5}, "5 heads, which do not divide 192"),
             ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+            ({"intermediate_size": 768}, "intermediate_size 768, and the tensors are of intermediate_size 384"),
+            ({"num_channels": 1}, "num_channels 1"),
+            ({"tubelet_size": 1}, "tubelet_size 1"),
+            ({"num_frames": 9}, "num_frames 9; expected a multiple of 2"),
+            ({"image_size": [64, 70]}, r"image_size \[64, 70\]; expected a multiple of 16"),
+            ({"layer_norm_eps": 1e-3}, r"layer_norm_eps 0\.001; expected 1e-06 or less"),
+            ({"qkv_bias": False}, "qkv_bias false, and the tensors hold such biases"),
+            ({"qv_bias": False}, "qkv_bias false"),
+            ({"use_mean_pooling": False}, "use_mean_pooling false, and the tensors hold fc_norm"),
+            ({"problem_type": "multi_label_classification"}, "problem_type 'multi_label_classification'; expected"),
+            ({"id2label": None, "num_labels": 4}, "names 4 classes, and the head of these tensors has 3"),
+            ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, "names 2 classes, and the head"),
             ({"id2label": {"0": "a", "1": "b"}}, "names 2 classes, and the head of these tensors has 3"),
             ({"id2label": {"0": "a", "1": "b", "7": "c"}}, r"id2label in config\.json has the numbers"),
         ]
@@ -275,6 +288,43 @@ def test_a_config_that_is_of_another_model_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as error:
             read_weights(folder_by_hand(tmp_path / str(number), **change))
         assert "\n" not in str(error.value)
+
+
+def test_a_pretraining_config_of_another_decoder_is_refused(tmp_path: Path) -> None:
+    theirs = their_model("PreTraining")
+    theirs.save_pretrained(tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"decoder_hidden_size": 64}, "decoder_hidden_size 64, and the tensors are of decoder_hidden_size 32"),
+        ({"decoder_intermediate_size": 128}, "decoder_intermediate_size 128"),
+        ({"decoder_num_attention_heads": 3}, "3 decoder heads, which do not divide 32"),
+        ({"use_mean_pooling": True}, "use_mean_pooling true, and the tensors hold layernorm"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(stated | change))
+        with pytest.raises(UserError, match=message):
+            read_weights(tmp_path)
+
+
+def test_a_model_without_biases_of_query_and_value(tmp_path: Path) -> None:
+    theirs = scrambled(their_model("VideoClassification", qkv_bias=False, layer_norm_eps=1e-6))
+    theirs.save_pretrained(tmp_path)
+    model, _ = model_from(tmp_path)
+    clips = torch.randn(2, 3, 8, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(clips), theirs(clips.transpose(1, 2)).logits, atol=5e-5, rtol=0)
+
+
+def test_pixels_of_another_scale(tmp_path: Path) -> None:
+    folder = folder_by_hand(tmp_path)
+    for settings, mean, std in (
+        ({"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [51.0] * 3}, 0.5, 0.2),
+        ({"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [0.5] * 3}, 0.5, 0.25),
+        ({"do_normalize": False, "do_rescale": False}, 0.0, 1 / 255),
+    ):
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+        stated = read_weights(folder).preprocessing
+        assert stated["data.mean"] == pytest.approx([mean] * 3)
+        assert stated["data.std"] == pytest.approx([std] * 3)
 
 
 def test_numbered_classes_have_no_names(tmp_path: Path) -> None:

@@ -33,7 +33,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "videomae": {"num_frames": 16, "tubelet_size": 2, "decoder_num_attention_heads": 6, "norm_pix_loss": True},
     "vit_mae": {"num_frames": 1, "tubelet_size": 1, "decoder_num_attention_heads": 16, "norm_pix_loss": False},
 }
-_SHARED: dict[str, Any] = {"image_size": 224, "num_attention_heads": 12, "hidden_act": "gelu"}
+_SHARED: dict[str, Any] = {
+    "image_size": 224,
+    "num_attention_heads": 12,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "use_mean_pooling": True,
+    "problem_type": "single_label_classification",
+}
+_EPS = 1e-6  # of ours; a smaller one makes no difference where the values of a token vary
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}
 
@@ -54,21 +62,16 @@ def folder_properties(folder: Mapping[str, Any], weights: Weights) -> dict[str, 
     if config["model_type"] != kind:
         raise UserError(f"config.json says model_type {config['model_type']!r}, and the tensors are of a {kind}")
     config = _DEFAULTS[kind] | _SHARED | {name: value for name, value in config.items() if value is not None}
-    if config["hidden_act"] != "gelu":
-        raise UserError(f"config.json says hidden_act {config['hidden_act']!r}; expected 'gelu', which ours compute")
+    _refuse_other_models(config, weights)
+    _compare_sizes(config, weights)
     patch = prod(weights.strides)
-    found = {
-        "hidden_size": embedding_weights(weights.tensors)[-1].shape[0],
-        "num_hidden_layers": _count(weights, "encoder.attention_blocks."),
-        "num_channels": weights.channels,
-        "patch_size": patch,
-        "tubelet_size": weights.tubelet,
-        "decoder_num_hidden_layers": _count(weights, "decoder.blocks."),
-    }
-    for name, value in found.items():
-        if value and config.get(name, value) not in (value, [value, value]):
-            raise UserError(f"config.json says {name} {config[name]}, and the tensors are of {name} {value}")
     height, width = _pair(config["image_size"])
+    for name, value, unit in (("num_frames", config["num_frames"], weights.tubelet),
+                              ("image_size", height, patch), ("image_size", width, patch)):  # fmt: skip
+        if value < unit or value % unit:
+            raise UserError(
+                f"config.json says {name} {config[name]}; expected a multiple of {unit}, the size of a token"
+            )
     grid = (config["num_frames"] // weights.tubelet, height // patch, width // patch)
     positions = weights.tensors.get(POSITIONS[0])
     if positions is not None and positions.shape[1] != prod(grid):
@@ -82,6 +85,59 @@ def folder_properties(folder: Mapping[str, Any], weights: Weights) -> dict[str, 
         "class_names": _class_names(config) if weights.has("head") else None,
         "preprocessing": _preprocessing(folder.get("preprocessor") or {}),
     }
+
+
+def _refuse_other_models(config: Mapping[str, Any], weights: Weights) -> None:
+    """Raise a UserError for what no model of ours computes, and no shape says."""
+    if config["hidden_act"] != "gelu":
+        raise UserError(f"config.json says hidden_act {config['hidden_act']!r}; expected 'gelu', which ours compute")
+    if config["layer_norm_eps"] > _EPS:
+        raise UserError(
+            f"config.json says layer_norm_eps {config['layer_norm_eps']:g}; expected {_EPS:g} or less: ours have "
+            f"{_EPS:g}, and the features would be others"
+        )
+    biases = [t for name, t in weights.tensors.items() if name.endswith(".attention.qkv.bias")]
+    if not config.get("qv_bias", config.get("qkv_bias", True)) and any(bool(bias.any()) for bias in biases):
+        raise UserError("config.json says qkv_bias false, and the tensors hold such biases, which transformers ignores")
+    if weights.has("head") and config["problem_type"] != "single_label_classification":
+        raise UserError(
+            f"config.json says problem_type {config['problem_type']!r}; expected 'single_label_classification': ours "
+            "choose one class (exclude head to load the encoder alone)"
+        )
+    if weights.frames != 1:  # without mean pooling there is a norm over tokens, and no fc_norm
+        pools = weights.has("fc_norm") if weights.has("head") else not weights.has("norm")
+        if config["use_mean_pooling"] != pools:
+            norm = "fc_norm" if weights.has("head") else "layernorm"
+            holds = "hold" if weights.has(norm.removeprefix("layer")) else "do not hold"
+            raise UserError(
+                f"config.json says use_mean_pooling {str(config['use_mean_pooling']).lower()}, and the tensors {holds} "
+                f"{norm}: transformers computes another model"
+            )
+
+
+def _compare_sizes(config: Mapping[str, Any], weights: Weights) -> None:
+    """Raise a UserError for a size that is not that of the tensors."""
+    found = {
+        "hidden_size": embedding_weights(weights.tensors)[-1].shape[0],
+        "num_hidden_layers": _count(weights, "encoder.attention_blocks."),
+        "intermediate_size": _length(weights, "encoder.attention_blocks.0.mlp.fc1.bias"),
+        "num_channels": weights.channels,
+        "patch_size": prod(weights.strides),
+        "tubelet_size": weights.tubelet,
+        "decoder_hidden_size": _length(weights, "decoder.norm.weight"),
+        "decoder_num_hidden_layers": _count(weights, "decoder.blocks."),
+        "decoder_intermediate_size": _length(weights, "decoder.blocks.0.mlp.fc1.bias"),
+    }
+    for name, value in found.items():
+        if value and config.get(name, value) not in (value, [value, value]):
+            raise UserError(f"config.json says {name} {config[name]}, and the tensors are of {name} {value}")
+    classes = len(config.get("id2label") or ()) or config.get("num_labels")
+    if classes and weights.num_classes not in (None, classes):
+        raise UserError(f"config.json names {classes} classes, and the head of these tensors has {weights.num_classes}")
+
+
+def _length(weights: Weights, name: str) -> int:
+    return len(weights.tensors.get(name, ()))
 
 
 def _count(weights: Weights, blocks: str) -> int:
@@ -104,14 +160,15 @@ def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def _preprocessing(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a preprocessor_config.json by the names of ours."""
+    """Return the settings of a preprocessor_config.json by the names of ours, whose pixels are 0 to 1."""
     settings: dict[str, Any] = {}
+    white = 255 * (preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get("do_rescale", True) else 1.0)
     if preprocessor.get("do_normalize", True):
         for theirs, name in (("image_mean", "data.mean"), ("image_std", "data.std")):
             if isinstance(values := preprocessor.get(theirs), list):
-                settings[name] = values
+                settings[name] = [value / white for value in values]
     else:
-        settings |= {"data.mean": [0.0, 0.0, 0.0], "data.std": [1.0, 1.0, 1.0]}
+        settings |= {"data.mean": [0.0, 0.0, 0.0], "data.std": [1 / white, 1 / white, 1 / white]}
     if (interpolation := _RESAMPLING.get(preprocessor.get("resample", -1))) is not None:
         settings["data.augmentation.interpolation"] = interpolation
     size, crop = preprocessor.get("size"), preprocessor.get("crop_size")
@@ -190,8 +247,18 @@ def _one_or_two(height: int, width: int) -> int | list[int]:
 
 
 def _with_note(weights: Weights, eps: str) -> Weights:
-    note = f"transformers computes these weights with LayerNorm eps {eps}; here it is 1e-6, as where they were trained"
+    note = (
+        f"transformers computes these weights with the LayerNorm eps of config.json, by default {eps}; here it is "
+        "1e-6, as where the published ones were trained"
+    )
     return replace(weights, notes=(*weights.notes, note))
+
+
+def _add_attention_biases(weights: Weights) -> Weights:
+    """Add the biases of query, key and value that a model with `qkv_bias` false does not have, as zero."""
+    kernels = {name: t for name, t in weights.tensors.items() if name.endswith(".attention.qkv.weight")}
+    zeros = {name.removesuffix("weight") + "bias": kernel.new_zeros(len(kernel)) for name, kernel in kernels.items()}
+    return replace(weights, tensors={**zeros, **weights.tensors})
 
 
 HF_VIDEOMAE = Format(
@@ -215,7 +282,7 @@ HF_VIDEOMAE = Format(
     prefixes=("videomae.", "videomae."),
     position_table="flat",
     after_read=lambda weights: _with_note(
-        add_embedding_bias(weights), "1e-12 (1e-5 in the decoder's norm and fc_norm)"
+        add_embedding_bias(_add_attention_biases(weights)), "1e-12 (1e-5 in the decoder's norm and fc_norm)"
     ),
     before_write=remove_tables,
 )
@@ -233,5 +300,5 @@ HF_MAE = Format(
         "layernorm.*": "norm.*",
     },
     dropped={"embeddings.cls_token": NO_CLS},
-    after_read=lambda weights: _with_note(drop_cls_position(weights), "1e-12"),
+    after_read=lambda weights: _with_note(drop_cls_position(_add_attention_biases(weights)), "1e-12"),
 )
