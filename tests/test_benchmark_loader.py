@@ -1,4 +1,4 @@
-"""`benchmark loader` and `benchmark packing`: they measure the loader, and their results are complete."""
+"""`benchmark loader`, `packing` and `opening`: they measure the loader, and their results are complete."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 
 from video_convmae.benchmark import files as benchmark_files
 from video_convmae.benchmark import main as benchmark
-from video_convmae.benchmark import packing, reading
+from video_convmae.benchmark import opening, packing, reading
 from video_convmae.cli import run as run_command
-from video_convmae.data.records import read_list
+from video_convmae.data.decoding import pyav_reader, read_record
+from video_convmae.data.records import Record, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
 
@@ -112,3 +113,23 @@ def test_files_are_of_their_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with av.open(str(tmp_path / made[0][0])) as video:
             assert video.streams.video[0].codec_context.name == ("h264" if name == "kinetics" else "vp9")
             assert len(list(video.decode(video=0))) == round(0.5 * kind.fps[0])
+
+
+def test_opening_of_a_long_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of each pair reads the kept scan; a film repeats the packets of a clip."""
+    clips.encode(tmp_path / "kinetics_000.mp4", 50, options={"bf": "3", "b_strategy": "0", "g": "25"})
+    monkeypatch.setattr(opening, "make_files", lambda *_: None)
+    monkeypatch.setattr(pyav_reader, "KEEP_FRAMES", 1000)
+    scans = []
+    scan = pyav_reader.scan_packets
+    monkeypatch.setattr(pyav_reader, "scan_packets", lambda *given: scans.append(1) or scan(*given))
+    out = tmp_path / "opening.json"
+    assert benchmark.main(["opening", f"--folder={tmp_path}", "--hours=0.02", "--repeats=2", f"--json={out}"]) == 0
+    result = json.loads(out.read_text())
+    assert result["frames"] == 1800
+    assert len(result["pairs"]) == 2
+    assert len(scans) == 2
+    assert result["again"]["with_clip_cpu"] > result["again"]["cpu"] > 0
+    film = tmp_path / result["file"]
+    again = read_record(Record(str(film)), [1030, 1039], "pyav")
+    assert (again == read_record(Record(str(tmp_path / "kinetics_000.mp4")), [30, 39], "pyav")).all()

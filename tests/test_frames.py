@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import subprocess
 import sys
@@ -310,6 +311,30 @@ def test_a_size_that_changes(codec: str, suffix: str, reader: str, tmp_path: Pat
             assert (frame == image).all()
         else:
             assert np.abs(frame - image.repeat(2, axis=0).repeat(2, axis=1).astype(int)).mean() < 12
+
+
+def test_no_picture_is_kept_while_the_next_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 8K each is 47 MiB, beside those that the codec refers to; reference cycles would keep them for long."""
+    decode, held = pyav_reader.PyAVReader._decode, []
+
+    def count() -> int:
+        return sum(type(each) is av.VideoFrame for each in gc.get_objects())
+
+    def watch(reader: pyav_reader.PyAVReader, packet: av.Packet) -> list[av.VideoFrame]:
+        held.append(count() - before)
+        return decode(reader, packet)
+
+    monkeypatch.setattr(pyav_reader.PyAVReader, "_decode", watch)
+    path = clips.encode(tmp_path / "clip.mp4", 40, options=B)
+    gc.collect()
+    gc.disable()
+    before = count()  # of other tests
+    try:
+        assert len(video_convmae.read_frames(path, [3, 4, 9, 25, 30], reader="pyav")) == 5
+        assert len(held) > 5
+        assert max(held) == 1  # PyAV's own, empty, for the next
+    finally:
+        gc.enable()
 
 
 def test_pictures_of_8k_are_divided(tmp_path: Path) -> None:

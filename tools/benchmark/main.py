@@ -5,8 +5,9 @@
     video-convmae benchmark scale --device cuda --precision bf16 --plot scale.png
     video-convmae benchmark loader --vs videomae --json loader.json
     video-convmae benchmark packing --json packing.json
+    video-convmae benchmark opening --json opening.json
 
-`benchmark step --help` (scale, loader, packing) explains each measurement. Results: docs/performance.md.
+`benchmark step --help` (scale, loader, packing, opening) explains each measurement. Results: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -115,11 +116,20 @@ def _add_packing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=1, help="videos packed at once")
 
 
+def _add_opening_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--file", type=Path, help="video to open; default: one is made")
+    add("--hours", type=float, default=2.0, help="length of the made file (default %(default)g)")
+    add("--repeats", type=int, default=5, help="pairs of openings (default %(default)s)")
+    add("--folder", type=Path, default=Path(gettempdir()) / "videoconvmae_files", help="folder for made files")
+
+
 COMMANDS = {
     "step": (_add_step_options, "a training step against another"),
     "scale": (_add_scale_options, "cost against frames, resolution, mask ratio and batch"),
     "loader": (_add_loader_options, "clips a second from files to batches"),
     "packing": (_add_packing_options, "speed, size and quality of re-encoded videos"),
+    "opening": (_add_opening_options, "opening of a long file, without and with its kept scan"),
 }
 
 

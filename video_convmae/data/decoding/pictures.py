@@ -54,12 +54,17 @@ class FolderReader(FrameReader):
         return len(self._names)
 
     def _read_ascending(self, indices: np.ndarray) -> np.ndarray:
-        images = [_read_image(os.path.join(self._folder, self._names[index]), self.max_side) for index in indices]
-        for index, image in zip(indices, images, strict=True):
-            if image.shape != images[0].shape:
-                sizes = f"{image.shape[1]}x{image.shape[0]}, not {images[0].shape[1]}x{images[0].shape[0]}"
+        clip: np.ndarray | None = None
+        for place, index in enumerate(indices):
+            image = _read_image(os.path.join(self._folder, self._names[index]), self.max_side)
+            if clip is None:
+                clip = np.empty((len(indices), *image.shape), dtype=np.uint8)
+            if image.shape != clip.shape[1:]:
+                sizes = f"{image.shape[1]}x{image.shape[0]}, not {clip.shape[2]}x{clip.shape[1]}"
                 raise DecodeError(f"{self.path}: {self._names[index]} is {sizes} like {self._names[indices[0]]}")
-        return np.stack(images)
+            clip[place] = image
+        assert clip is not None  # `read` refuses no indices
+        return clip
 
 
 class ImageReader(FrameReader):
@@ -129,10 +134,11 @@ def _read_image(path: str, max_side: int | None) -> np.ndarray:
     """
     from PIL import Image, ImageOps
 
-    with decode_errors(path), Image.open(shards.path_or_bytes(path)) as opened:
-        image = ImageOps.exif_transpose(opened)
+    with decode_errors(path), Image.open(shards.path_or_bytes(path)) as image:
+        format = image.format
+        ImageOps.exif_transpose(image, in_place=True)  # at 8K each copy would be 95 MiB
         # Pillow before 11.3 gives 16 bits of PNG as 32-bit numbers, and always those of PGM.
-        if image.mode in _WIDE_GREY or (image.mode == "I" and opened.format in ("PNG", "PPM")):
+        if image.mode in _WIDE_GREY or (image.mode == "I" and format in ("PNG", "PPM")):
             grey = np.asarray(image).astype(np.int64)
             image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
@@ -140,7 +146,7 @@ def _read_image(path: str, max_side: int | None) -> np.ndarray:
             raise DecodeError(
                 f"{path}: its values are {kind}, which say no black and white; convert it to 8 or 16 bits"
             )
-        image = image.convert("RGB")
+        image = image if image.mode == "RGB" else image.convert("RGB")
         smaller = smaller_size(image.size, max_side)
         return np.asarray(image if smaller == image.size else image.resize(smaller, Image.Resampling.BOX))
 

@@ -24,7 +24,9 @@ from .scan import Scan, is_decodable, scan_packets
 class PyAVReader(FrameReader):
     """PyAV's frames: for each group of pictures needed, one seek to its keyframe and decoding to the last frame needed.
 
-    Decodes with one thread, of type NONE: with more, a parent that left a file open deadlocks its forked workers.
+    Decodes with one thread, of type NONE: with more, a parent that left a file open deadlocks its forked workers, and
+    each thread would hold a picture of its own. No picture is kept while the next is decoded (47 MiB each at 8K), so
+    beside the clip, memory holds those that the codec refers to.
 
     Args:
         path: the file.
@@ -95,29 +97,32 @@ class PyAVReader(FrameReader):
     def _read_ascending(self, indices: np.ndarray) -> np.ndarray:
         to_rgb = rgb_converter()
         clip: np.ndarray | None = None
-        for place, frame in enumerate(self._frames_at(indices)):
-            self._compare_size(frame, int(indices[place]))
+        frames = self._frames_at(indices)
+        for place, index in enumerate(indices.tolist()):
+            frame = next(frames)
+            self._compare_size(frame, index)
             image = to_rgb(frame, smaller_size(self._size, self.max_side))
             if clip is None:
                 clip = np.empty((len(indices), *image.shape), dtype=np.uint8)
             if image.shape != clip.shape[1:]:
-                raise DecodeError(f"{self.path}: frame {indices[place]} is turned otherwise than the first")
+                raise DecodeError(f"{self.path}: frame {index} is turned otherwise than the first")
             clip[place] = image
-        assert clip is not None  # a frame that does not decode is an error
+            del frame, image
+        next(frames, None)  # it ends
+        assert clip is not None  # `read` refuses no indices
         return clip
 
     def _frames_at(self, indices: np.ndarray) -> Iterator[Any]:
         """Yield the frames at ascending indices; raise DecodeError for the first that is missing or damaged."""
-        place = -1
         frames = self._timed_frames_at(indices) if self.scan.timed else self._counted_frames_at(indices)
-        for place, frame in enumerate(frames):
+        for index in indices.tolist():
+            frame = next(frames, None)
             if frame is None:
-                raise DecodeError(f"{self.path}: frame {indices[place]} of {len(self)} does not decode")
+                raise DecodeError(f"{self.path}: frame {index} of {len(self)} does not decode")
             if frame.is_corrupt:
-                raise DecodeError(f"{self.path}: frame {indices[place]} is damaged")
+                raise DecodeError(f"{self.path}: frame {index} is damaged")
             yield frame
-        if place + 1 < len(indices):
-            raise DecodeError(f"{self.path}: frame {indices[place + 1]} of {len(self)} does not decode")
+            del frame
 
     def _compare_size(self, frame: Any, index: int) -> None:
         """Note the size of the first picture, to which those of another size are scaled, as the ffmpeg program does."""
@@ -170,6 +175,7 @@ class PyAVReader(FrameReader):
                         late += 1
                         if late > _MOST_REORDERED and start != _FIRST_PACKET:
                             break
+                    del frame
                 if only is None and self.scan.proven and not self.scan.repairs:
                     break  # it is a place to begin at: the frame is damaged
         yield None
@@ -200,12 +206,14 @@ class PyAVReader(FrameReader):
                 if unseen:
                     raise _NoStart from None
                 raise
-            for frame in frames:
+            while frames:
+                frame = frames.pop(0)
                 if unseen and frame.pts is not None and frame.pts >= shown:
                     if not frame.key_frame:
                         raise _NoStart
                     unseen = False
                 yield frame
+                del frame
 
     def _packets_from(self, start: int) -> Iterator[Any]:
         """Return the packets from a keyframe on. Raises _NoStart: no seek lands at it or before it."""
@@ -288,7 +296,9 @@ def rgb_converter() -> Any:
         scale = {}
         if size is not None and size != (frame.width, frame.height):
             scale = {"width": size[0], "height": size[1], "interpolation": Interpolation.BICUBIC}
-        image = reformatter.reformat(frame, format="rgb24", **scale, **options).to_ndarray()
-        return upright(image, shown)
+        image = reformatter.reformat(frame, format="rgb24", **scale, **options)
+        plane: Any = image.planes[0]
+        rows = np.frombuffer(plane, dtype=np.uint8).reshape(image.height, -1)  # padded; not copied
+        return upright(rows[:, : 3 * image.width].reshape(image.height, image.width, 3), shown)
 
     return convert
