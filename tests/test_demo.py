@@ -20,7 +20,7 @@ from tools.study.demo import (
     report_demo,
     shown_clips,
 )
-from tools.study.study import FEW_LABELS, MEASUREMENTS, MODELS, collect_rows, table, write_results
+from tools.study.study import FEW_LABELS, MEASUREMENTS, MODELS, collect_curves, collect_rows, table, write_results
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.config import FinetuneConfig
@@ -123,6 +123,17 @@ def test_a_killed_study_loses_no_row(tmp_path: Path) -> None:
     assert collect_rows(tmp_path) == [row, {**row, "seed": 1}]
     assert FEW_LABELS.matches(collect_rows(tmp_path)[0])
     assert json.loads((tmp_path / "results.json").read_text()) == [row]
+
+
+def test_a_run_that_was_killed_at_its_start_has_no_curve(tmp_path: Path) -> None:
+    logs = {"0_0": '{"step": 5, "loss": 0.5}\n{"step": 10, "lo', "0_1": "", "0_2": '{"step": 5, "lo', "0_3": None}
+    for name, log in logs.items():
+        folder = tmp_path / "runs" / name / "pretrain_0"
+        folder.mkdir(parents=True)
+        if log is not None:
+            (folder / "log.jsonl").write_text(log)
+    (curve,) = collect_curves(tmp_path)
+    assert (curve["seed"], curve["loss"]) == (0, [(5, 0.5)])
 
 
 @pytest.mark.parametrize("name", MODELS)

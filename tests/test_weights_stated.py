@@ -15,11 +15,12 @@ from torch import nn
 from weight_cases import PLAIN, TINY, VIDEO, assert_same, autoencoder, classifier, scrambled
 
 import video_convmae
-from video_convmae import cli, create_classifier
+from video_convmae import build, cli, create_classifier
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import FinetuneConfig, PretrainConfig
+from video_convmae.engine import checkpoint
 from video_convmae.errors import Note, UserError
 from video_convmae.runs import load_classifier
 from video_convmae.weights.arguments import model_arguments
@@ -375,6 +376,27 @@ def test_a_classifier_takes_its_encoder_from_the_weights(videos: Path, tmp_path:
         file.unlink()
     folder.rmdir()  # a resumed run does not need its initial weights
     finetuning(videos, output, folder, *edits)
+
+
+def test_the_weights_are_verified_and_read_once(
+    run: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, sums = [], []
+    read, crc = build.read_weights, checkpoint._crc
+    monkeypatch.setattr(build, "read_weights", lambda source: reads.append(source) or read(source))
+    monkeypatch.setattr(checkpoint, "_crc", lambda path: sums.append(path) or crc(path))
+    edits = ("--model.from_weights", "--model.num_frames=0", "--model.image_size=0", *PIXELS)
+    finetuning(videos, tmp_path / "ft", run, *edits)
+    assert len(reads) == 1
+    of_weights = [path for path in sums if run in path.parents]
+    assert of_weights
+    assert len(of_weights) == len(set(of_weights))
+    reads.clear()
+    sums.clear()
+    with pytest.raises(UserError):  # it resumes from its own checkpoint, and is complete
+        finetuning(videos, tmp_path / "ft", run, *edits, "--optim.lr=1")
+    assert not reads
+    assert len(sums) == len(set(sums))
 
 
 @pytest.mark.parametrize(

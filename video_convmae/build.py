@@ -38,7 +38,7 @@ from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import ListError, Records, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
-from video_convmae.engine.checkpoint import Checkpoint, find_latest, find_weights
+from video_convmae.engine.checkpoint import Checkpoint, find_latest, find_weights, newest_config
 from video_convmae.engine.distributed import DistInfo, all_gather_object
 from video_convmae.engine.evaluation import evaluate_list, write_bad_records
 from video_convmae.engine.inference import ListInference
@@ -74,8 +74,34 @@ def build_classifier(config: ClassifierConfig, num_classes: int) -> Classifier |
     return Classifier(config, num_classes) if config.probe is None else Probe(config, num_classes)
 
 
+class InitialWeights:
+    """The weights of `init.weights`, verified and read once: those that a model was built for are kept until it is
+    filled.
+    """
+
+    def __init__(self, config: InitConfig) -> None:
+        self._config = config
+        self._weights: Weights | None = None
+
+    def look(self) -> Weights:
+        """Return them, and keep them. Raises FileNotFoundError or ValueError: they cannot be read."""
+        assert self._config.weights is not None
+        if self._weights is None:
+            source = find_weights(self._config.weights)
+            self._weights = read_weights(source.path if isinstance(source, Checkpoint) else source)
+        return self._weights
+
+    def take(self) -> Weights:
+        """Return them, and let go of them. Raises as `look`."""
+        weights, self._weights = self.look(), None
+        return weights
+
+
 def load_initial_weights(
-    config: InitConfig, model: Autoencoder | Classifier | Probe, data: DataConfig
+    config: InitConfig,
+    model: Autoencoder | Classifier | Probe,
+    data: DataConfig,
+    initial: InitialWeights | None = None,
 ) -> LoadReport | None:
     """Load the weights of `init.weights`, if any, and report what was loaded.
 
@@ -83,6 +109,7 @@ def load_initial_weights(
         config: which weights, and how.
         model: to fill.
         data: how clips are made for it; with the names of the classes, if they are known.
+        initial: the weights, if the model was built for them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -90,7 +117,7 @@ def load_initial_weights(
     """
     if config.weights is None:
         return None
-    weights = _read_initial_weights(config)
+    weights = (initial or InitialWeights(config)).take()
     names = read_class_names(data) if isinstance(data, LabelledDataConfig) and weights.has("head") else None
     try:
         _check_pixels(weights, data)
@@ -99,8 +126,10 @@ def load_initial_weights(
         raise UserError(f"init.weights {config.weights}: {error}") from error
 
 
-def resolve_model(config: FinetuneConfig) -> FinetuneConfig:
+def resolve_model(config: FinetuneConfig, initial: InitialWeights) -> FinetuneConfig:
     """Fill in the model of `model.from_weights`: from the run's own checkpoint, if it has begun, else the weights.
+
+    The checkpoint is verified where it is resumed from; here its configuration is enough.
 
     Raises:
         UserError: there are no initial weights, or their sizes fit no model of ours.
@@ -109,22 +138,16 @@ def resolve_model(config: FinetuneConfig) -> FinetuneConfig:
         return config
     if config.init.weights is None:
         raise UserError("model.from_weights is on and init.weights is null; expected a file or folder of weights")
-    begun, _ = find_latest(Path(config.output) / "checkpoints")
+    begun = newest_config(Path(config.output) / "checkpoints")
     if begun is not None:
-        encoder = {name: begun.config["model"][name] for name in EncoderConfig.__dataclass_fields__}
+        encoder = {name: begun["model"][name] for name in EncoderConfig.__dataclass_fields__}
         encoder = {n: tuple(v) if isinstance(v, list) else v for n, v in encoder.items() if n not in OWN_OF_A_RUN}
     else:
-        weights = _read_initial_weights(config.init)
+        weights = initial.look()
         encoder = encoder_arguments(weights)
         if weights.is_image and config.data.format != "image":  # inflated: time is the run's
             encoder = {n: v for n, v in encoder.items() if n not in ("num_frames", "tubelet", "temporal_kernel")}
     return replace(config, model=config.model.with_encoder(encoder))
-
-
-def _read_initial_weights(config: InitConfig) -> Weights:
-    assert config.weights is not None
-    source = find_weights(config.weights)
-    return read_weights(source.path if isinstance(source, Checkpoint) else source)
 
 
 def _check_pixels(weights: Weights, data: DataConfig) -> None:
@@ -415,15 +438,15 @@ def build_optimization(
 # Runs
 
 
-def resolve_config(config: Config, info: DistInfo) -> Config:
+def resolve_config(config: Config, info: DistInfo, initial: InitialWeights | None = None) -> Config:
     """Decide what the configuration leaves open, once: the reader, the loading processes that this machine has cores
-    for, the precision of validation and test, and the model of `model.from_weights`.
+    for, the precision of validation and test, and the model of `model.from_weights`, from `initial`.
     """
     workers = cap_workers(config.data.workers, info)
     config = replace(config, data=replace(config.data, reader=resolve_reader(config.data.reader), workers=workers))
     if not isinstance(config, FinetuneConfig):
         return config
-    config = resolve_model(config)
+    config = resolve_model(config, initial or InitialWeights(config.init))
     validate = replace(config.validate, precision=config.validate.precision or config.train.precision)
     test = replace(config.test, precision=config.test.precision or config.train.precision)
     return replace(config, validate=validate, test=test)
@@ -508,13 +531,20 @@ def _probe_cost(config: PretrainConfig, model: Autoencoder) -> float:
     return 1 + arithmetic if config.data.memory else max(1.0, arithmetic)
 
 
-def build_finetuning(config: FinetuneConfig, info: DistInfo, records: Records, validation: Records | None) -> Trainer:
+def build_finetuning(
+    config: FinetuneConfig,
+    info: DistInfo,
+    records: Records,
+    validation: Records | None,
+    initial: InitialWeights | None = None,
+) -> Trainer:
     """Build the trainer of a finetuning or probing run, new or resumed.
 
     Args:
         config: with the number of classes.
         info: the processes.
         records, validation: the lists.
+        initial: the weights, if the model was decided by them.
     """
     torch.manual_seed(config.seed)
     num_classes = _num_classes(config.data)
@@ -522,7 +552,7 @@ def build_finetuning(config: FinetuneConfig, info: DistInfo, records: Records, v
     clips = build_clips(config.data, records, model.encoder.config, config.seed)
     task = partial(Classification, mixing=Mixing(config.mixing, num_classes))
     measured = build_validation(config, info, validation)
-    return _build_trainer(config, info, model, clips, task, lambda *_: measured)
+    return _build_trainer(config, info, model, clips, task, lambda *_: measured, initial)
 
 
 def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | None) -> Validation | None:
@@ -560,6 +590,7 @@ def _build_trainer(
     clips: ClipDataset,
     task: Callable[[nn.Module, Normalizer], Task],
     validation: Callable[[Optimization, int], Validation | None],
+    initial: InitialWeights | None = None,
 ) -> Trainer:
     """Load initial weights or find the checkpoint to resume from; build everything that depends on the processes.
 
@@ -571,7 +602,7 @@ def _build_trainer(
     if resume_from is not None:
         _check_resumed(config, resume_from, digest, info)
     try_records(config.data, clips.records, info)
-    report = load_initial_weights(config.init, model, config.data) if resume_from is None else None
+    report = load_initial_weights(config.init, model, config.data, initial) if resume_from is None else None
     plan = plan_batches(config, info, None if resume_from is None else resume_from.config)
     config = replace(config, train=replace(config.train, effective_batch=plan.global_batch))
     together = plan.per_device * config.data.repeats * plan.ranks

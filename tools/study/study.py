@@ -38,7 +38,7 @@ from video_convmae.benchmark.environment import describe_machine
 from tools.study.clips import make_digit_clips
 from tools.study.doom import CLASSES, make_doom_clips
 from tools.study.training import finetune_on, pretrain_on
-from video_convmae.atomic import write_text
+from video_convmae.atomic import whole_lines, write_text
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.records import read_list
 from video_convmae.engine.baselines import fit_and_score, mean_frame, motion_energy
@@ -326,16 +326,19 @@ def collect_rows(output: Path) -> list[Row]:
 def collect_curves(output: Path) -> list[Row]:
     """Return loss, nearest neighbours, linear probe, effective rank and deviation over the steps of each pretraining.
 
-    One row a run; a value is a list of (step, value). A model that is pretrained in stages shows the first.
+    One row a run; a value is a list of (step, value). A model that is pretrained in stages shows the first. A run that
+    was ended before its first line has none.
     """
     curves = []
     for folder in sorted(output.glob("runs/*/pretrain_0")):
         number, seed = map(int, folder.parent.name.split("_"))
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        log = folder / "log.jsonl"
+        lines = [json.loads(line) for line in whole_lines(log)] if log.exists() else []
         row: Row = {"model": list(MODELS)[number], "seed": seed}
         for name in ("loss", "probe_knn_top1", "probe_linear_top1", "probe_rank", "probe_std"):
             row[name] = [(line["step"], round(line[name], 4)) for line in lines if line.get(name) is not None]
-        curves.append(row)
+        if row["loss"]:
+            curves.append(row)
     return curves
 
 

@@ -30,7 +30,8 @@ def finetune(config: FinetuneConfig) -> int:
 
     takes_model = config.model.from_weights
     with init_distributed(config.device, config.hang_timeout) as info:
-        config = build.resolve_config(config, info)
+        initial = build.InitialWeights(config.init)
+        config = build.resolve_config(config, info, initial)
         records = build.read_records(config.data)
         validation = None if config.data.validation is None else build.read_validation_records(config.data)
         num_classes = build.count_classes(config.data, *[each for each in (records, validation) if each is not None])
@@ -43,10 +44,10 @@ def finetune(config: FinetuneConfig) -> int:
             if takes_model:
                 print(f"model.from_weights: {config.init.weights} has {describe_encoder(config.model)}", flush=True)
         if config.model.probe not in ("knn", "logistic"):
-            return build.build_finetuning(config, info, records, validation).fit()
+            return build.build_finetuning(config, info, records, validation, initial).fit()
         torch.manual_seed(config.seed)  # of a random encoder
         probe = build.build_classifier(config.model, num_classes)
-        report = build.load_initial_weights(config.init, probe, config.data)
+        report = build.load_initial_weights(config.init, probe, config.data, initial)
         if info.is_main:
             print(report or "init.weights is none: a random encoder is probed", flush=True)
         inference = build.build_inference(probe, config.data, records, config.validate, info)

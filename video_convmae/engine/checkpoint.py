@@ -21,6 +21,7 @@ import threading
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,14 @@ def find_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         else:
             return checkpoint, errors
     return None, errors
+
+
+def newest_config(folder: Path) -> dict[str, Any] | None:
+    """Return the configuration that the newest readable checkpoint states, reading no tensors; None: there is none."""
+    for path in reversed(list_checkpoints(folder)):
+        with suppress(ValueError):
+            return Checkpoint(path).config
+    return None
 
 
 def find_weights(path: str | Path) -> Checkpoint | Path:
