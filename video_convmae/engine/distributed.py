@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import time
 import uuid
 import warnings
@@ -60,6 +61,8 @@ def init_distributed(device: str = "auto", hang_timeout: float = HANG_TIMEOUT) -
         UserError: there is no such device.
     """
     local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UserError(f"device is {device!r}; expected auto, cpu, cuda, or one device such as cuda:1")
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if chosen == "cuda":
         chosen = f"cuda:{local_rank}"
@@ -80,7 +83,7 @@ def init_distributed(device: str = "auto", hang_timeout: float = HANG_TIMEOUT) -
         attempt = ""
         if "RANK" in os.environ:
             backend, timeout = "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timedelta(seconds=2 * hang_timeout)
-            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            store = _join_store(timeout)
             attempt = _agree_on_attempt(store, info, hang_timeout)
             store = dist.PrefixStore(attempt, store)
             dist.init_process_group(backend, store=store, rank=info.rank, world_size=world_size, timeout=timeout)
@@ -132,6 +135,23 @@ def all_reduce_mean(values: Tensor) -> Tensor:
 def barrier() -> None:
     """Wait for all processes."""
     all_reduce_max(0)
+
+
+def _join_store(timeout: timedelta) -> dist.Store:
+    """Join the store of the group, which the first rank or torchrun keeps.
+
+    Raises:
+        UserError: its port is taken, or nobody answers there.
+    """
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"the group of processes cannot meet at {address} ({str(error).splitlines()[0]:.200}); another program may "
+            "have this port: give torchrun --standalone, or another --master_port"
+        ) from error
+    return store
 
 
 def _agree_on_attempt(store: dist.Store, info: DistInfo, hang_timeout: float) -> str:

@@ -219,10 +219,10 @@ class BadRecordLog:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record._asdict()) + "\n" for record in new)
         if len(self) > self.max_fraction * self.records:
-            first = "".join(f"\n  {record.path}: {record.error}" for record in list(self._known.values())[:5])
+            first = "; ".join(record.error for record in list(self._known.values())[:3])
             raise TooManyBadRecords(
                 f"{len(self)} of {self.records} records cannot be read, more than data.max_bad_fraction "
-                f"{self.max_fraction} allows; all are in {self.path}, the first:{first}"
+                f"{self.max_fraction} allows; all are in {self.path}, the first: {first}"
             )
         return new
 
