@@ -34,7 +34,7 @@ class Bounds:
         if isinstance(value, (list, tuple)):
             return all(map(self.contain, value))
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return True
+            return True  # null, or a wrong type, which is another error
         return (
             math.isfinite(value)
             and (self.least is None or value >= self.least)

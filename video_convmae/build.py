@@ -52,7 +52,7 @@ from video_convmae.engine.run_folder import check_unchanged
 from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, Task
 from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
-from video_convmae.errors import UserError
+from video_convmae.errors import Note, UserError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
@@ -254,6 +254,7 @@ def count_classes(data: LabelledDataConfig, *lists: Records) -> int:
         warnings.warn(
             "data.augmentation.flip is on and no class names are known, so that names with left or right cannot be "
             "checked; name the classes with data.labels",
+            Note,
             stacklevel=2,
         )
     sided = [name for name in names or [] if {"left", "right"} & set(re.split(r"[\W_]+", name.lower()))]

@@ -45,7 +45,7 @@ class MaskConfig:
     """Fraction of the tokens that is hidden."""
     decoder_ratio: Annotated[float | None, Bounds(above=0, most=1)] = None
     """Fraction of the hidden tokens that is predicted, in running cells (VideoMAE V2; faster); none: all of them."""
-    count: int = 1
+    count: Annotated[int, Bounds(least=1)] = 1
     """Masks of a clip with no visible token in common, all learned from in one step (FastConvMAE); not of blocks."""
 
     def __post_init__(self) -> None:

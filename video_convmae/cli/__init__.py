@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
@@ -75,22 +75,38 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """
     cut = arguments.index("--") if "--" in arguments else len(arguments)  # submit: what follows is another command's
     own = [argument for argument in arguments[:cut] if argument != "--debug"]
+
+    def work() -> int | None:
+        module = importlib.import_module(f"video_convmae.cli.{command.replace('-', '_')}")
+        return module.main([*own, *arguments[cut:]])
+
+    return report(f"video-convmae {command}", work, shows_traceback=len(own) < cut)
+
+
+def report(program: str, work: Callable[[], int | None], *, shows_traceback: bool = False) -> int:
+    """Run what a program does; returns its exit code, 1 after an error that a user can mend, which is one line."""
     try:
-        with _notes_in_a_line(command):
-            module = importlib.import_module(f"video_convmae.cli.{command.replace('-', '_')}")
-            return module.main([*own, *arguments[cut:]]) or 0
+        with _notes_in_a_line(program):
+            return work() or 0
     except Exception as error:
-        if len(own) < cut or not (isinstance(error, EXPECTED) or _lacks_memory(error)):
+        if shows_traceback or not (isinstance(error, EXPECTED) or _lacks_memory(error)):
             raise
-        print(f"video-convmae {command}: error: {describe_error(error)}", file=sys.stderr)
+        print(f"{program}: error: {describe_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"video-convmae {command}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
 
 
+def run_tool(program: str, main: Callable[[], None]) -> int:
+    """Run a tool of a clone that reads the process's own arguments; its errors and `--debug` are those of a command."""
+    shows_traceback = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    return report(program, main, shows_traceback=shows_traceback)
+
+
 @contextmanager
-def _notes_in_a_line(command: str) -> Iterator[None]:
+def _notes_in_a_line(program: str) -> Iterator[None]:
     """Print notes in one line each on standard error, whatever is filtered; of several processes, the first's."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", Note)
@@ -100,7 +116,7 @@ def _notes_in_a_line(command: str) -> Iterator[None]:
             if not issubclass(category, Note):
                 show_others(message, category, *place, **options)
             elif os.environ.get("RANK", "0") == "0":
-                print(f"video-convmae {command}: note: {message}", file=sys.stderr, flush=True)
+                print(f"{program}: note: {message}", file=sys.stderr, flush=True)
 
         warnings.showwarning = show
         yield

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import textwrap
@@ -220,6 +221,32 @@ def _alternatives(kind: Any) -> list[str]:
         return [f"[{', '.join('...' if part is Ellipsis else type_name(part) for part in parts)}]"]
     words = {bool: ["true", "false"], str: ["text"], NoneType: ["null"], float: ["number"], int: ["whole number"]}
     return words.get(kind, [getattr(kind, "__name__", str(kind))])
+
+
+def within(
+    kind: type[int] | type[float],
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> Callable[[str], Any]:
+    """Return the `type` of an option of argparse: a number with these bounds."""
+    bounds = Bounds(least, above, most, below)
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not bounds.contain(value):
+            raise argparse.ArgumentTypeError(f"it is {text!r}; expected {type_name(kind)} ({bounds})")
+        return value
+
+    return read
+
+
+SEED = within(int, least=0, most=2**63 - 1)
 
 
 def fail(program: str, message: str, code: int = 2) -> NoReturn:

@@ -216,6 +216,7 @@ class Trainer:
     def _fit(self) -> int:
         started, state = time.perf_counter(), self.state
         if self.info.is_main:
+            self.saver.folder.mkdir(exist_ok=True)  # what cannot be written is known before the first step
             write_config(self.folder, state.config, 0 if self.resume_from is None else self.resume_from.step)
         if self.resume_from is not None:
             heartbeat(f"reading {self.resume_from.path}")

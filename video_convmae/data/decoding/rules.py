@@ -18,7 +18,7 @@ import numpy as np
 
 from video_convmae.data.options import IMAGE_SUFFIXES, ReaderName
 from video_convmae.data.records import Record
-from video_convmae.errors import UserError
+from video_convmae.errors import Note, UserError
 
 from .decord_reader import DecordReader
 from .errors import decode_errors, error_line
@@ -75,6 +75,7 @@ def resolve_reader(reader: ReaderName) -> ReaderName:
             warnings.warn(
                 f"PyAV is not installed ({_INSTALL['pyav']}): files that {name} reads wrong are not recognised, and "
                 "their frames are wrong (open GOP, B-frames in AVI, edit lists)",
+                Note,
                 stacklevel=2,
             )
         return name
