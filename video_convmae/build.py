@@ -227,7 +227,7 @@ def read_validation_records(data: LabelledDataConfig) -> Records:
 def read_class_names(data: LabelledDataConfig) -> tuple[str, ...] | None:
     """Return the names of the classes; None: nothing names them."""
     if isinstance(data.labels, tuple):
-        return data.labels
+        return data.labels or None
     if not data.train and data.labels is None:  # usual settings of a published file: there is no list
         return None
     names = class_names(data.train, data.root, data.labels)
@@ -275,6 +275,8 @@ def build_clips(
     data: DataConfig, records: Records, encoder: EncoderConfig, seed: int, mask: MaskConfig | None = None
 ) -> ClipDataset:
     """Build the training clips, in the shape that the encoder takes; with a mask, what is hidden and predicted."""
+    if encoder.channels != 3:
+        raise UserError(f"model.channels is {encoder.channels}; expected 3: the readers give red, green and blue")
     draw_mask = None
     if mask is not None:
         draw_mask = partial(masking.draw, mask.kind, encoder.grid, mask.ratio, mask.decoder_ratio, count=mask.count)

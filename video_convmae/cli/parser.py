@@ -153,8 +153,8 @@ def read_config(name: str | Path, folder: str | Path = "", seen: tuple[Path, ...
         values = yaml.load(read_text(path, "the configuration"), _UniqueKeys)  # a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}," if mark else ""
-        raise UserError(f"{path}{place} is no YAML: {getattr(error, 'problem', error)}") from error
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise UserError(f"{path} is no YAML: {place}{getattr(error, 'problem', error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}; expected fields and their values (output: runs/first)")
     base = values.pop("extends", None)
@@ -293,6 +293,8 @@ class _FieldParser(jsonargparse.ArgumentParser):
     def build(self, kind: type[Config], parsed: jsonargparse.Namespace) -> Config:
         """Return the configuration of parsed values; what they contradict is an error, as a wrong type is."""
         for name, field in self._fields.items():
+            if field.default is MISSING and parsed[name] == "":
+                self.error(f"{name} is empty; expected text (a variable of the shell that is not set?)")
             if field.bounds is not None and not field.bounds.contain(value := parsed[name]):
                 self.error(f"{name} is {json.dumps(value)}; expected {field.expected}")
         try:
