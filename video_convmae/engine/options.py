@@ -22,11 +22,11 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "lars"] = "adamw"
     """adamw, or lars (large-batch linear probes)."""
-    base_lr: Annotated[float, Bounds(above=0)] = 1.5e-4
+    base_lr: Annotated[float, Bounds(least=0)] = 1.5e-4
     """Learning rate for an effective batch of 256: lr = base_lr x effective batch / 256."""
     base_min_lr: Annotated[float, Bounds(least=0)] = 0.0
     """Learning rate at the end of the half cosine, for an effective batch of 256."""
-    lr: Annotated[float | None, Bounds(above=0)] = None
+    lr: Annotated[float | None, Bounds(least=0)] = None
     """Absolute learning rate; replaces the rule above, and base_min_lr is then absolute too."""
     warmup_epochs: Annotated[float, Bounds(least=0)] = 40
     """Epochs of linear warm-up from 0."""
