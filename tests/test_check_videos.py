@@ -309,7 +309,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as stop:
         run_cli("check-videos", [str(tmp_path / "list.txt"), "--out", str(tmp_path / "out"), "--workers", "0"])
     assert stop.value.code == 2
-    assert "--workers 0" in capsys.readouterr().err
+    assert "--workers: it is '0'; expected whole number (1 or more)" in capsys.readouterr().err
 
 
 def test_a_clean_list_can_be_checked_in_its_own_folder(folder: Path, tmp_path: Path, reads: list[str]) -> None:

@@ -128,7 +128,10 @@ def test_an_unknown_command_is_named_with_a_suggestion(name: str, hint: str) -> 
     [
         (UserError("data.train is x;\n  expected y"), "data.train is x; expected y"),
         (ValueError("cannot reshape"), "cannot reshape (--debug shows where)"),
-        (FileNotFoundError(2, "No such file or directory", "a b.mp4"), "a b.mp4: No such file or directory"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a b.mp4"),
+            "a b.mp4: No such file or directory; check the path",
+        ),
         (ImportError("submitit is missing"), "submitit is missing (--debug shows where)"),
     ],
 )

@@ -119,7 +119,7 @@ def test_extends_merges_groups_and_replaces_lists(tmp_path: Path) -> None:
         read_config("debug/pretrain"),
         {"model": {"widths": [16, 16, 16]}, "mask": {"kind": "random"}, "optim": {"lr": None}},
     )
-    config = load(tmp_path / "deep" / "b.yaml", "--mask.ratio=0.5")
+    config = load(tmp_path / "deep" / "b.yaml", "--mask.ratio=0.5", "--model.heads=4")
     assert config.model.widths == (16, 16, 16)
     assert (config.mask.kind, config.mask.ratio, config.optim.lr) == ("random", 0.5, None)
 

@@ -318,7 +318,7 @@ def test_predict_says_what_it_cannot_do(
         assert said.count("\n") == 1
     with pytest.raises(SystemExit, match="2"):
         predict.main([str(finetuned), str(videos / "0.mp4"), "--top=0"])
-    assert "expected 1 or more" in capsys.readouterr().err
+    assert "expected whole number (1 or more)" in capsys.readouterr().err
 
 
 def test_a_published_encoder_without_a_fusion_gives_the_same_features_each_time(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -178,8 +179,9 @@ def test_a_local_job_that_fails(videos: Path, tmp_path: Path) -> None:
     arguments = local(videos, tmp_path, "--train.epoch_count=1")
     done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    assert "failed; the last lines of" in done.stderr
-    assert "torchrun failed (exit code 1)" in done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if "video-convmae submit: error: job" in line]
+    assert re.search(r"failed: video-convmae \w+: error: there is no field train\.epoch_count", error)
+    assert str(tmp_path / "logs") in error
 
 
 @needs_proc

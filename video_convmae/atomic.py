@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,8 +38,33 @@ def write_text(path: Path, text: str, **options: Any) -> None:
 
 def whole_lines(path: Path) -> list[str]:
     """Return the lines of a file without an incomplete last one (a kill, a full disk)."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     return [line for line in lines if line.endswith("\n")]
+
+
+def read_json(path: Path) -> Any:
+    """Return the contents of a JSON file of ours. Raises a UserError that names it, if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged, or was edited: it is no JSON ({error}); restore it, or remove it"
+        ) from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file of ours, each an object in JSON, without an incomplete last one.
+
+    Raises:
+        UserError: another line is none; the message has its number.
+    """
+    values = []
+    for number, line in enumerate(whole_lines(path), start=1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is damaged: {line[:60]!r} is no JSON; remove this line") from error
+    return values
 
 
 def refuse_overwriting(outputs: Iterable[str | Path], inputs: Iterable[str | Path]) -> None:

@@ -52,7 +52,7 @@ from video_convmae.engine.run_folder import check_unchanged
 from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, Task
 from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
-from video_convmae.errors import UserError
+from video_convmae.errors import Note, UserError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
@@ -183,10 +183,17 @@ def check_root(root: str, origin: str = "data.root") -> None:
         raise ListError(f"{origin} is {root!r}, which is no folder here; expected the one that the list's paths lie in")
 
 
-def try_records(data: DataConfig, records: Records, info: DistInfo, count: int = 5) -> None:
+def try_records(data: DataConfig, path: str, records: Records, info: DistInfo, count: int = 5) -> None:
     """Read a frame of some of the records, up to the first that can be read: a wrong folder is met before any work.
 
     The main process does it for all.
+
+    Args:
+        data: how records are read.
+        path: of their list, for the message.
+        records: those of the list.
+        info: the processes.
+        count: how many are tried at most.
 
     Raises:
         ListError: none of them can be read.
@@ -204,7 +211,7 @@ def try_records(data: DataConfig, records: Records, info: DistInfo, count: int =
                     errors.append(str(met))
             else:
                 error = (
-                    f"none of {len(errors)} records of {data.train} that were tried can be read ({errors[0]}); check "
+                    f"none of {len(errors)} records of {path} that were tried can be read ({errors[0]}); check "
                     f"data.root, which is {data.root!r}, and the files: video-convmae check-videos names the bad ones"
                 )
     if (error := all_gather_object(error)[0]) is not None:
@@ -243,7 +250,7 @@ def read_validation_records(data: LabelledDataConfig) -> Records:
 def read_class_names(data: LabelledDataConfig) -> tuple[str, ...] | None:
     """Return the names of the classes; None: nothing names them."""
     if isinstance(data.labels, tuple):
-        return data.labels
+        return data.labels or None
     if not data.train and data.labels is None:  # usual settings of a published file: there is no list
         return None
     names = class_names(data.train, data.root, data.labels)
@@ -270,6 +277,7 @@ def count_classes(data: LabelledDataConfig, *lists: Records) -> int:
         warnings.warn(
             "data.augmentation.flip is on and no class names are known, so that names with left or right cannot be "
             "checked; name the classes with data.labels",
+            Note,
             stacklevel=2,
         )
     sided = [name for name in names or [] if {"left", "right"} & set(re.split(r"[\W_]+", name.lower()))]
@@ -290,9 +298,17 @@ def build_clips(
     data: DataConfig, records: Records, encoder: EncoderConfig, seed: int, mask: MaskConfig | None = None
 ) -> ClipDataset:
     """Build the training clips, in the shape that the encoder takes; with a mask, what is hidden and predicted."""
+    if encoder.channels != 3:
+        raise UserError(f"model.channels is {encoder.channels}; expected 3: the readers give red, green and blue")
     draw_mask = None
     if mask is not None:
         draw_mask = partial(masking.draw, mask.kind, encoder.grid, mask.ratio, mask.decoder_ratio, count=mask.count)
+        try:
+            visible, _ = draw_mask(torch.Generator())
+        except ValueError as error:
+            raise UserError(f"mask.ratio {mask.ratio}, mask.decoder_ratio {mask.decoder_ratio}: {error}") from error
+        if visible.all():
+            raise UserError(f"mask.ratio is {mask.ratio}, which hides none of {visible.numel()} tokens; expected more")
     reader = ReaderProcess(data.reader, data.decode_timeout, data.max_side)
     return ClipDataset(
         records,
@@ -362,12 +378,12 @@ def plan_batches(config: RunConfig, info: DistInfo, resumed: dict[str, Any] | No
     before = None if resumed is None else resumed["train"]["effective_batch"]
     batch = train.effective_batch or before or train.batch_size * info.world_size * train.accumulate
     if before not in (None, batch):
-        raise ValueError(
+        raise UserError(
             f"train.effective_batch is {batch} and the run in {config.output} began with {before}; expected the same: "
             "steps, epochs and learning rate follow from it"
         )
     if batch % info.world_size:
-        raise ValueError(
+        raise UserError(
             f"the effective batch is {batch}, which cannot be dealt evenly to {info.world_size} devices: take a number "
             "of devices that divides it, or start a run with another train.effective_batch"
         )
@@ -375,7 +391,7 @@ def plan_batches(config: RunConfig, info: DistInfo, resumed: dict[str, Any] | No
     pairs = isinstance(config, FinetuneConfig) and config.mixing.mixes and config.data.repeats % 2  # of mixed clips
     fitting = [n for n in range(1, min(each, train.batch_size) + 1) if each % n == 0 and not (pairs and n % 2)]
     if not fitting:
-        raise ValueError(
+        raise UserError(
             f"each device has {each} records of the effective batch {batch}; mixup and cutmix take pairs: make it even"
         )
     return BatchPlan(fitting[-1], info.world_size, info.rank, each // fitting[-1])
@@ -400,7 +416,7 @@ def build_optimization(
     """
     steps = round(train.epochs * steps_per_epoch) if train.max_steps is None else train.max_steps
     if steps < 1:
-        raise ValueError(
+        raise UserError(
             f"train.epochs is {train.epochs}, with {steps_per_epoch} steps an epoch not one step; expected at least "
             f"{1 / steps_per_epoch:.2g}"
         )
@@ -421,7 +437,7 @@ def build_optimization(
     scales = None
     if config.layer_decay != 1:
         if not isinstance(model, Classifier):
-            raise ValueError(f"optim.layer_decay is {config.layer_decay}; expected 1: only finetuning has layer decay")
+            raise UserError(f"optim.layer_decay is {config.layer_decay}; expected 1: only finetuning has layer decay")
         scales = model.layer_scales(config.layer_decay)
     groups = parameter_groups(model.named_parameters(), config.weight_decay, scales)
     if config.optimizer == "lars":
@@ -497,6 +513,7 @@ def build_probe(
             f"probe: {len(chosen)} of the {len(records)} records of {config.probe.list}, {classes} classes, every "
             f"{plan.every} steps"
         )
+    try_records(config.data, config.probe.list, records, info)
     probed = Records([records[int(index)] for index in chosen], records.format)
     protocol = ProtocolConfig(precision=config.train.precision)
     folder = Path(config.output) / "probe"
@@ -559,6 +576,7 @@ def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | 
     """Build the validation of a classifier on a list, with the run's own views; None without a list."""
     if records is None:
         return None
+    try_records(config.data, str(config.data.validation), records, info)
     folder, num_classes = Path(config.output) / "validation", _num_classes(config.data)
     names = read_class_names(config.data)
 
@@ -579,7 +597,7 @@ def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | 
 
 def _num_classes(data: LabelledDataConfig) -> int:
     if data.num_classes is None:
-        raise ValueError("data.num_classes is none; expected the number that count_classes returns")
+        raise UserError("data.num_classes is none; expected the number that count_classes returns")
     return data.num_classes
 
 
@@ -601,7 +619,7 @@ def _build_trainer(
     digest = clips.records.digest(config.data.root)
     if resume_from is not None:
         _check_resumed(config, resume_from, digest, info)
-    try_records(config.data, clips.records, info)
+    try_records(config.data, config.data.train, clips.records, info)
     report = load_initial_weights(config.init, model, config.data, initial) if resume_from is None else None
     plan = plan_batches(config, info, None if resume_from is None else resume_from.config)
     config = replace(config, train=replace(config.train, effective_batch=plan.global_batch))

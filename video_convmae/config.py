@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from jsonargparse import ArgumentParser
 
+from video_convmae.bounds import Bounds
 from video_convmae.data.options import AugmentationConfig, ListFormat, MixingConfig, ReaderName
 from video_convmae.engine.options import (
     HANG_TIMEOUT,
@@ -27,6 +28,7 @@ from video_convmae.engine.options import (
     ProtocolConfig,
     TrainConfig,
 )
+from video_convmae.errors import UserError
 from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
 from video_convmae.weights.options import Inflation
 
@@ -39,11 +41,11 @@ class MaskConfig:
 
     kind: Literal["tube", "random", "frame", "block"] = "tube"
     """tube: one spatial mask repeated in time; random: every token for itself; frame: whole frames; block: cuboids."""
-    ratio: float = 0.9
+    ratio: Annotated[float, Bounds(above=0, below=1)] = 0.9
     """Fraction of the tokens that is hidden."""
-    decoder_ratio: float | None = None
+    decoder_ratio: Annotated[float | None, Bounds(above=0, most=1)] = None
     """Fraction of the hidden tokens that is predicted, in running cells (VideoMAE V2; faster); none: all of them."""
-    count: int = 1
+    count: Annotated[int, Bounds(least=1)] = 1
     """Masks of a clip with no visible token in common, all learned from in one step (FastConvMAE); not of blocks."""
 
     def __post_init__(self) -> None:
@@ -70,29 +72,29 @@ class DataConfig:
     reader: ReaderName = "auto"
     """auto, torchcodec, pyav, decord, or torchcodec_cuda, which decodes on the GPU and is never chosen by auto. auto is
     resolved once and written into the run's configuration."""
-    decode_timeout: float = 60.0
+    decode_timeout: Annotated[float, Bounds(above=0)] = 60.0
     """Seconds after which a decode is ended and its record counts as bad."""
-    max_side: int = 4096
+    max_side: Annotated[int, Bounds(least=1)] = 4096
     """Longest side of a decoded picture; larger ones are divided by 2, 3, ... when they are read. 16 frames of 8K take
     1.6 GB in each of two processes; by this default a quarter of it."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Annotated[float, Bounds(least=0, most=1)] = 0.01
     """Fraction of the list that may be bad before the run stops."""
-    memory: float = 0.0
+    memory: Annotated[float, Bounds(least=0)] = 0.0
     """GiB of decoded training records that each loading process keeps in memory: for small clips, which take longer to
     decode than to train on."""
     sampling: SamplingKind = "dense"
     """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
-    stride: int = 4
+    stride: Annotated[int, Bounds(least=1)] = 4
     """Frames between two of a dense clip."""
-    repeats: int = 1
+    repeats: Annotated[int, Bounds(least=1)] = 1
     """Clips of each decoded record, each with its own start, crop and mask; not counted in the batch size."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     """Augmentation of a training clip."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    mean: Annotated[tuple[float, float, float], Bounds()] = (0.485, 0.456, 0.406)
     """Mean of each channel, for pixels from 0 to 1."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    std: Annotated[tuple[float, float, float], Bounds(above=0)] = (0.229, 0.224, 0.225)
     """Standard deviation of each channel, for pixels from 0 to 1."""
-    workers: int = 8
+    workers: Annotated[int, Bounds(least=0)] = 8
     """Loading processes of each device."""
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
     """Start method of the loading processes; none: the platform's default."""
@@ -108,7 +110,7 @@ class LabelledDataConfig(DataConfig):
     """Class names: kinetics400, something_something_v2, a file whose line n (from 0) names class n, or the names; none:
     the file beside the list (train.labels.txt beside train.txt), or the class folders. A run writes the names into its
     own configuration."""
-    num_classes: int | None = None
+    num_classes: Annotated[int | None, Bounds(least=1)] = None
     """Number of classes; none: the number of names, else the largest label plus one."""
 
 
@@ -139,11 +141,11 @@ class RunConfig:
     """Length, batch, precision and parallelism."""
     log: LogConfig = field(default_factory=LogConfig)
     """Measurements beside the usual log."""
-    hang_timeout: float = HANG_TIMEOUT
+    hang_timeout: Annotated[float, Bounds(above=0)] = HANG_TIMEOUT
     """Seconds without progress, for data or for other processes, after which a process ends and says what each does."""
     device: str = "auto"
     """auto (CUDA if available), cpu, cuda."""
-    seed: int = 0
+    seed: Annotated[int, Bounds(least=0, most=2**63 - 1)] = 0
     """Seed of every random number of the run."""
 
 
@@ -165,9 +167,9 @@ class PretrainConfig(RunConfig):
 class ValidateConfig(ProtocolConfig):
     """Validation while a classifier is trained."""
 
-    every: float = 1.0
+    every: Annotated[float, Bounds(above=0)] = 1.0
     """Epochs between two validations; the last step is always followed by one."""
-    every_steps: int | None = None
+    every_steps: Annotated[int | None, Bounds(least=1)] = None
     """Optimizer steps between two validations; replaces every."""
 
     def __post_init__(self) -> None:
@@ -225,19 +227,19 @@ class InferenceConfig:
     """Contents of a line: video, frames or image."""
     sampling: SamplingKind | None = None
     """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
-    stride: int | None = None
+    stride: Annotated[int | None, Bounds(least=1)] = None
     """Frames between two of a dense clip; of a published file: 4."""
-    segments: int | None = None
+    segments: Annotated[int | None, Bounds(least=1)] = None
     """Clips over the length of a video; for features: 1."""
-    crops: int | None = None
+    crops: Annotated[int | None, Bounds(least=1)] = None
     """Crops along the longer side of a frame; for features: 1."""
-    crop_pct: float | None = None
+    crop_pct: Annotated[float | None, Bounds(above=0, most=1)] = None
     """Side of a crop over that of the largest one."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, Bounds(least=1)] = None
     """Records whose views go through the model together; the result may depend on it in the last bits."""
     precision: Precision | None = None
     """Autocast type; none: that of the run's test or training. Of a published file: bf16."""
-    workers: int | None = None
+    workers: Annotated[int | None, Bounds(least=0)] = None
     """Loading processes of each device."""
     reader: ReaderName | None = None
     """auto, torchcodec, pyav, decord or torchcodec_cuda."""
@@ -297,7 +299,7 @@ def from_plain(kind: type[Config], values: dict[str, Any]) -> Config:
     try:
         return kind(**parser.instantiate(parser.parse_object(values)).as_dict())
     except Exception as error:
-        raise ValueError(f"no {kind.__name__} of this version: {error}") from error
+        raise UserError(f"no {kind.__name__} of this version: {error}") from error
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -74,7 +74,7 @@ def load_classifier(source: Source, ema: bool | None = None) -> tuple[Classifier
     weights, plain = _read(source, ema)
     config = from_plain(FinetuneConfig, plain)
     if config.data.num_classes is None:
-        raise ValueError(f"{_path_of(source)} does not say its number of classes; expected data.num_classes in it")
+        raise UserError(f"{_path_of(source)} does not say its number of classes; expected data.num_classes in it")
     model = build_classifier(config.model, config.data.num_classes)
     _fill(model, weights, _path_of(source))
     return model.eval(), config
@@ -101,5 +101,5 @@ def _read(source: Checkpoint | Path, ema: bool | None) -> tuple[dict[str, Tensor
         return state["model"], state["config"]
     average = {} if ema is False else source.tensors("ema")
     if ema and not average:
-        raise ValueError(f"{source.path} holds no average of the weights: the run had no train.ema")
+        raise UserError(f"{source.path} holds no average of the weights: the run had no train.ema")
     return average or source.tensors("model"), source.config

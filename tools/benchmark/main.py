@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import gettempdir
 
-from video_convmae.cli.parser import CommandLine
+from video_convmae.cli.parser import CommandLine, within
 
 # The choices of the measuring modules stand here again, for importing those imports torch; a test compares them.
 STEP_SIDES = ("dense", "packed", "videomae", "hf-videomae", "hf-videomae-compiled")
@@ -37,17 +37,30 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--size", default="base", help="size of our model (default %(default)s)")
     add("--implementation", default="packed", choices=["packed", "dense"])
     add("--task", default="pretrain", choices=["pretrain", "finetune"], help="finetune: nothing is hidden")
-    add("--frames", type=int, default=16, help="frames of a clip; 1: images")
-    add("--image-size", type=int, default=224, help="side of a clip in pixels")
+    add("--frames", type=within(int, least=1), default=16, help="frames of a clip; 1: images")
+    add("--image-size", type=within(int, least=1), default=224, help="side of a clip in pixels")
     add("--mask", choices=MASK_KINDS, help="default: tube; random for images")
-    add("--ratio", type=float, help="share of the tokens that is hidden; default: 0.9; 0.75 for images")
-    add("--decoder-ratio", type=float, help="share of the hidden tokens that is predicted; default: all")
-    add("--masks", type=int, default=1, help="masks of a clip; --vs dense and packed take as many passes of one")
+    add(
+        "--ratio",
+        type=within(float, above=0, below=1),
+        help="share of the tokens that is hidden; default: 0.9; 0.75 for images",
+    )
+    add(
+        "--decoder-ratio",
+        type=within(float, above=0, most=1),
+        help="share of the hidden tokens that is predicted; default: all",
+    )
+    add(
+        "--masks",
+        type=within(int, least=1),
+        default=1,
+        help="masks of a clip; --vs dense and packed take as many passes of one",
+    )
     add("--no-msd", action="store_true", help="leave out the multi-scale decoder")
-    add("--batch", type=int, default=2, help="clips a step")
+    add("--batch", type=within(int, least=1), default=2, help="clips a step")
     add("--device", default="cpu", help="cpu or cuda")
     add("--precision", default="fp32", choices=PRECISIONS)
-    add("--threads", type=int, help="CPU threads of PyTorch; default: PyTorch's own")
+    add("--threads", type=within(int, least=1), help="CPU threads of PyTorch; default: PyTorch's own")
     add("--compile", action="store_true", help="torch.compile each block of ours, as train.compile does")
     add(
         "--activation-checkpointing",
@@ -61,13 +74,13 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=["wall", "cpu"],
         help="cpu: processor time, less disturbed by other jobs; on a CPU with one thread",
     )
-    add("--warmup", type=int, default=1, help="steps of each side that are not counted")
+    add("--warmup", type=within(int, least=0), default=1, help="steps of each side that are not counted")
 
 
 def _add_step_options(parser: argparse.ArgumentParser) -> None:
     _add_model_options(parser)
     parser.add_argument("--vs", default="dense", choices=STEP_SIDES, help="the other side")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of steps")
+    parser.add_argument("--repeats", type=within(int, least=1), default=5, help="pairs of steps")
     parser.add_argument("--profile", action="store_true", help="first print where the time of our steps is spent")
 
 
@@ -76,7 +89,7 @@ def _add_scale_options(parser: argparse.ArgumentParser) -> None:
     # None: the middle of the device, see scale.MIDDLE.
     parser.set_defaults(size=None, frames=None, image_size=None, ratio=None, batch=None)
     parser.add_argument("--vs", nargs="*", default=["dense", "videomae"], choices=STEP_SIDES, help="the other sides")
-    parser.add_argument("--repeats", type=int, default=3, help="counted steps of each point")
+    parser.add_argument("--repeats", type=within(int, least=1), default=3, help="counted steps of each point")
     parser.add_argument("--plot", type=Path, default=Path("scale.png"), help="PNG to write (default %(default)s)")
 
 
@@ -86,9 +99,9 @@ def _add_file_options(parser: argparse.ArgumentParser, files: int, turns: int) -
     add("--list", type=Path, help="videos to read; default: files like those of both data sets are made")
     add("--root", type=Path, default=Path(), help="folder of the list's relative paths")
     add("--sampling", choices=["dense", "uniform"], default="dense", help="sampling of the list's clips")
-    add("--stride", type=int, default=4, help="file frames between two frames of a dense clip")
-    add("--files", type=int, default=files, help="made files of each kind (default %(default)s)")
-    add("--turns", type=int, default=turns, help="counted samples of each side (default %(default)s)")
+    add("--stride", type=within(int, least=1), default=4, help="file frames between two frames of a dense clip")
+    add("--files", type=within(int, least=1), default=files, help="made files of each kind (default %(default)s)")
+    add("--turns", type=within(int, least=1), default=turns, help="counted samples of each side (default %(default)s)")
     add("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, for machines in use")
     add("--folder", type=Path, default=Path(gettempdir()) / "videoconvmae_files", help="folder for made files")
 
@@ -98,22 +111,27 @@ def _add_loader_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--reader", nargs="+", choices=READERS, default=["pyav"], help="each is measured")
     add("--vs", default="floor", choices=READ_SIDES, help="the other side")
-    add("--frames", type=int, default=16, help="frames of a clip")
-    add("--size", type=int, default=224, help="side of a clip in pixels")
+    add("--frames", type=within(int, least=1), default=16, help="frames of a clip")
+    add("--size", type=within(int, least=1), default=224, help="side of a clip in pixels")
     add("--crop", choices=["multi_scale", "random_resized", "whole"], default="multi_scale")
     add("--flip", action="store_true", help="mirror half of the clips")
     add("--on-device", action="store_true", help="leave resizing and flipping to the device")
-    add("--repeats", type=int, default=1, help="clips a decode")
+    add("--repeats", type=within(int, least=1), default=1, help="clips a decode")
     add("--views", help="multi-view evaluation in place of training: segments x crops, as in 5x3")
-    add("--workers", type=int, default=0, help="also measure the whole loader with this many worker processes")
-    add("--batch", type=int, default=8, help="records of a batch, with --workers")
+    add(
+        "--workers",
+        type=within(int, least=0),
+        default=0,
+        help="also measure the whole loader with this many worker processes",
+    )
+    add("--batch", type=within(int, least=1), default=8, help="records of a batch, with --workers")
 
 
 def _add_packing_options(parser: argparse.ArgumentParser) -> None:
     _add_file_options(parser, files=8, turns=40)
     parser.add_argument("--reader", choices=READERS, default="pyav")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="variants to measure; default: the presets")
-    parser.add_argument("--workers", type=int, default=1, help="videos packed at once")
+    parser.add_argument("--workers", type=within(int, least=0), default=1, help="videos packed at once")
 
 
 def _add_opening_options(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +170,13 @@ def _docstring(name: str) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a measurement, print it and write its JSON; returns the exit status."""
     args = parse_arguments(arguments)
+    for path in (args.json, getattr(args, "plot", None)):  # what cannot be written is known before the measurement
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if hasattr(args, "device"):
+        from video_convmae.engine.distributed import choose_device
+
+        choose_device(args.device)
     module = importlib.import_module(f".{args.command}", __package__)  # imported only now: it imports torch
     result = getattr(module, f"run_{args.command}")(args)
     if args.json:

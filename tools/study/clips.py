@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -37,6 +38,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 from video_convmae.benchmark.files import PHOTOGRAPHS, photograph
+
+from video_convmae.cli import run_tool
 
 # Clockwise from the right: class k moves along the angle k x 45 degrees, y growing downwards.
 HOW = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
@@ -252,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("tools.study.clips", main))

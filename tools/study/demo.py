@@ -40,6 +40,7 @@ import video_convmae
 from tools.study.clips import HOW, clip_classes, make_digit_clips
 from tools.study.training import finetune_on, pretrain_on
 from video_convmae.atomic import write_text
+from video_convmae.cli import run_tool
 from video_convmae.data.records import Record, read_list
 from video_convmae.predictor import Prediction, Predictor
 from video_convmae.runs import load_autoencoder
@@ -249,4 +250,4 @@ def find_failure(metrics: dict[str, Any]) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("tools.study.demo", main))

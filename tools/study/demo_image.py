@@ -33,6 +33,7 @@ from sklearn.datasets import load_digits
 
 from tools.study.training import is_finished, require_finished
 from video_convmae.atomic import write_text
+from video_convmae.cli import run_tool
 from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
@@ -156,4 +157,4 @@ def report_demo_image(metrics: dict[str, dict[str, Any]], output: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("tools.study.demo_image", main))

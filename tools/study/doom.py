@@ -28,6 +28,7 @@ import math
 import os
 import re
 import struct
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -42,6 +43,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tools.study.clips import MARGIN, SETTINGS_FILE, SPLITS, is_complete, remove_clips, write_h264
+from video_convmae.cli import run_tool
 
 # Class names, ViZDoom's buttons, and which way a button moves the agent: degrees counter-clockwise from its view.
 BUTTONS = {
@@ -349,4 +351,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("tools.study.doom", main))

@@ -27,6 +27,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -43,6 +44,7 @@ from video_convmae.benchmark.environment import describe_machine
 from tools.study.clips import SETTINGS_FILE, is_complete, remove_clips, write_h264
 from tools.study.study import Row, cell, origins, write_rows
 from video_convmae.atomic import write_text
+from video_convmae.cli import run_tool
 from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
@@ -462,4 +464,4 @@ def _results(rows: list[Row]) -> dict[str, dict[tuple[str, int], float]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("tools.study.real", main))

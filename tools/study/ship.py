@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
 from video_convmae import shipped
+from video_convmae.cli import run_tool
 from video_convmae.cli.parser import flatten
 from video_convmae.config import PretrainConfig, from_plain, to_plain
 from video_convmae.engine.checkpoint import PUBLISHED
@@ -89,4 +91,4 @@ def without_machine(config: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("tools.study.ship", main))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
@@ -31,6 +32,20 @@ COMMANDS = {
     "benchmark": "measure speed: training step, loading, scaling, packed evaluation",
 }
 EXPECTED = (UserError, ValueError, OSError, ImportError)
+ADVICE = {  # of the system's errors
+    errno.ENOENT: "check the path",
+    errno.EACCES: "this user may not: change its permissions, or give another path",
+    errno.EPERM: "this user may not: change its permissions, or give another path",
+    errno.EEXIST: "a file lies where a folder is expected: give another path",
+    errno.ENOTDIR: "a file lies where a folder is expected: give another path",
+    errno.EISDIR: "a folder lies where a file is expected: give another path",
+    errno.EROFS: "the disk is read-only: give another path",
+    errno.ENOSPC: "the disk is full: free some of it, and give the same command again",
+    errno.EDQUOT: "your part of the disk is full: free some of it, and give the same command again",
+    errno.EMFILE: "ulimit -n 65536 allows more",
+    errno.ENAMETOOLONG: "give another path",
+}
+PACKAGES = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow", "skimage": "scikit-image"}
 
 
 def main(*command: str) -> int:
@@ -60,22 +75,38 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """
     cut = arguments.index("--") if "--" in arguments else len(arguments)  # submit: what follows is another command's
     own = [argument for argument in arguments[:cut] if argument != "--debug"]
+
+    def work() -> int | None:
+        module = importlib.import_module(f"video_convmae.cli.{command.replace('-', '_')}")
+        return module.main([*own, *arguments[cut:]])
+
+    return report(f"video-convmae {command}", work, shows_traceback=len(own) < cut)
+
+
+def report(program: str, work: Callable[[], int | None], *, shows_traceback: bool = False) -> int:
+    """Run what a program does; returns its exit code, 1 after an error that a user can mend, which is one line."""
     try:
-        with _notes_in_a_line(command):
-            module = importlib.import_module(f"video_convmae.cli.{command.replace('-', '_')}")
-            return module.main([*own, *arguments[cut:]]) or 0
-    except EXPECTED as error:
-        if len(own) < cut:
+        with _notes_in_a_line(program):
+            return work() or 0
+    except Exception as error:
+        if shows_traceback or not (isinstance(error, EXPECTED) or _lacks_memory(error)):
             raise
-        print(f"video-convmae {command}: error: {describe_error(error)}", file=sys.stderr)
+        print(f"{program}: error: {describe_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"video-convmae {command}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
 
 
+def run_tool(program: str, main: Callable[[], None]) -> int:
+    """Run a tool of a clone that reads the process's own arguments; its errors and `--debug` are those of a command."""
+    shows_traceback = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    return report(program, main, shows_traceback=shows_traceback)
+
+
 @contextmanager
-def _notes_in_a_line(command: str) -> Iterator[None]:
+def _notes_in_a_line(program: str) -> Iterator[None]:
     """Print notes in one line each on standard error, whatever is filtered; of several processes, the first's."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", Note)
@@ -85,7 +116,7 @@ def _notes_in_a_line(command: str) -> Iterator[None]:
             if not issubclass(category, Note):
                 show_others(message, category, *place, **options)
             elif os.environ.get("RANK", "0") == "0":
-                print(f"video-convmae {command}: note: {message}", file=sys.stderr, flush=True)
+                print(f"{program}: note: {message}", file=sys.stderr, flush=True)
 
         warnings.showwarning = show
         yield
@@ -93,10 +124,25 @@ def _notes_in_a_line(command: str) -> Iterator[None]:
 
 def describe_error(error: Exception) -> str:
     """Return an error in one line."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror and error.errno in ADVICE:
+        place = "" if error.filename is None else f"{error.filename}: "
+        return f"{place}{error.strerror}; {ADVICE[error.errno]}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        name = error.name.partition(".")[0]
+        return f"{name} is not installed: pip install {PACKAGES.get(name, name)}"
+    if _lacks_memory(error):
+        return (
+            f"out of memory: {' '.join(str(error).split())[:200]}; expected a smaller batch_size, num_frames or "
+            "image_size, fewer data.workers, or train.activation_checkpointing all"
+        )
     text = " ".join(str(error).split()) or type(error).__name__
     return text if isinstance(error, UserError) else f"{text} (--debug shows where)"
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Return whether memory ran out: of a device, whose error's class only torch has, or of the machine."""
+    is_known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def help_text() -> str:

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from video_convmae.cli.parser import CommandLine
+from video_convmae.cli.parser import CommandLine, within
 from video_convmae.data.options import ListFormat, ReaderName
 from video_convmae.errors import UserError
 
@@ -38,15 +38,18 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--root", type=Path, default=Path(), help="folder that its paths are relative to")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--full", action="store_true", help="decode every frame")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="records read at once (default: CPU cores)")
+    parser.add_argument(
+        "--workers", type=within(int, least=1), default=os.cpu_count(), help="records read at once (default: CPU cores)"
+    )
     parser.add_argument("--format", choices=get_args(ListFormat), default="video", help="data.format (default video)")
     parser.add_argument("--reader", choices=get_args(ReaderName), default="auto", help="data.reader (default auto)")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one read (default %(default)g)")
+    parser.add_argument(
+        "--timeout",
+        type=within(float, above=0, most=1e9),
+        default=60.0,
+        help="seconds for one read (default %(default)g)",
+    )
     args = parser.parse_args(arguments)
-    if args.workers < 1:
-        parser.error(f"--workers {args.workers}; expected 1 or more")
-    if not args.timeout > 0:
-        parser.error(f"--timeout {args.timeout:g}; expected more than 0 seconds")
 
     from video_convmae.prepare.check import check_videos
 

@@ -13,12 +13,14 @@ Without a suffix, --to huggingface writes a folder, with the config.json that tr
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from video_convmae.cli.parser import CommandLine
+from video_convmae.cli.parser import CommandLine, within
+from video_convmae.errors import UserError
 from video_convmae.weights.options import EXCLUDABLE, WRITABLE
 
 if TYPE_CHECKING:  # imports torch
@@ -32,7 +34,9 @@ def main(arguments: Sequence[str]) -> None:
     add_files(parser)
     parser.add_argument("--to", choices=["ours", *WRITABLE], default="ours", help="format to write (%(default)s)")
     parser.add_argument(
-        "--image-size", type=int, help="pixels, for the position tables of convmae; by default the run's, or 224"
+        "--image-size",
+        type=within(int, least=1),
+        help="pixels, for the position tables of convmae; by default the run's, or 224",
     )
     args = parser.parse_args(arguments)
 
@@ -43,7 +47,10 @@ def main(arguments: Sequence[str]) -> None:
     if args.to == "ours":
         save_ours(weights, output)
         return
-    tensors = to_format(weights, args.to, args.image_size)
+    try:
+        tensors = to_format(weights, args.to, args.image_size)
+    except ValueError as error:
+        raise UserError(f"{args.source} cannot be written as {args.to}: {error}") from error
     if args.to == "huggingface" and not output.suffix:
         save_folder(weights, tensors, output)
     else:
@@ -55,8 +62,14 @@ def add_files(parser: CommandLine) -> None:
     """Add the options that convert and inflate share."""
     parser.add_argument("source", help="weights of any known format, a folder of Hugging Face's, a run folder (its "
                         "newest checkpoint), or the name of shipped weights")  # fmt: skip
-    parser.add_argument("output", help="file to write")
+    parser.add_argument("output", type=_file_name, help="file to write")
     parser.add_argument("--exclude", nargs="+", choices=EXCLUDABLE, default=[], help="parts that are not taken")
+
+
+def _file_name(text: str) -> str:
+    if not Path(text).name or text.endswith("/"):
+        raise argparse.ArgumentTypeError(f"it is {text!r}; expected the path of a file")
+    return text
 
 
 def read_source(source: str, exclude: Collection[str]) -> Weights:

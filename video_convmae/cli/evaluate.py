@@ -44,11 +44,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from video_convmae.engine.inference import chunk_folder
 
     folder = output_folder(config)
+    if config.plot:
+        import matplotlib.figure  # noqa: F401  # where it is not installed, this is known before the test
     with init_distributed(config.device) as info:
         loaded, path, digest = load_model(config, info)
         data, protocol = merge_options(config, loaded, info)
         if not isinstance(data, LabelledDataConfig) or data.num_classes is None:
-            raise ValueError(
+            raise UserError(
                 f"{config.weights} was pretrained only: it has no classes (video-convmae finetune adds them)"
             )
         num_classes = data.num_classes

@@ -50,6 +50,8 @@ def finetune(config: FinetuneConfig) -> int:
         report = build.load_initial_weights(config.init, probe, config.data, initial)
         if info.is_main:
             print(report or "init.weights is none: a random encoder is probed", flush=True)
+        build.try_records(config.data, config.data.train, records, info)
+        measured = build.build_validation(config, info, validation)
         inference = build.build_inference(probe, config.data, records, config.validate, info)
         with claim(Path(config.output), info):
             fit_probe(
@@ -57,7 +59,7 @@ def finetune(config: FinetuneConfig) -> int:
                 Path(config.output),
                 config.data.max_bad_fraction,
                 to_plain(config),
-                build.build_validation(config, info, validation),
+                measured,
             )
         return 0
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from video_convmae.cli.convert import add_files, read_source, save_ours
-from video_convmae.cli.parser import CommandLine
+from video_convmae.cli.parser import CommandLine, within
+from video_convmae.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -18,9 +19,14 @@ def main(arguments: Sequence[str]) -> None:
     parser = CommandLine("inflate", __doc__)
     add_files(parser)
     add = parser.add_argument
-    add("--tubelet", type=int, default=2, help="frames of a token (%(default)s)")
-    add("--temporal-kernel", type=int, default=3, help="frames of the depthwise kernels (%(default)s)")
-    add("--num-frames", type=int, default=16, help="frames of a clip: the positions cover them (%(default)s)")
+    add("--tubelet", type=within(int, least=1), default=2, help="frames of a token (%(default)s)")
+    add("--temporal-kernel", type=within(int, least=1), default=3, help="frames of the depthwise kernels (%(default)s)")
+    add(
+        "--num-frames",
+        type=within(int, least=1),
+        default=16,
+        help="frames of a clip: the positions cover them (%(default)s)",
+    )
     for name, kernels in (("embedding", "the first embedding"), ("depthwise", "depthwise kernels")):
         default = "average" if name == "embedding" else "center"
         text = f"spread {kernels} over time: repeated and divided, or on the middle frame (%(default)s)"
@@ -31,4 +37,8 @@ def main(arguments: Sequence[str]) -> None:
 
     numbers = {"tubelet": args.tubelet, "temporal_kernel": args.temporal_kernel, "num_frames": args.num_frames}
     weights = read_source(args.source, args.exclude)
-    save_ours(inflate(weights, **numbers, embedding=args.embedding, depthwise=args.depthwise), args.output)
+    try:
+        inflated = inflate(weights, **numbers, embedding=args.embedding, depthwise=args.depthwise)
+    except ValueError as error:
+        raise UserError(f"{args.source}: {error}") from error
+    save_ours(inflated, args.output)

@@ -19,7 +19,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from video_convmae.cli.parser import CommandLine
+from video_convmae.cli.parser import SEED, CommandLine, within
 from video_convmae.prepare import lists
 
 
@@ -87,9 +87,12 @@ def _build_parser() -> CommandLine:
         "--part", choices=("all", "train", "validation"), default="all", help="part to list (default all)"
     )
     dataset.add_argument(
-        "--validation-fraction", type=float, default=0.0, help="share of each class that is not in train (default 0)"
+        "--validation-fraction",
+        type=within(float, least=0, below=1),
+        default=0.0,
+        help="share of each class that is not in train (default 0)",
     )
-    dataset.add_argument("--seed", type=int, default=0, help="seed of the split (default 0)")
+    dataset.add_argument("--seed", type=SEED, default=0, help="seed of the split (default 0)")
     dataset.add_argument(
         "--group",
         metavar="PATTERN",

@@ -29,9 +29,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from video_convmae.cli.parser import CommandLine
+from video_convmae.cli.parser import CommandLine, within
 from video_convmae.errors import UserError
-from video_convmae.prepare.options import ENCODERS, PRESETS, PackSettings
+from video_convmae.prepare.options import ENCODERS, PRESETS, SPEEDS, PackSettings
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,23 +41,29 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--root", type=Path, default=Path(), help="folder that its paths are relative to")
     parser.add_argument("--out", type=Path, required=True, help="folder for the packed videos and their list")
     parser.add_argument("--preset", choices=PRESETS, default="fast", help="values of the next options (default fast)")
-    parser.add_argument("--short-side", type=int, help="pixels (256); smaller videos are not enlarged")
-    parser.add_argument("--fps", type=float, help="highest frame rate (default: all frames are kept)")
-    parser.add_argument("--keyframe-every", type=int, help="frames from one keyframe to the next (16)")
+    parser.add_argument(
+        "--short-side", type=within(int, least=16), help="pixels (256); smaller videos are not enlarged"
+    )
+    parser.add_argument("--fps", type=within(float, above=0), help="highest frame rate (default: all frames are kept)")
+    parser.add_argument("--keyframe-every", type=within(int, least=1), help="frames from one keyframe to the next (16)")
     parser.add_argument("--codec", choices=ENCODERS, help="video codec (h264)")
     parser.add_argument("--tune", choices=["fastdecode", "none"], help="tuning of the encoder (fastdecode)")
-    parser.add_argument("--crf", type=int, help="quality; 6 more halve the bytes (22)")
-    parser.add_argument("--b-frames", type=int, help="consecutive frames that no other frame refers to (3)")
-    parser.add_argument("--speed", help="preset of the encoder (medium)")
-    parser.add_argument("--tar", type=int, default=0, metavar="N", help="write tar shards of N videos")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="videos at once (default: CPU cores)")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds without a decoded frame (%(default)g)")
+    parser.add_argument("--crf", type=within(int, least=0, most=51), help="quality; 6 more halve the bytes (22)")
+    parser.add_argument(
+        "--b-frames", type=within(int, least=0, most=16), help="consecutive frames that no other frame refers to (3)"
+    )
+    parser.add_argument("--speed", choices=SPEEDS, help="preset of the encoder (medium)")
+    parser.add_argument("--tar", type=within(int, least=0), default=0, metavar="N", help="write tar shards of N videos")
+    parser.add_argument(
+        "--workers", type=within(int, least=1), default=os.cpu_count(), help="videos at once (default: CPU cores)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=within(float, above=0, most=1e9),
+        default=60.0,
+        help="seconds without a decoded frame (%(default)g)",
+    )
     args = parser.parse_args(arguments)
-    if args.workers < 1 or args.tar < 0 or not args.timeout > 0:
-        parser.error(
-            f"--workers {args.workers}, --tar {args.tar}, --timeout {args.timeout:g}; expected 1 or more, 0 or more, "
-            "more than 0 seconds"
-        )
     edits = {field.name: getattr(args, field.name) for field in fields(PackSettings)}
     settings = replace(PRESETS[args.preset], **{name: value for name, value in edits.items() if value is not None})
 

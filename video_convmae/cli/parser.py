@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import textwrap
@@ -31,7 +32,9 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from video_convmae.bounds import Bounds
 from video_convmae.config import flatten
+from video_convmae.data.text import read_text
 from video_convmae.errors import UserError
 from video_convmae.shipped import find_config
 
@@ -65,6 +68,12 @@ class Field(NamedTuple):
     type: Any
     default: Any
     explanation: str
+    bounds: Bounds | None = None
+
+    @property
+    def expected(self) -> str:
+        """What a user may write: `whole number or null (1 or more)`."""
+        return type_name(self.type) + (f" ({self.bounds})" if self.bounds else "")
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -123,8 +132,7 @@ def parse(kind: type[Config], arguments: Sequence[str]) -> Config:
             edits.append(argument)
     edits = [parser.checked(edit, following) for edit, following in pairwise([*edits, "--"])]
     config = [f"--config={yaml.safe_dump(values)}"] if values else []
-    parsed = parser.instantiate(parser.parse_args([*config, *edits]))
-    return kind(**{name: value for name, value in parsed.as_dict().items() if name != "config"})
+    return parser.build(kind, parser.parse_args([*config, *edits]))
 
 
 def read_config(name: str | Path, folder: str | Path = "", seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -142,13 +150,31 @@ def read_config(name: str | Path, folder: str | Path = "", seen: tuple[Path, ...
     if path.resolve() in seen:
         raise UserError(f"{path} extends itself, by way of {', '.join(str(each) for each in seen)}: remove one extends")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {error}") from error
+        values = yaml.load(read_text(path, "the configuration"), _UniqueKeys)  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise UserError(f"{path} is no YAML: {place}{getattr(error, 'problem', error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}; expected fields and their values (output: runs/first)")
     base = values.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{path} extends {base!r}; expected the name or the path of one configuration")
     return values if base is None else merge(read_config(base, path.parent, (*seen, path.resolve())), values)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a name that is given twice; YAML's own takes the last, and loses the others."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in names:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def merge(base: dict[str, Any], edits: dict[str, Any]) -> dict[str, Any]:
@@ -166,14 +192,16 @@ def fields_of(kind: type, prefix: str = "") -> dict[str, Field]:
     for parent in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
         parameters = docstring_parser.parse_from_object(parent).params
         texts |= {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in parameters}
-    types = get_type_hints(kind)
+    types, annotated = get_type_hints(kind), get_type_hints(kind, include_extras=True)
     found: dict[str, Field] = {}
     for each in fields(kind):
         if is_dataclass(types[each.name]):
             found |= fields_of(types[each.name], f"{prefix}{each.name}.")
         else:
             default = each.default if each.default_factory is MISSING else each.default_factory()
-            found[prefix + each.name] = Field(types[each.name], default, texts.get(each.name, ""))
+            notes = getattr(annotated[each.name], "__metadata__", ())
+            bounds = next((note for note in notes if isinstance(note, Bounds)), None)
+            found[prefix + each.name] = Field(types[each.name], default, texts.get(each.name, ""), bounds)
     return found
 
 
@@ -193,6 +221,32 @@ def _alternatives(kind: Any) -> list[str]:
         return [f"[{', '.join('...' if part is Ellipsis else type_name(part) for part in parts)}]"]
     words = {bool: ["true", "false"], str: ["text"], NoneType: ["null"], float: ["number"], int: ["whole number"]}
     return words.get(kind, [getattr(kind, "__name__", str(kind))])
+
+
+def within(
+    kind: type[int] | type[float],
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> Callable[[str], Any]:
+    """Return the `type` of an option of argparse: a number with these bounds."""
+    bounds = Bounds(least, above, most, below)
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not bounds.contain(value):
+            raise argparse.ArgumentTypeError(f"it is {text!r}; expected {type_name(kind)} ({bounds})")
+        return value
+
+    return read
+
+
+SEED = within(int, least=0, most=2**63 - 1)
 
 
 def fail(program: str, message: str, code: int = 2) -> NoReturn:
@@ -227,10 +281,27 @@ class _FieldParser(jsonargparse.ArgumentParser):
             values = read_config(name)
         except UserError as error:
             self.error(str(error))
-        for field, _ in flatten(values):
+        for field, value in flatten(values):
             if field not in self._known:
                 self.error(f"{name}: {self._no_field(field)}")
+            if field not in self._fields:
+                self.error(
+                    f"{name}: {field} is {value!r}; expected its fields and their values below it, or no {field}"
+                )
         return values
+
+    def build(self, kind: type[Config], parsed: jsonargparse.Namespace) -> Config:
+        """Return the configuration of parsed values; what they contradict is an error, as a wrong type is."""
+        for name, field in self._fields.items():
+            if field.default is MISSING and parsed[name] == "":
+                self.error(f"{name} is empty; expected text (a variable of the shell that is not set?)")
+            if field.bounds is not None and not field.bounds.contain(value := parsed[name]):
+                self.error(f"{name} is {json.dumps(value)}; expected {field.expected}")
+        try:
+            built = self.instantiate(parsed).as_dict()
+            return kind(**{name: value for name, value in built.items() if name != "config"})
+        except ValueError as error:
+            self.error(str(error))
 
     def checked(self, argument: str, following: str) -> str:
         """Check the name of an option; a field that is true or false gets its value where its name stands alone."""
@@ -248,8 +319,8 @@ class _FieldParser(jsonargparse.ArgumentParser):
         value = re.search(r"(?:Given|Got) value: (.*)", message)
         missing = re.search(r"arguments are required: (.*)", message)
         if field and value and field[1] in self._fields:
-            kind = type_name(self._fields[field[1]].type)
-            message = f"{field[1]} is {value[1]}; expected {kind} (--help-all explains every field)"
+            expected = self._fields[field[1]].expected
+            message = f"{field[1]} is {value[1]}; expected {expected} (--help-all explains every field)"
         elif missing:
             message = f"{missing[1]} must be given: on the command line, or by a --config that has it"
         fail(self.prog, message)
@@ -275,11 +346,12 @@ class _FieldParser(jsonargparse.ArgumentParser):
         return "\n".join([self.format_usage(), self.description or "", "", *lines, ""])
 
     def _explain(self, name: str) -> str:
-        kind, default, explanation = self._fields[name]
-        if default is MISSING:
-            return f"{explanation} (required)"
-        written = default if isinstance(default, str) else json.dumps(default)
-        return f"{explanation} ({type_name(kind)}{'; default ' * bool(written)}{written})"
+        field = self._fields[name]
+        if field.default is MISSING:
+            return f"{field.explanation} (required)"
+        written = field.default if isinstance(field.default, str) else json.dumps(field.default)
+        kind = type_name(field.type) + (f", {field.bounds}" if field.bounds else "")
+        return f"{field.explanation} ({kind}{'; default ' * bool(written)}{written})"
 
     def _no_field(self, name: str) -> str:
         near = get_close_matches(name, sorted(self._known), n=1)

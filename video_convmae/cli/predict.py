@@ -10,13 +10,12 @@ predicted, and the exit status is 1.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from video_convmae.cli.parser import CommandLine
+from video_convmae.cli.parser import CommandLine, within
 from video_convmae.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("files", nargs="+", help="videos, images, folders of frames or 'FOLDER/img_*'")
     parser.add_argument("--labels", help="class names: kinetics400, something_something_v2, or a file whose line n "
                         "names class n; default: the run's own")  # fmt: skip
-    parser.add_argument("--top", type=_at_least_one, default=5, help="number of classes (default 5)")
+    parser.add_argument("--top", type=within(int, least=1), default=5, help="number of classes (default 5)")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each file: file, predictions")
     parser.add_argument("--device", default="auto", help="auto (CUDA if available), cpu, cuda")
     args = parser.parse_args(arguments)
@@ -63,9 +62,3 @@ def _as_text(file: str, predictions: Sequence[Prediction]) -> str:
 
 def _as_json(file: str, predictions: Sequence[Prediction]) -> str:
     return json.dumps({"file": file, "predictions": [prediction._asdict() for prediction in predictions]})
-
-
-def _at_least_one(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}; expected 1 or more")
-    return int(text)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from video_convmae.cli.parser import CommandLine
+from video_convmae.cli.parser import SEED, CommandLine
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("videos", nargs="+", help="videos, images, folders of frames or 'FOLDER/img_*'")
     parser.add_argument("--output", type=Path, required=True, help="folder for reconstruction.png and .mp4")
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights, if the run kept one")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the masks (default %(default)s)")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of the masks (default %(default)s)")
     args = parser.parse_args(arguments)
 
     from video_convmae.atomic import refuse_overwriting

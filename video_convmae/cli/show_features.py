@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from video_convmae.cli.parser import CommandLine
+from video_convmae.cli.parser import CommandLine, within
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,10 +25,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, help="the picture, a PNG file")
     parser.add_argument("--label", help="number or name of a class; default: the most probable one")
     parser.add_argument("--labels", type=Path, help="file of class names; default: the run's own")
-    parser.add_argument("--frames", type=int, default=8, help="columns at most (default %(default)s)")
+    parser.add_argument("--frames", type=within(int, least=1), default=8, help="columns at most (default %(default)s)")
     args = parser.parse_args(arguments)
-    if args.frames < 1:
-        parser.error(f"--frames is {args.frames}; expected 1 or more")
 
     from video_convmae import predictor
     from video_convmae.atomic import refuse_overwriting

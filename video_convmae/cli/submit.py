@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from video_convmae.cli import COMMANDS
-from video_convmae.cli.parser import CommandLine
+from video_convmae.cli.parser import CommandLine, within
 from video_convmae.errors import UserError
 
 if TYPE_CHECKING:  # an optional dependency, imported where it is used: --help works without it
@@ -181,11 +181,16 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[st
     """
     parser = CommandLine("submit", __doc__, usage="%(prog)s [options] -- COMMAND [arguments]")
     parser.add_argument("--cluster", default="slurm", choices=["slurm", "local"], help="local: this machine, no Slurm")
-    parser.add_argument("--nodes", type=int, default=1, help="number of nodes (default %(default)s)")
-    parser.add_argument("--gpus-per-node", type=int, default=0, help="GPUs of each node; 0 (default): run on the CPU")
-    parser.add_argument("--processes-per-node", type=int, help="default: one for each GPU")
+    parser.add_argument("--nodes", type=within(int, least=1), default=1, help="number of nodes (default %(default)s)")
     parser.add_argument(
-        "--cpus-per-gpu", type=int, default=9, help="cores of a process (default %(default)s: 8 of them load data)"
+        "--gpus-per-node", type=within(int, least=0), default=0, help="GPUs of each node; 0 (default): run on the CPU"
+    )
+    parser.add_argument("--processes-per-node", type=within(int, least=0), help="default: one for each GPU")
+    parser.add_argument(
+        "--cpus-per-gpu",
+        type=within(int, least=1),
+        default=9,
+        help="cores of a process (default %(default)s: 8 of them load data)",
     )
     parser.add_argument("--mem", help="memory of a node in sbatch's form: 480G; 0: all of it")
     parser.add_argument("--time", type=minutes, default="24:00:00", help="time limit of a job (default %(default)s)")
@@ -193,13 +198,22 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--name", default="video-convmae", help="name of the job (default %(default)s)")
     parser.add_argument("--logs", type=Path, default=Path("runs/jobs"), help="folder for logs, shared by all nodes")
     parser.add_argument(
-        "--grace", type=int, default=300, help="seconds before the limit at which the run saves (default %(default)s)"
+        "--grace",
+        type=within(int, least=0),
+        default=300,
+        help="seconds before the limit at which the run saves (default %(default)s)",
     )
     parser.add_argument(
-        "--requeues", type=int, default=100, help="times that the job is queued again (default %(default)s)"
+        "--requeues",
+        type=within(int, least=0),
+        default=100,
+        help="times that the job is queued again (default %(default)s)",
     )
     parser.add_argument(
-        "--max-restarts", type=int, default=3, help="restarts in a job after a process failed (default %(default)s)"
+        "--max-restarts",
+        type=within(int, least=0),
+        default=3,
+        help="restarts in a job after a process failed (default %(default)s)",
     )
     parser.add_argument(
         "--slurm", nargs="+", default=[], metavar="KEY[=VALUE]", help="more options of sbatch: account=A exclusive"
@@ -215,7 +229,7 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[st
         parser.error(
             f"{script[0]}: no such command, and no such script in {Path.cwd()}; commands are {', '.join(COMMANDS)}"
         )
-    if options.nodes < 1 or (options.cluster == "local" and options.nodes > 1):
+    if options.cluster == "local" and options.nodes > 1:
         parser.error(f"--nodes is {options.nodes}; expected at least 1, and 1 with --cluster local")
     if options.gpus_per_node == 0 and not options.processes_per_node:
         parser.error("--gpus-per-node is 0; give the GPUs of a node, or --processes-per-node to run on the CPU")
@@ -274,7 +288,11 @@ def submit(options: argparse.Namespace, script: list[str]) -> submitit.Job:
 
 
 def wait(job: submitit.LocalJob) -> int:
-    """Wait for a local job; returns its exit code, 0 or 1. SIGTERM and Ctrl-C are passed on; the run then saves."""
+    """Wait for a local job; returns the exit code 0. SIGTERM and Ctrl-C are passed on; the run then saves.
+
+    Raises:
+        UserError: the job failed; the message has its own.
+    """
 
     def stop(*_: object) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -286,9 +304,9 @@ def wait(job: submitit.LocalJob) -> int:
     if error is None:
         print(f"job {job.job_id} ended")
         return 0
-    lines = (job.stderr() or "").splitlines()
-    print(f"job {job.job_id} failed; the last lines of {job.paths.stderr}:", *lines[-15:], sep="\n", file=sys.stderr)
-    return 1
+    lines = (job.stderr() or "").splitlines() or ["it said nothing"]
+    said = next((line for line in lines if re.match(r"video-convmae \S+: error: ", line)), lines[-1])
+    raise UserError(f"job {job.job_id} failed: {said}; all that it said is in {job.paths.stderr}")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
+from video_convmae.errors import UserError
+
 from .datasets import ORDER, BadRecord, ClipDataset, Sample, SampleKey, TestViewDataset, sample_generator
 from .ragged import RaggedCrops, concatenate_crops
 from .workers import prepare_worker, supervise
@@ -76,7 +78,7 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
         self.first_step, self.last_step = first_step, last_step
         self.steps_per_epoch = count // plan.global_batch
         if self.steps_per_epoch == 0:
-            raise ValueError(
+            raise UserError(
                 f"the list has {count} records and a step takes {plan.global_batch} ({plan.per_device} a device x "
                 f"{plan.ranks} devices x {plan.accumulate} accumulated); make the batch smaller"
             )

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from video_convmae.bounds import Bounds
 
 ListFormat = Literal["video", "frames", "image"]
 ReaderName = Literal["auto", "torchcodec", "pyav", "decord", "torchcodec_cuda"]
@@ -39,11 +41,11 @@ class AugmentationConfig:
 
     crop: Literal["multi_scale", "random_resized", "whole"] = "multi_scale"
     """multi_scale (VideoMAE), random_resized (MAE), or whole: the full frame, resized."""
-    scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+    scales: Annotated[tuple[float, ...], Bounds(above=0, most=1)] = (1.0, 0.875, 0.75, 0.66)
     """multi_scale: side of the crop over the frame's short side."""
-    area: tuple[float, float] = (0.5, 1.0)
+    area: Annotated[tuple[float, float], Bounds(above=0, most=1)] = (0.5, 1.0)
     """random_resized: range of the crop's share of the frame's area."""
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    aspect: Annotated[tuple[float, float], Bounds(above=0)] = (3 / 4, 4 / 3)
     """random_resized: range of the aspect ratio, width over height."""
     flip: bool = False
     """Mirror half of the clips. Leave it off where class names mention left or right."""
@@ -51,7 +53,7 @@ class AugmentationConfig:
     """bilinear or bicubic."""
     rand_augment: str | None = None
     """timm's configuration string, for example rand-m7-n4-mstd0.5-inc1; none: no RandAugment."""
-    reprob: float = 0.0
+    reprob: Annotated[float, Bounds(least=0, most=1)] = 0.0
     """Random erasing: probability that a rectangle, the same in every frame of the clip, becomes noise."""
     on_device: bool = False
     """Resize and flip training clips on the device, with the same crops. For machines with few CPU cores. Cannot be
@@ -62,6 +64,10 @@ class AugmentationConfig:
             raise ValueError(f"augmentation.crop is {self.crop!r}; expected 'multi_scale', 'random_resized' or 'whole'")
         if not all(0 < scale <= 1 for scale in self.scales) or not self.scales:
             raise ValueError(f"augmentation.scales is {self.scales}; expected numbers above 0 and up to 1")
+        for name in ("area", "aspect"):
+            least, most = getattr(self, name)
+            if least > most:
+                raise ValueError(f"augmentation.{name} is {[least, most]}; expected the smaller number first")
         if not 0 <= self.reprob <= 1:
             raise ValueError(f"augmentation.reprob is {self.reprob}; expected a probability, from 0 to 1")
         if self.rand_augment is not None and not _RAND_AUGMENT.fullmatch(self.rand_augment):
@@ -80,11 +86,11 @@ class AugmentationConfig:
 class ViewConfig:
     """Test views of a record: clips in time x crops in space."""
 
-    segments: int = 1
+    segments: Annotated[int, Bounds(least=1)] = 1
     """Clips, spread over the length of a video."""
-    crops: int = 1
+    crops: Annotated[int, Bounds(least=1)] = 1
     """Crops, spread along the longer side of a frame."""
-    crop_pct: float = 1.0
+    crop_pct: Annotated[float, Bounds(above=0, most=1)] = 1.0
     """Side of a crop over that of the largest one; 0.875 is resizing to 256 and cropping 224."""
 
     def __post_init__(self) -> None:
@@ -103,15 +109,15 @@ class ViewConfig:
 class MixingConfig:
     """Mixup, cutmix and label smoothing."""
 
-    mixup: float = 0.8
+    mixup: Annotated[float, Bounds(least=0)] = 0.8
     """Alpha of mixup's beta distribution; 0: no mixup."""
-    cutmix: float = 1.0
+    cutmix: Annotated[float, Bounds(least=0)] = 1.0
     """Alpha of cutmix's beta distribution; 0: no cutmix."""
-    probability: float = 1.0
+    probability: Annotated[float, Bounds(least=0, most=1)] = 1.0
     """Share of the batches that are mixed."""
-    switch: float = 0.5
+    switch: Annotated[float, Bounds(least=0, most=1)] = 0.5
     """Share of the mixed batches that use cutmix, where both are on."""
-    smoothing: float = 0.1
+    smoothing: Annotated[float, Bounds(least=0, most=1)] = 0.1
     """Label smoothing: share of a label that is spread evenly over all classes."""
 
     def __post_init__(self) -> None:

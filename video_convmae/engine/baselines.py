@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from video_convmae.data.records import Records
+from video_convmae.errors import UserError
 
 from .evaluation import Evaluation, best_classes
 from .inference import ListInference
@@ -126,7 +127,7 @@ def choose_training_records(records: Records) -> Records:
     """
     labelled = np.flatnonzero(records.labels >= 0)
     if not len(labelled):
-        raise ValueError("no record of the training list has a label: baselines need data.train with labels")
+        raise UserError("no record of the training list has a label: baselines need data.train with labels")
     chosen = labelled[choose_records(records.labels[labelled], min(MAX_RECORDS, len(labelled)))]
     return Records([records[int(index)] for index in chosen], records.format)
 

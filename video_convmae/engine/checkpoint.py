@@ -48,6 +48,10 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written; earlier ones are whole."""
 
 
+class NoWeights(UserError, FileNotFoundError):
+    """Nothing that a path may mean has weights."""
+
+
 class Checkpoint:
     """One checkpoint folder: its plain data at once, its tensors on request. Every byte is verified once.
 
@@ -67,8 +71,9 @@ class Checkpoint:
         self._verified = verified
         try:
             self.info: dict[str, Any] = json.loads((self.path / _INFO).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
+            self.info["step"], self.info["config"], self.info["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
 
     @property
     def step(self) -> int:
@@ -92,9 +97,9 @@ class Checkpoint:
             file = self.path / name
             found = file.stat().st_size if file.exists() else None
             if found != size:
-                raise ValueError(f"{self.path} is not whole: {name} has {found} bytes, expected {size}")
+                raise UserError(f"{self.path} is not whole: {name} has {found} bytes, expected {size}")
             if _crc(file) != crc:
-                raise ValueError(f"{self.path} is damaged: {name} has changed since it was written")
+                raise UserError(f"{self.path} is damaged: {name} has changed since it was written")
         self._verified = True
 
     def tensors(self, part: str) -> dict[str, Tensor]:
@@ -143,7 +148,7 @@ def step_of(path: Path) -> int:
     """Return the step in a checkpoint's folder name."""
     match = _NAME.fullmatch(path.resolve().name)
     if match is None:
-        raise ValueError(f"{path} is not named like a checkpoint; expected step_ and a number")
+        raise UserError(f"{path} is not named like a checkpoint; expected step_ and a number")
     return int(match[1])
 
 
@@ -187,7 +192,7 @@ def find_weights(path: str | Path) -> Checkpoint | Path:
     """
     if shipped := find_shipped_weights(path):
         return shipped
-    path = Path(path).expanduser()
+    given, path = path, Path(path).expanduser()
     if path.is_file():
         return path
     if (path / _INFO).exists():
@@ -199,13 +204,13 @@ def find_weights(path: str | Path) -> Checkpoint | Path:
         if found is not None:
             return found
         if errors:
-            raise ValueError("; ".join(errors))
+            raise UserError("; ".join(errors))
     if (file := find_file(path)) is not None:
         return file
-    hint = "" if path.exists() else explain_download(path)
-    raise FileNotFoundError(
-        f"no checkpoint at {path}{hint}: expected a file of weights, a checkpoint, a folder of Hugging Face's or a run "
-        "folder with checkpoints/ in it" + suggest_weights(path)
+    hint = "" if path.exists() else explain_download(given)
+    raise NoWeights(
+        f"no checkpoint at {given}{hint}: expected a file of weights, a checkpoint, a folder of Hugging Face's or a "
+        "run folder with checkpoints/ in it" + suggest_weights(given)
     )
 
 
@@ -232,7 +237,7 @@ class Saver:
         saved: int | None = None,
     ) -> None:
         if keep is not None and keep < 1:
-            raise ValueError(f"train.keep is {keep}; expected at least 1 checkpoint to stay")
+            raise UserError(f"train.keep is {keep}; expected at least 1 checkpoint to stay")
         self.folder = folder
         self.error: CheckpointError | None = None
         self._writes, self._keep, self._keep_every = writes, keep, keep_every

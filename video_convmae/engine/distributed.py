@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import time
 import uuid
 import warnings
@@ -60,33 +61,49 @@ def init_distributed(device: str = "auto", hang_timeout: float = HANG_TIMEOUT) -
         UserError: there is no such device.
     """
     local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if chosen == "cuda":
-        chosen = f"cuda:{local_rank}"
-    on_cuda = chosen.startswith("cuda")
+    chosen = choose_device(device, local_rank)
+    on_cuda = chosen.type == "cuda"
     if on_cuda:
-        if not torch.cuda.is_available():
-            raise UserError(f"device is {device!r}, and PyTorch finds no CUDA device; expected cpu or auto")
-        if (torch.device(chosen).index or 0) >= (count := torch.cuda.device_count()):
-            raise UserError(
-                f"process {local_rank} of this machine needs {chosen}, and there are {count} CUDA devices; expected at "
-                f"most {count} processes a machine (torchrun --nproc_per_node {count})"
-            )
         torch.cuda.set_device(chosen)
     else:
         keep_freed_memory()
-    info = DistInfo(int(os.environ.get("RANK", 0)), world_size, torch.device(chosen))
+    info = DistInfo(int(os.environ.get("RANK", 0)), world_size, chosen)
     with contextlib.ExitStack() as stack:
         attempt = ""
         if "RANK" in os.environ:
             backend, timeout = "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timedelta(seconds=2 * hang_timeout)
-            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            store = _join_store(timeout)
             attempt = _agree_on_attempt(store, info, hang_timeout)
             store = dist.PrefixStore(attempt, store)
             dist.init_process_group(backend, store=store, rank=info.rank, world_size=world_size, timeout=timeout)
             stack.callback(dist.destroy_process_group)
         stack.enter_context(Watchdog(info.rank, world_size, hang_timeout, attempt))
         yield info
+
+
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """Return the device of a process.
+
+    Args:
+        device: auto (CUDA if available), cpu, cuda, or one device such as cuda:1.
+        local_rank: of the process on its machine: the number of its CUDA device, unless `device` names one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UserError(f"device is {device!r}; expected auto, cpu, cuda, or one device such as cuda:1")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"device is {device!r}, and PyTorch finds no CUDA device; expected cpu or auto")
+    chosen = torch.device(device if ":" in device else f"cuda:{local_rank}")
+    if (chosen.index or 0) >= (count := torch.cuda.device_count()):
+        raise UserError(
+            f"process {local_rank} of this machine needs {chosen}, and there are {count} CUDA devices; expected at "
+            f"most {count} processes a machine (torchrun --nproc_per_node {count})"
+        )
+    return chosen
 
 
 def keep_freed_memory() -> None:
@@ -132,6 +149,23 @@ def all_reduce_mean(values: Tensor) -> Tensor:
 def barrier() -> None:
     """Wait for all processes."""
     all_reduce_max(0)
+
+
+def _join_store(timeout: timedelta) -> dist.Store:
+    """Join the store of the group, which the first rank or torchrun keeps.
+
+    Raises:
+        UserError: its port is taken, or nobody answers there.
+    """
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except (dist.DistError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"the group of processes cannot meet at {address} ({str(error).splitlines()[0]:.200}); another program may "
+            "have this port: give torchrun --standalone, or another --master_port"
+        ) from error
+    return store
 
 
 def _agree_on_attempt(store: dist.Store, info: DistInfo, hang_timeout: float) -> str:

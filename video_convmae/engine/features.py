@@ -24,6 +24,7 @@ from torch import Tensor
 
 from video_convmae.data.datasets import BadRecord
 from video_convmae.data.records import Records
+from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import FusedEncoder
 from video_convmae.models.classifier import Classifier
 
@@ -92,7 +93,7 @@ def extract_rows(inference: ListInference, kind: FeatureKind, folder: Path) -> N
     """
     views = inference.views.views
     if kind == "tokens" and views.count > 1:
-        raise ValueError(
+        raise UserError(
             f"{views.segments} segments x {views.crops} crops were asked for; expected 1 x 1 for tokens: those of "
             "different views show different places, and their mean shows none"
         )
@@ -168,6 +169,6 @@ def read_features(path: str | Path) -> FeatureTable:
     """
     with np.load(path, allow_pickle=False) as file:
         if absent := [name for name in FeatureTable._fields if name not in file]:
-            raise ValueError(f"{path} holds no {', '.join(absent)}; expected a file of `video-convmae features`")
+            raise UserError(f"{path} holds no {', '.join(absent)}; expected a file of `video-convmae features`")
         arrays = {name: file[name] for name in FeatureTable._fields}
     return FeatureTable(**arrays | {"about": json.loads(str(arrays["about"]))})

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from video_convmae.atomic import whole_lines
 from video_convmae.data.datasets import BadRecord, TestViewDataset
 from video_convmae.data.loader import Batch, iter_batches
+from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
@@ -36,6 +37,10 @@ from .tasks import Normalizer, autocast
 from .watchdog import heartbeat
 
 Model = Autoencoder | Classifier | Probe
+
+
+class NonFiniteOutput(UserError, FloatingPointError):
+    """A model's output is not finite; the message names the records."""
 
 
 class ListResult(NamedTuple):
@@ -92,7 +97,7 @@ class ListInference:
             folder: for finished chunks; None: they are not stored, and no progress is shown.
 
         Raises:
-            FloatingPointError: a value is not finite.
+            NonFiniteOutput: a value is not finite.
         """
         store = ChunkStore(folder, shape, self.info.rank)
         rows, bad_records = store.read()
@@ -147,7 +152,7 @@ class ListInference:
             values = values.float().unflatten(0, (-1, views)).mean(dim=1).cpu()
             records = batch.records[::views].tolist()
             if not values.isfinite().all():  # sorted like any others, they would count as predictions
-                raise FloatingPointError(
+                raise NonFiniteOutput(
                     f"not finite for the records {records}: try precision bf16 or fp32 for {precision}"
                 )
             yield Chunk(records, values.numpy(), list(batch.bad_records))

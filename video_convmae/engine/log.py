@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from video_convmae.atomic import whole_lines, write_text
+from video_convmae.atomic import read_json, read_json_lines, whole_lines, write_text
 from video_convmae.data.datasets import BadRecord
 from video_convmae.errors import UserError
 
@@ -58,8 +58,8 @@ class RunLog(NullLog):
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "log.jsonl"
         if self._path.exists():
-            kept = [line for line in whole_lines(self._path) if json.loads(line)["step"] <= first_step]
-            write_text(self._path, "".join(kept))
+            kept = [line for line in read_json_lines(self._path) if line.get("step", 0) <= first_step]
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed in close()
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
         # disable=None: a bar on a terminal, plain lines elsewhere.
@@ -68,8 +68,7 @@ class RunLog(NullLog):
 
     def values(self, name: str) -> Values:
         """Return a logged value by step."""
-        lines = (json.loads(line) for line in whole_lines(self._path))
-        return {line["step"]: line[name] for line in lines if name in line}
+        return {line["step"]: line[name] for line in read_json_lines(self._path) if name in line}
 
     def write(self, values: Values) -> None:
         """Log a step: `values` has "step"; all of them go to the JSON lines and to TensorBoard."""
@@ -199,8 +198,8 @@ class BadRecordLog:
         self.records = records
         self.max_fraction = max_fraction
         self._known: dict[int, BadRecord] = {}
-        for line in whole_lines(path) if path.exists() else ():
-            record = BadRecord(**json.loads(line))
+        for line in read_json_lines(path) if path.exists() else ():
+            record = BadRecord(**line)
             self._known.setdefault(record.index, record)
 
     def __len__(self) -> int:
@@ -219,10 +218,10 @@ class BadRecordLog:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record._asdict()) + "\n" for record in new)
         if len(self) > self.max_fraction * self.records:
-            first = "".join(f"\n  {record.path}: {record.error}" for record in list(self._known.values())[:5])
+            first = "; ".join(record.error for record in list(self._known.values())[:3])
             raise TooManyBadRecords(
                 f"{len(self)} of {self.records} records cannot be read, more than data.max_bad_fraction "
-                f"{self.max_fraction} allows; all are in {self.path}, the first:{first}"
+                f"{self.max_fraction} allows; all are in {self.path}, the first: {first}"
             )
         return new
 
@@ -233,7 +232,7 @@ def write_run_metrics(folder: Path, seconds: float) -> None:
     `learned` and `verdict` say whether the run learned anything, where that can be told. Paths are relative to the run
     folder; `seconds` is this process's time.
     """
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_json_lines(folder / "log.jsonl")
     metrics = {name: value for line in lines if line["step"] == lines[-1]["step"] for name, value in line.items()}
     metrics["last"] = {"path": f"checkpoints/{checkpoint_name(metrics['step'])}", "step": metrics["step"]}
     validated = [line for line in lines if line.get("val_top1") is not None]
@@ -262,7 +261,7 @@ def judge_pretraining(loss: float | None, nothing: float) -> dict[str, Any]:
 
 def last_words(folder: Path) -> str:
     """Return what a finished run says: its verdict, if it has not learned, and its last and best checkpoint."""
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(folder / "metrics.json")
     verdict = metrics.get("verdict")
     checkpoints = _final_checkpoints(folder, metrics)
     return checkpoints if verdict is None else f"{verdict}\n{checkpoints}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from video_convmae.bounds import Bounds
 from video_convmae.data.options import ViewConfig
 
 Parallel = Literal["ddp", "fsdp"]
@@ -21,23 +22,23 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "lars"] = "adamw"
     """adamw, or lars (large-batch linear probes)."""
-    base_lr: float = 1.5e-4
+    base_lr: Annotated[float, Bounds(least=0)] = 1.5e-4
     """Learning rate for an effective batch of 256: lr = base_lr x effective batch / 256."""
-    base_min_lr: float = 0.0
+    base_min_lr: Annotated[float, Bounds(least=0)] = 0.0
     """Learning rate at the end of the half cosine, for an effective batch of 256."""
-    lr: float | None = None
+    lr: Annotated[float | None, Bounds(least=0)] = None
     """Absolute learning rate; replaces the rule above, and base_min_lr is then absolute too."""
-    warmup_epochs: float = 40
+    warmup_epochs: Annotated[float, Bounds(least=0)] = 40
     """Epochs of linear warm-up from 0."""
-    warmup_steps: int | None = None
+    warmup_steps: Annotated[int | None, Bounds(least=0)] = None
     """Warm-up in optimizer steps; replaces warmup_epochs, as train.max_steps replaces train.epochs."""
-    weight_decay: float = 0.05
+    weight_decay: Annotated[float, Bounds(least=0)] = 0.05
     """Weight decay of matrices and kernels; vectors (biases, norms, the mask token) and positions have none."""
-    layer_decay: float = 1.0
+    layer_decay: Annotated[float, Bounds(above=0, most=1)] = 1.0
     """Finetuning: learning rate of a layer divided by that of the layer after it."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], Bounds(least=0, below=1)] = (0.9, 0.95)
     """AdamW's betas; the first is the momentum of LARS."""
-    clip_grad: float | None = None
+    clip_grad: Annotated[float | None, Bounds(above=0)] = None
     """Largest gradient norm; none: no clipping."""
 
 
@@ -45,15 +46,15 @@ class OptimConfig:
 class TrainConfig:
     """Length, batch, precision and parallelism of a run."""
 
-    epochs: float = 800
+    epochs: Annotated[float, Bounds(above=0)] = 800
     """Passes over the list; a repeated clip counts with its record."""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, Bounds(least=1)] = None
     """Length in optimizer steps; replaces epochs. The schedule ends there."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Bounds(least=1)] = 32
     """Records of one device in one forward pass, repeats not counted."""
-    accumulate: int = 1
+    accumulate: Annotated[int, Bounds(least=1)] = 1
     """Forward passes whose gradients make one step, unless effective_batch is set."""
-    effective_batch: int | None = None
+    effective_batch: Annotated[int | None, Bounds(least=1)] = None
     """Records of one step on all devices, repeats not counted; accumulation and, if needed, batch_size adapt to the
     number of devices. none: batch_size x devices x accumulate at the start of the run, and kept on resuming."""
     precision: Precision = "bf16"
@@ -67,15 +68,15 @@ class TrainConfig:
     is a third more arithmetic."""
     compile: bool = False
     """torch.compile each block."""
-    ema: float | None = None
+    ema: Annotated[float | None, Bounds(least=0, below=1)] = None
     """Decay of an exponential moving average of the weights; none: no average."""
-    log_every: int = 20
+    log_every: Annotated[int, Bounds(least=1)] = 20
     """Steps between two logged ones; the host waits for the device only then."""
-    save_every: float = 1.0
+    save_every: Annotated[float, Bounds(above=0)] = 1.0
     """Epochs between two checkpoints, may be a fraction. One is always written before a validation and at the end."""
-    keep: int = 2
+    keep: Annotated[int, Bounds(least=1)] = 2
     """Number of newest checkpoints that stay; the best by the validation stays too."""
-    keep_every: float | None = None
+    keep_every: Annotated[float | None, Bounds(above=0)] = None
     """Epochs between checkpoints that are never removed; none: no such checkpoints."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """After a non-finite loss or gradient (which never reaches the weights): stop the run, or skip the step."""
@@ -94,7 +95,7 @@ class LogConfig:
     profile: bool = False
     """Split the time of a step into data wait, forward, backward, optimizer and communication, most of which overlaps
     with the others. For communication, torch.profiler records one step of each logged interval."""
-    trace: int = 0
+    trace: Annotated[int, Bounds(least=0)] = 0
     """Steps, after the first three, that each rank records in logs/trace_rank_NNNN.json.gz for ui.perfetto.dev."""
 
     def __post_init__(self) -> None:
@@ -109,10 +110,10 @@ class ProbeConfig:
     list: str | None = None
     """Labelled list, with the format and root of data.train; it is halved, and each half tests what the other taught.
     none: no probe."""
-    every: float | None = None
+    every: Annotated[float | None, Bounds(above=0)] = None
     """Epochs between two measurements; the first is of the untrained model, the last of the finished one. none: up to
     20 in all, as many as 5% of the training time allow."""
-    records: int | None = None
+    records: Annotated[int | None, Bounds(least=4)] = None
     """Records that are measured, chosen evenly over the classes; none: as many as 5% of the training time allow."""
 
     def __post_init__(self) -> None:
@@ -126,7 +127,7 @@ class ProbeConfig:
 class ProtocolConfig(ViewConfig):
     """Test protocol of a classifier: its views, and how they are computed."""
 
-    batch_size: int = 8
+    batch_size: Annotated[int, Bounds(least=1)] = 8
     """Records whose views go through the model together; a score may depend on it in the last bits."""
     precision: Precision | None = None
     """Autocast type; none: that of the training."""

@@ -71,7 +71,7 @@ def check_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
 def write_config(folder: Path, config: dict[str, Any], step: int) -> None:
     """Write config.yaml; one that says something else becomes config.before_step_N.yaml."""
     path, text = folder / "config.yaml", yaml.safe_dump(config, sort_keys=False)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if path.exists() and path.read_bytes() != text.encode():
         path.replace(folder / f"config.before_step_{step}.yaml")
     write_text(path, text)
 

@@ -216,6 +216,7 @@ class Trainer:
     def _fit(self) -> int:
         started, state = time.perf_counter(), self.state
         if self.info.is_main:
+            self.saver.folder.mkdir(exist_ok=True)  # what cannot be written is known before the first step
             write_config(self.folder, state.config, 0 if self.resume_from is None else self.resume_from.step)
         if self.resume_from is not None:
             heartbeat(f"reading {self.resume_from.path}")
@@ -378,7 +379,10 @@ class Trainer:
             values["loss_scale"] = state.scaler.get_scale()
         if nonfinite := metrics.nonfinite_steps(state.step, self.train.precision, info):
             if self.train.on_nonfinite == "stop":
-                raise NonFiniteLoss(f"{nonfinite}; the newest checkpoint is from before")
+                raise NonFiniteLoss(
+                    f"{nonfinite}. The newest checkpoint is from before; try a smaller optim.lr, optim.clip_grad, "
+                    "another train.precision, or train.on_nonfinite skip"
+                )
             self.log.print(f"{nonfinite}; skipped")
         self.skipped = metrics.count_skipped(self.skipped)
         if self.skipped >= min(MAX_SKIPPED, self.steps):
@@ -390,7 +394,7 @@ class Trainer:
         try:
             new = self.bad_records.add(self._all_bad_records(), write=info.is_main)
         except TooManyBadRecords as error:
-            raise TooManyBadRecords(f"{error}\n{self._save_now()}") from None
+            raise TooManyBadRecords(f"{error}. {self._save_now()}") from None
         for record in new:
             self.log.print(f"bad record, replaced by another: {record.error}")
         if saves:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from video_convmae.errors import UserError
+
 from .autoencoder import FusedEncoder
 from .classifier import check_num_classes, init_head
 from .encoder import Features, init_as_convolution, init_as_transformer
@@ -148,7 +150,7 @@ class LogisticHead(LinearHead):
         values, known = features.double().cpu().numpy(), labels.cpu().numpy()
         classes = np.unique(known)
         if len(classes) < 2:
-            raise ValueError(f"all {len(known)} records that could be read have one class; expected two or more")
+            raise UserError(f"all {len(known)} records that could be read have one class; expected two or more")
         mean, variance = values.mean(0), values.var(0)
         values = (values - mean) / np.sqrt(variance + self.norm.eps)
         model = LogisticRegression(C=self.STRENGTH, max_iter=1000).fit(values, known)

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import prod
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from video_convmae.bounds import Bounds
 
 Implementation = Literal["packed", "dense"]
 PositionTable = Literal["sincos", "flat"]
@@ -71,29 +73,29 @@ class EncoderConfig:
 
     size: str = field(default="base", compare=False)  # equal numbers are equal models, under any name
     """tiny, small, base, large, huge; vit_tiny to vit_huge are plain ViTs."""
-    num_frames: int = 16
+    num_frames: Annotated[int, Bounds(least=0)] = 16
     """Frames per clip; 1 makes an image model."""
-    image_size: int | tuple[int, int] = 224
+    image_size: Annotated[int | tuple[int, int], Bounds(least=0)] = 224
     """Input pixels: one number, or height and width."""
-    widths: tuple[int, ...] = ()
+    widths: Annotated[tuple[int, ...], Bounds(least=1)] = ()
     """Channels of each stage; the last stage is attention, those before it are convolutional."""
-    depths: tuple[int, ...] = ()
+    depths: Annotated[tuple[int, ...], Bounds(least=0)] = ()
     """Blocks of each stage."""
-    heads: int = 0
+    heads: Annotated[int, Bounds(least=0)] = 0
     """Number of attention heads."""
-    strides: tuple[int, ...] = ()
+    strides: Annotated[tuple[int, ...], Bounds(least=1)] = ()
     """Spatial stride of each stage; 4, 2, 2 by default, 16 pixels a token."""
-    tubelet: int = 0
+    tubelet: Annotated[int, Bounds(least=0)] = 0
     """Frames per token."""
-    temporal_kernel: int = 0
+    temporal_kernel: Annotated[int, Bounds(least=0)] = 0
     """Depthwise kernel size over frames, odd."""
-    spatial_kernel: int = 5
+    spatial_kernel: Annotated[int, Bounds(least=1)] = 5
     """Depthwise kernel size over rows and columns, odd."""
-    mlp_ratio: float = 4
+    mlp_ratio: Annotated[float, Bounds(above=0)] = 4
     """Hidden channels of an MLP over its input channels."""
-    channels: int = 3
+    channels: Annotated[int, Bounds(least=1)] = 3
     """Input channels."""
-    drop_path: float = 0.0
+    drop_path: Annotated[float, Bounds(least=0, below=1)] = 0.0
     """Stochastic depth rate of the last block; it rises linearly from 0."""
     position_table: PositionTable = "sincos"
     """sincos over (t, h, w), or VideoMAE's flat table over the numbered tokens."""
@@ -128,6 +130,17 @@ class EncoderConfig:
             raise ValueError(
                 f"image_size is {self.image_size}; expected multiples of the spatial stride {self.patch} "
                 f"(strides {self.strides})"
+            )
+        *others, width = self.widths
+        if self.heads < 1 or width % self.heads:
+            raise ValueError(f"heads is {self.heads}; expected a number that divides the last of widths, {width}")
+        if self.position_table == "sincos" and width % 4:
+            raise ValueError(
+                f"widths is {self.widths}; expected a multiple of 4 as the last: positions are sines of it"
+            )
+        if others and any(size % 2 == 0 for size in self.kernel):
+            raise ValueError(
+                f"temporal_kernel is {self.temporal_kernel} and spatial_kernel {self.spatial_kernel}; expected odd ones"
             )
         if self.implementation not in get_args(Implementation):
             raise ValueError(f"implementation is {self.implementation!r}; expected 'packed' or 'dense'")
@@ -176,9 +189,9 @@ class AutoencoderConfig(EncoderConfig):
 
     msd: bool = True
     """Multi-scale decoder (MSD): fuse the convolutional stages into the tokens before the final norm."""
-    decoder: tuple[int, ...] = ()
+    decoder: Annotated[tuple[int, ...], Bounds(least=0)] = ()
     """Width, depth and heads of the decoder."""
-    decoder_mlp_ratio: float = 4
+    decoder_mlp_ratio: Annotated[float, Bounds(above=0)] = 4
     """Hidden channels of a decoder MLP over its input channels."""
     target: Target | Literal["auto"] = "auto"
     """Normalisation of a target patch: patch, patch_channel or none; auto: patch for images, else patch_channel."""
@@ -192,6 +205,9 @@ class AutoencoderConfig(EncoderConfig):
         )
         if len(self.decoder) != 3:
             raise ValueError(f"decoder is {self.decoder}; expected (width, depth, heads)")
+        width, _, heads = self.decoder
+        if width < 4 or width % 4 or heads < 1 or width % heads:
+            raise ValueError(f"decoder is {self.decoder}; expected a width that 4 and the number of heads divide")
         if self.target not in get_args(Target):
             raise ValueError(f"target is {self.target!r}; expected one of {', '.join(get_args(Target))}")
 
@@ -215,10 +231,10 @@ class ClassifierConfig(EncoderConfig):
     average and where it is largest (classifier, linear and logistic probe)."""
     msd: bool = True
     """Probes read the tokens after fusion and norm, as pretrained. A finetuned classifier has no fusion."""
-    head_init_std: float | None = None
+    head_init_std: Annotated[float | None, Bounds(above=0)] = None
     """Standard deviation of the head's initial weights; none: 2e-5 to finetune (ConvMAE; VideoMAE scales 0.02 by
     0.001), 0.01 to probe."""
-    head_dropout: float = 0.0
+    head_dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
     """Dropout rate before the head of a finetuned classifier."""
 
     def __post_init__(self) -> None:

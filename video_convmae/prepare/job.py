@@ -151,7 +151,9 @@ class ResumableJob(ABC, Generic[WorkerT, OutcomeT, ResultT]):
         bad = 0
         with (
             open(self.results_file, "a", encoding="utf-8") as file,
-            tqdm(total=len(first), initial=len(results), desc=self.title, unit="file", smoothing=0.05) as progress,
+            tqdm(
+                total=len(first), initial=len(results), desc=self.title, unit="file", smoothing=0.05, disable=None
+            ) as progress,
             closing(self._outcomes(unfinished, workers)) as outcomes,
         ):
             for row, stamp, outcome in outcomes:

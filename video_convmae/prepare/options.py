@@ -9,6 +9,8 @@ from video_convmae.errors import UserError
 
 ENCODERS = {"h264": "libx264", "hevc": "libx265"}
 
+SPEEDS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo")
+
 # Options of `open` for lists and other files of paths: names that are not UTF-8 are written as the bytes they are.
 LIST_TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
 

@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from statistics import median
 from typing import Any, BinaryIO
 
-from video_convmae.atomic import replacing, write_text
+from video_convmae.atomic import read_json, replacing, write_text
 from video_convmae.data import labels
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.decoding.errors import decode_errors
@@ -345,7 +345,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
-    earlier = json.loads(path.read_text())
+    earlier = read_json(path)
     if earlier != settings:
         changed = ", ".join(f"{name} {earlier.get(name)}" for name in settings if earlier.get(name) != settings[name])
         raise ListError(f"{path.parent} holds videos packed with other settings ({changed}); choose another --out")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from video_convmae.engine.evaluation import Evaluation
+from video_convmae.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ def _counted(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
     """Return the labels and predicted classes of the labelled records that were read."""
     counted = ~evaluation.failed & (evaluation.labels >= 0)
     if not counted.any():
-        raise ValueError("no labelled record was scored: there is no accuracy to draw; give a list with labels")
+        raise UserError("no labelled record was scored: there is no accuracy to draw; give a list with labels")
     return evaluation.labels[counted], evaluation.scores[counted].argmax(axis=1)
 
 
@@ -117,8 +118,6 @@ def _short(names: Sequence[str]) -> list[str]:
 
 def _figure(width: float, height: float) -> Figure:
     """Return an empty figure, in inches; pyplot and its global state are not touched."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"pictures need matplotlib: pip install matplotlib ({error})") from error
+    from matplotlib.figure import Figure
+
     return Figure((width, height), layout="constrained")

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from video_convmae.config import FinetuneConfig
+from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import Autoencoder, FusedEncoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import LinearHead, Probe
@@ -187,7 +188,7 @@ def find_label(predictor: Predictor, text: str) -> int:
         ValueError: there is no such class.
     """
     if isinstance(predictor.model, Autoencoder):
-        raise ValueError("--label was given; the model was pretrained only and has no classes")
+        raise UserError("--label was given; the model was pretrained only and has no classes")
     config = cast(FinetuneConfig, predictor.config)  # that of every model with classes
     names = predictor.class_names or ()
     count = config.data.num_classes or len(names)
@@ -196,7 +197,7 @@ def find_label(predictor: Predictor, text: str) -> int:
     if text.isdecimal() and int(text) < count:
         return int(text)
     known = f"a number from 0 to {count - 1}" + (f" or a name such as {names[0]!r}" if names else "")
-    raise ValueError(f"--label is {text!r}; expected {known}")
+    raise UserError(f"--label is {text!r}; expected {known}")
 
 
 def _shape(grid: Tensor) -> str:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from video_convmae.atomic import replacing
 from video_convmae.errors import UserError
 from video_convmae.shipped import explain_download
 
@@ -204,16 +205,16 @@ def save_file(
         name: tensor.contiguous().clone() for name, tensor in tensors.items()
     }  # safetensors refuses shared memory
     extras = {name: value for name, value in zip(EXTRAS, (config, geometry)) if value is not None}
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        if path.suffix == ".safetensors":
-            metadata = {"format": "pt", **{name: json.dumps(value) for name, value in extras.items()}}
-            safetensors_torch.save_file(tensors, partial, metadata=metadata)
-        else:
-            torch.save({"model": tensors, **extras}, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, "wb") as file:  # opened for both: the system's error names the file
+        if path.suffix != ".safetensors":
+            torch.save({"model": tensors, **extras}, file)
+            return
+        metadata = {"format": "pt", **{name: json.dumps(value) for name, value in extras.items()}}
+        try:
+            safetensors_torch.save_file(tensors, file.name, metadata=metadata)
+        except SafetensorError as error:
+            raise UserError(f"{path} cannot be written: {error}") from error
 
 
 def run_config(path: Path) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from video_convmae.data.options import IMAGE_SUFFIXES, ReaderName
 from video_convmae.data.records import Record
+from video_convmae.errors import Note, UserError
 
 from .decord_reader import DecordReader
 from .errors import decode_errors, error_line
@@ -47,6 +48,10 @@ _INSTALL = {
 }
 
 
+class ReaderMissing(UserError, ImportError):
+    """A reader that is not installed or does not load."""
+
+
 def resolve_reader(reader: ReaderName) -> ReaderName:
     """Return the name of the reader to use: for "auto" torchcodec if it works here, else pyav, else decord.
 
@@ -54,7 +59,8 @@ def resolve_reader(reader: ReaderName) -> ReaderName:
 
     Raises:
         ValueError: no reader has this name.
-        ImportError: it is not installed or does not load (torchcodec without FFmpeg); the message says what to install.
+        ReaderMissing: it is not installed or does not load (torchcodec without FFmpeg); the message says what to
+            install.
     """
     if reader not in get_args(ReaderName):
         raise ValueError(f"data.reader is {reader!r}; expected one of {', '.join(get_args(ReaderName))}")
@@ -69,10 +75,12 @@ def resolve_reader(reader: ReaderName) -> ReaderName:
             warnings.warn(
                 f"PyAV is not installed ({_INSTALL['pyav']}): files that {name} reads wrong are not recognised, and "
                 "their frames are wrong (open GOP, B-frames in AVI, edit lists)",
+                Note,
                 stacklevel=2,
             )
         return name
-    raise ImportError(f"data.reader {reader!r} does not work here: {'; '.join(failures)}")
+    hint = "" if reader == "auto" else ", or take data.reader auto"
+    raise ReaderMissing(f"data.reader {reader!r} does not work here: {'; '.join(failures)}: install that{hint}")
 
 
 def _import_library(reader: str) -> None:
