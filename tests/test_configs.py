@@ -18,7 +18,7 @@ from PIL import Image
 from states import load_state
 
 from video_convmae import create_autoencoder, create_classifier
-from video_convmae.build import build_classifier, count_classes
+from video_convmae.build import build_classifier
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import fields_of, flatten, merge, parse, read_config
 from video_convmae.cli.pretrain import pretrain
@@ -32,6 +32,7 @@ from video_convmae.config import (
 )
 from video_convmae.data.records import ListError, Record, Records
 from video_convmae.engine import checkpoint
+from video_convmae.lists import count_classes
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.probe import Probe
 from video_convmae.runs import load_autoencoder, load_classifier

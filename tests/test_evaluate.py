@@ -17,7 +17,7 @@ from clips import encode
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 from states import interrupt_and_resume, load_state
 
-from video_convmae.build import build_views, read_validation_records
+from video_convmae.build import build_views
 from video_convmae.cli.evaluate import evaluate as run
 from video_convmae.cli.evaluate import metrics_line as summary
 from video_convmae.cli.finetune import finetune
@@ -27,6 +27,7 @@ from video_convmae.data.sampling import dense_views
 from video_convmae.data.transforms import Augmentation, view_crops
 from video_convmae.engine import checkpoint
 from video_convmae.engine.inference import Progress, chunk_folder
+from video_convmae.lists import read_validation_records
 from video_convmae.predictor import load
 
 ROOT = Path(__file__).parent.parent

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from video_convmae.build import count_classes
 from video_convmae.config import AugmentationConfig, LabelledDataConfig
 from video_convmae.data.labels import check_labels, class_names, count_labels, label_notes
 from video_convmae.data.records import ListError, Record, Records, read_list
+from video_convmae.lists import count_classes
 
 
 def labelled(*labels: int | None) -> Records:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from video_convmae.build import build_normalizer, build_sampling, read_class_names
+from video_convmae.build import build_normalizer, build_sampling
 from video_convmae.config import (
     DataConfig,
     FinetuneConfig,
@@ -34,6 +34,7 @@ from video_convmae.data.transforms import Augmentation
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
 from video_convmae.engine.options import ProtocolConfig
 from video_convmae.errors import Note, UserError
+from video_convmae.lists import read_class_names
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe

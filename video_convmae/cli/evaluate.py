@@ -36,7 +36,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         ValueError: the model is no classifier.
     """
-    from video_convmae import build
+    from video_convmae import build, lists
     from video_convmae.data.labels import check_labels
     from video_convmae.engine.baselines import compare
     from video_convmae.engine.distributed import barrier, init_distributed
@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         num_classes = data.num_classes
         if config.list is not None:
             data = replace(data, validation=config.list)
-        records = build.read_validation_records(data)
+        records = lists.read_validation_records(data)
         check_labels(records, num_classes, least=-1)
         settings = {"weights": digest, "records": records.digest(), "ema": config.ema}
         chunks = chunk_folder(folder, settings | {"data": to_plain(data), "protocol": to_plain(protocol)})
@@ -108,14 +108,14 @@ def read_baselines(
     Raises:
         ListError: there is no training list, or it has no labels.
     """
-    from video_convmae import build
+    from video_convmae import build, lists
     from video_convmae.data.records import ListError
     from video_convmae.engine.baselines import choose_training_records, read_table
 
     if not data.train:
         raise ListError("--baselines needs the training list of the run (data.train); these weights have none")
     middle = replace(protocol, segments=1, crops=1, precision="fp32")
-    every = build.read_records(data)
+    every = lists.read_records(data)
     training = choose_training_records(every)
     if info.is_main:
         print(f"baselines read {len(training)} of {len(every)} training records, and the list", flush=True)
@@ -166,7 +166,8 @@ def merge_options(config: InferenceConfig, loaded: Predictor, info: DistInfo) ->
     Raises:
         ListError: the folder of the list's paths does not exist; the message says who named it.
     """
-    from video_convmae.build import cap_workers, check_root
+    from video_convmae.build import cap_workers
+    from video_convmae.lists import check_root
 
     run, options = loaded.config, vars(config)
     data_fields = ("root", "format", "sampling", "stride", "workers")

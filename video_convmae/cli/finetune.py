@@ -21,7 +21,7 @@ def finetune(config: FinetuneConfig) -> int:
     """Run a configuration; return the steps done (0 for a probe that is fitted at once)."""
     import torch
 
-    from video_convmae import build
+    from video_convmae import build, lists
     from video_convmae.data.labels import label_notes
     from video_convmae.engine.distributed import init_distributed
     from video_convmae.engine.fit import fit_probe
@@ -32,10 +32,10 @@ def finetune(config: FinetuneConfig) -> int:
     with init_distributed(config.device, config.hang_timeout) as info:
         initial = build.InitialWeights(config.init)
         config = build.resolve_config(config, info, initial)
-        records = build.read_records(config.data)
-        validation = None if config.data.validation is None else build.read_validation_records(config.data)
-        num_classes = build.count_classes(config.data, *[each for each in (records, validation) if each is not None])
-        labels = build.read_class_names(config.data)
+        records = lists.read_records(config.data)
+        validation = None if config.data.validation is None else lists.read_validation_records(config.data)
+        num_classes = lists.count_classes(config.data, *[each for each in (records, validation) if each is not None])
+        labels = lists.read_class_names(config.data)
         for note in label_notes(num_classes, labels, records, validation) if info.is_main else ():
             print(f"labels: {note}")
         config = replace(config, data=replace(config.data, labels=labels, num_classes=num_classes))
@@ -50,7 +50,7 @@ def finetune(config: FinetuneConfig) -> int:
         report = build.load_initial_weights(config.init, probe, config.data, initial)
         if info.is_main:
             print(report or "init.weights is none: a random encoder is probed", flush=True)
-        build.try_records(config.data, config.data.train, records, info)
+        lists.try_records(config.data, config.data.train, records, info)
         measured = build.build_validation(config, info, validation)
         inference = build.build_inference(probe, config.data, records, config.validate, info)
         with claim(Path(config.output), info):

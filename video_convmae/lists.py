@@ -1,0 +1,129 @@
+"""The lists that a configuration names: read, and checked before any work."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from video_convmae.config import DataConfig, LabelledDataConfig
+from video_convmae.data.decoding import DecodeError
+from video_convmae.data.decoding.process import ReaderProcess
+from video_convmae.data.labels import check_labels, class_names, count_labels
+from video_convmae.data.records import ListError, Records, read_list
+from video_convmae.engine.distributed import DistInfo, all_gather_object
+from video_convmae.errors import Note
+
+
+def read_records(data: DataConfig) -> Records:
+    """Read the training list.
+
+    Raises:
+        ListError: the list cannot be used, or data.root is no folder.
+    """
+    check_root(data.root)
+    return read_list(data.train, data.format, data.root)
+
+
+def check_root(root: str, origin: str = "data.root") -> None:
+    """Raise a ListError unless the folder exists that a list's relative paths are joined to."""
+    if root and not Path(root).is_dir():
+        raise ListError(f"{origin} is {root!r}, which is no folder here; expected the one that the list's paths lie in")
+
+
+def try_records(data: DataConfig, path: str, records: Records, info: DistInfo, count: int = 5) -> None:
+    """Read a frame of some of the records, up to the first that can be read: a wrong folder is met before any work.
+
+    The main process does it for all.
+
+    Args:
+        data: how records are read.
+        path: of their list, for the message.
+        records: those of the list.
+        info: the processes.
+        count: how many are tried at most.
+
+    Raises:
+        ListError: none of them can be read.
+    """
+    error = None
+    if info.is_main:
+        errors: list[str] = []
+        with ReaderProcess(data.reader, data.decode_timeout, data.max_side) as process:
+            for place in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int):
+                try:
+                    with process.open(records[int(place)]) as reader:
+                        reader.read([0])
+                    break
+                except DecodeError as met:
+                    errors.append(str(met))
+            else:
+                error = (
+                    f"none of {len(errors)} records of {path} that were tried can be read ({errors[0]}); check "
+                    f"data.root, which is {data.root!r}, and the files: video-convmae check-videos names the bad ones"
+                )
+    if (error := all_gather_object(error)[0]) is not None:
+        raise ListError(error)
+
+
+def read_validation_records(data: LabelledDataConfig) -> Records:
+    """Read the validation list.
+
+    Raises:
+        ListError: the configuration has none, or its classes are not those of the training list.
+    """
+    if data.validation is None:
+        raise ListError("data.validation is none: name a list to validate or test on")
+    ours, theirs = read_class_names(data), class_names(data.validation, data.root)
+    if ours is not None and theirs is not None and ours != tuple(theirs):
+        source = data.train if data.labels is None else "data.labels"
+        raise ListError(
+            f"the classes of {source} ({len(ours)}) and of {data.validation} ({len(theirs)}) differ, so their numbers "
+            "mean different things: make both lists with the same class names (video-convmae make-list); for a list "
+            "with classes of its own set data.labels to null"
+        )
+    return read_list(data.validation, data.format, data.root)
+
+
+def read_class_names(data: LabelledDataConfig) -> tuple[str, ...] | None:
+    """Return the names of the classes; None: nothing names them."""
+    if isinstance(data.labels, tuple):
+        return data.labels or None
+    if not data.train and data.labels is None:  # usual settings of a published file: there is no list
+        return None
+    names = class_names(data.train, data.root, data.labels)
+    return None if names is None else tuple(names)
+
+
+def count_classes(data: LabelledDataConfig, *lists: Records) -> int:
+    """Return the number of classes, and check labels, names and flips against it.
+
+    Raises:
+        ListError: a label is missing, beyond `num_classes` or far beyond all others, there are more or fewer names, or
+            class names contain left or right and clips are flipped.
+    """
+    names = read_class_names(data)
+    count = data.num_classes or (len(names) if names else count_labels(*lists))
+    if names and len(names) != count:
+        raise ListError(
+            f"data.num_classes is {count} and there are {len(names)} class names, the first {names[0]!r}; expected as "
+            "many: leave data.num_classes out, or name the file of all classes with data.labels"
+        )
+    for records in lists:
+        check_labels(records, count)
+    if data.augmentation.flip and names is None:
+        warnings.warn(
+            "data.augmentation.flip is on and no class names are known, so that names with left or right cannot be "
+            "checked; name the classes with data.labels",
+            Note,
+            stacklevel=2,
+        )
+    sided = [name for name in names or [] if {"left", "right"} & set(re.split(r"[\W_]+", name.lower()))]
+    if sided and data.augmentation.flip:
+        raise ListError(
+            f"data.augmentation.flip is on and {len(sided)} classes name left or right, the first {sided[0]!r}: a "
+            "flipped clip would have a wrong label; turn it off"
+        )
+    return count
