@@ -94,7 +94,7 @@ def test_bounds() -> None:
         ("train.batch_size=0", "train.batch_size is 0; expected whole number (1 or more)"),
         ("train.max_steps=-3", "train.max_steps is -3; expected whole number or null (1 or more)"),
         ("train.log_every=0", "train.log_every is 0; expected"),
-        ("train.ema=2", "train.ema is 2.0; expected number or null (0 or more and less than 1)"),
+        ("train.ema=2", "train.ema is 2.0; expected number or null (0 or more and at most 1)"),
         ("train.keep=0", "train.keep is 0; expected"),
         ("optim.lr=-1", "optim.lr is -1.0; expected"),
         ("optim.lr=.nan", "optim.lr is NaN; expected"),

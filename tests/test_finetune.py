@@ -243,7 +243,7 @@ def test_lists_whose_classes_differ_are_not_compared(videos: Path, tmp_path: Pat
     [
         ("--train.batch_size=3", "make it even"),
         ("--model.probe=linear", "layers are frozen"),
-        ("--model.head_dropout=2", "head_dropout is 2.0; expected a share"),
+        ("--model.head_dropout=2", "head_dropout is 2.0; expected number (0 or more and less than 1)"),
         ("--data.augmentation.rand_augment=rand-mx", "rand_augment"),
     ],
 )

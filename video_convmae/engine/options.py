@@ -68,7 +68,7 @@ class TrainConfig:
     is a third more arithmetic."""
     compile: bool = False
     """torch.compile each block."""
-    ema: Annotated[float | None, Bounds(least=0, below=1)] = None
+    ema: Annotated[float | None, Bounds(least=0, most=1)] = None
     """Decay of an exponential moving average of the weights; none: no average."""
     log_every: Annotated[int, Bounds(least=1)] = 20
     """Steps between two logged ones; the host waits for the device only then."""
