@@ -19,6 +19,8 @@ PositionTable = Literal["sincos", "flat"]
 Pool = Literal["mean", "motion"]
 ProbeKind = Literal["linear", "attentive", "knn", "logistic"]
 Target = Literal["patch", "patch_channel", "none"]
+TargetTokens = Literal["visible", "hidden"]
+FeatureLoss = Literal["smooth_l1", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,24 @@ class AutoencoderConfig(EncoderConfig):
             raise ValueError(f"decoder is {self.decoder}; expected a width that 4 and the number of heads divide")
         if self.target not in get_args(Target):
             raise ValueError(f"target is {self.target!r}; expected one of {', '.join(get_args(Target))}")
+
+
+@dataclass(frozen=True)
+class FeatureTarget:
+    """Features of a teacher that an autoencoder predicts beside pixels, or in place of them.
+
+    name: of its head and of its loss.
+    width: of a feature.
+    tokens: where they are predicted: at the visible tokens by the encoder, or at the hidden ones by the decoder.
+    layer: convolutional stage, from 1, whose output predicts them at visible tokens; None: the encoder's tokens.
+    loss: smooth L1, or 1 - cosine.
+    """
+
+    name: str
+    width: int
+    tokens: TargetTokens = "visible"
+    layer: int | None = None
+    loss: FeatureLoss = "smooth_l1"
 
 
 @dataclass(frozen=True)
