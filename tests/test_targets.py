@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -259,3 +257,223 @@ def load_state_of(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
+
+
+def test_a_folder_of_hugging_faces_gives_what_transformers_gives(tmp_path: Path) -> None:
+    from transformers import VideoMAEConfig, VideoMAEModel, VJEPA2Config, VJEPA2Model
+
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "tubelet_size": 2, "patch_size": 16}
+    videomae = VideoMAEConfig(
+        **sizes, image_size=64, num_frames=4, intermediate_size=96, use_mean_pooling=False, layer_norm_eps=1e-6
+    )
+    vjepa2 = VJEPA2Config(**sizes, crop_size=64, frames_per_clip=8, pred_hidden_size=24, pred_num_attention_heads=2,
+                          pred_num_hidden_layers=1)  # fmt: skip
+    clips = torch.rand(2, 3, 4, 64, 64)
+    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
+    processor = {"image_mean": mean.flatten().tolist(), "image_std": std.flatten().tolist()}
+    frames = ((clips - mean) / std).transpose(1, 2)
+    for model, options, name in (
+        (VideoMAEModel(videomae), {}, "preprocessor_config.json"),
+        (VJEPA2Model(vjepa2), {"skip_predictor": True}, "video_preprocessor_config.json"),
+    ):
+        folder = tmp_path / type(model).__name__
+        model.eval().save_pretrained(folder)
+        (folder / name).write_text(json.dumps({"image_processor_type": "x", **processor}))
+        with torch.no_grad():
+            expected = model(frames, **options).last_hidden_state
+        teacher = load_teacher(TargetConfig("video", str(folder)))
+        assert torch.allclose(teacher.features(clips, STUDENT), expected, atol=2e-4)
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures without labels."""
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(12):
+        Image.fromarray(pictures(1, seed=number)[0]).save(folder / f"{number}.png")
+    (folder / "list.txt").write_text("".join(f"{number}.png 0\n" for number in range(12)))
+    return folder
+
+
+def run_config(images: Path, output: Path, targets: object, *edits: str) -> PretrainConfig:
+    return parse(
+        PretrainConfig,
+        [
+            "--config=debug/pretrain",
+            f"--targets={json.dumps(targets)}",
+            *(f"--model.{name}={value}" for name, value in (("num_frames", 1), ("image_size", 32), ("size", "tiny"))),
+            f"--model.{'strides'}=[4,2,1]",
+            *(f"--data.{name}={value}" for name, value in (("train", images / "list.txt"), ("root", images))),
+            "--data.format=image",
+            "--data.workers=0",
+            "--mask.kind=random",
+            "--train.batch_size=6",
+            "--train.max_steps=12",
+            "--device=cpu",
+            f"--output={output}",
+            *edits,
+        ],
+    )
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_pixels_alone_named_or_not_give_the_same_run(images: Path, tmp_path: Path) -> None:
+    pretrain(run_config(images, tmp_path / "default", [], "--train.max_steps=3"))
+    pretrain(run_config(images, tmp_path / "named", [{"name": "pixels"}], "--train.max_steps=3"))
+    default, named = load_state(tmp_path / "default"), load_state(tmp_path / "named")
+    assert default["model"].keys() == named["model"].keys()
+    assert all(torch.equal(tensor, named["model"][name]) for name, tensor in default["model"].items())
+    assert not any("loss_pixels" in line or "feature_rank" in line for line in log(tmp_path / "default"))
+    for ours, theirs in zip(log(tmp_path / "named"), log(tmp_path / "default"), strict=True):
+        assert ours["loss_pixels"] == ours["loss"] == theirs["loss"]
+
+
+def every_kind(vit: Path, own: Path) -> list[dict]:
+    """Pixels, and a target of each kind of teacher and place."""
+    return [
+        {"name": "pixels", "weight": 0.5},
+        {"name": "clip", "teacher": "timm:test_vit", "weights": str(vit), "tokens": "visible"},
+        {"name": "early", "teacher": "timm:test_vit", "weights": str(vit), "tokens": "visible", "layer": 1},
+        {"name": "own", "teacher": str(own), "tokens": "hidden", "loss": "cosine"},
+        {"name": "average", "teacher": "ema", "tokens": "visible", "momentum": 0.9, "warmup_steps": 8},
+    ]
+
+
+@pytest.fixture(scope="module")
+def own(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run, of other sizes."""
+    output = tmp_path_factory.mktemp("own") / "run"
+    edits = ("--model.image_size=64", "--model.widths=[16,32,64]", "--model.heads=4", "--train.max_steps=2")
+    pretrain(run_config(images, output, [], *edits))
+    return output
+
+
+def test_mimic_and_pixel_losses_fall_together(
+    images: Path, vit: Path, own: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = run_config(images, tmp_path, every_kind(vit, own), "--train.max_steps=40", "--train.save_every=100")
+    assert pretrain(config) == 40
+    lines = log(tmp_path)
+    for name in ("loss_pixels", "loss_clip", "loss_early", "loss_own"):
+        first, last = (np.mean([line[name] for line in part]) for part in (lines[:5], lines[-5:]))
+        assert last < 0.95 * first, name
+    weights = [0.5, 1, 1, 1, min(1, 20 / 8)]
+    names = [f"loss_{name}" for name in ("pixels", "clip", "early", "own", "average")]
+    line = lines[20]
+    assert line["loss"] == pytest.approx(sum(w * line[n] for w, n in zip(weights, names)), rel=1e-5)
+    assert lines[0]["loss"] == pytest.approx(sum(w * lines[0][n] for w, n in zip(weights[:4], names)), rel=1e-5)
+    assert all(1 <= line["feature_rank"] <= 6 for line in lines)
+    told = capsys.readouterr().out
+    assert "target clip: timm:test_vit of" in told
+    assert "at visible tokens, stage 1" in told
+    assert "predicting nothing" in told
+    assert json.loads((tmp_path / "metrics.json").read_text())["learned"] is not None
+    model, again = load_autoencoder(tmp_path)
+    assert again.targets == config.targets
+    assert not model.targets
+
+
+def test_a_resumed_run_is_exact_with_its_average(images: Path, vit: Path, own: Path, tmp_path: Path) -> None:
+    edits = ("--train.save_every=2", "--train.keep=20", "--train.log_every=2", "--train.ema=0.9")
+    config = run_config(images, tmp_path, every_kind(vit, own), *edits)
+    pretrain(config)
+    whole, lines = load_state(tmp_path, "model", "ema", "optimizer", "teacher"), log(tmp_path)
+    assert {name.split(".")[0] for name in whole["teacher"]} == {"encoder", "fusion", "norm"}
+    assert any(not torch.equal(tensor, whole["model"][name]) for name, tensor in whole["teacher"].items())
+    for path in (tmp_path / "checkpoints").glob("step_*"):
+        if path.name > "step_00000004":
+            shutil.rmtree(path)
+    assert load_state(tmp_path)["step"] == 4
+    assert pretrain(config) == 12
+    resumed = load_state(tmp_path, "model", "ema", "optimizer", "teacher")
+    for part in ("model", "ema", "optimizer", "teacher"):
+        assert all(torch.equal(tensor, resumed[part][name]) for name, tensor in whole[part].items()), part
+    timed = ("clips_per_second", "data_wait", "seconds_per_step", "eta_seconds")
+    for ours, theirs in zip(log(tmp_path), lines, strict=True):
+        assert {n: v for n, v in ours.items() if n not in timed} == {n: v for n, v in theirs.items() if n not in timed}
+
+
+def test_the_average_follows_the_encoder(images: Path, tmp_path: Path) -> None:
+    """At momentum 0 it is the encoder of the step before."""
+    targets = [{"name": "average", "teacher": "ema", "tokens": "hidden", "momentum": 0.0}]
+    pretrain(run_config(images, tmp_path, targets, "--train.max_steps=3"))
+    state = load_state(tmp_path, "model", "teacher")
+    assert all(torch.equal(tensor, state["model"][name]) for name, tensor in state["teacher"].items())
+
+
+def test_a_run_with_targets_is_a_teacher_and_starts_others(images: Path, vit: Path, own: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    pretrain(run_config(images, first, every_kind(vit, own), "--train.max_steps=2"))
+    teacher = load_own(str(first))
+    assert (teacher.width, teacher.frames, teacher.size) == (192, 1, (32, 32))
+    model, config = load_autoencoder(first)
+    clips = torch.rand(2, 3, 1, 32, 32)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1, 1) for values in (config.data.mean, config.data.std))
+    with torch.no_grad():
+        expected = model.encode((clips - mean) / std)
+    assert torch.allclose(teacher.features(clips, model.encoder.config), expected, atol=1e-5)
+    start = (f"--init.weights={first}", "--train.max_steps=1", "--optim.lr=0")
+    pretrain(run_config(images, tmp_path / "second", every_kind(vit, own), *start))
+    before, after = load_state(first, "model")["model"], load_state(tmp_path / "second", "model")["model"]
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    report = load_weights(Autoencoder(config.model), str(first))
+    assert all("feature_heads" in name for name in report.unexpected)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            {"name": "clip", "teacher": "timm:vit_base_patch16_clip_224.openai"},
+            "needs a file of its weights (model.saf",
+        ),
+        ({"name": "clip", "teacher": "timm:no_such"}, "has no model 'no_such'"),
+        ({"name": "clip", "teacher": "timm:test_vit", "weights": "nowhere.pth"}, "nowhere.pth cannot be read"),
+        (
+            {"name": "clip", "teacher": "timm:test_vit2", "weights": "VIT"},
+            "does not hold the weights of timm:test_vit2",
+        ),
+        ({"name": "video", "teacher": "nowhere"}, "teacher of the target 'video': no checkpoint at nowhere"),
+        ({"name": "video"}, "the target 'video' has no teacher"),
+        ({"name": "pixels", "tokens": "visible"}, "tokens of the target 'pixels' is visible; expected hidden"),
+        ({"name": "pixels", "teacher": "ema"}, "expected another name for the features"),
+        ({"name": "a b", "teacher": "ema"}, "name of the target 'a b' is a b; expected a word"),
+        ({"name": "e", "teacher": "ema", "layer": 1}, "layer of the target 'e' is 1; expected none, but at visible"),
+        ({"name": "e", "teacher": "ema", "layer": 5, "tokens": "visible"}, "is 5; expected 1 to 2, a convolutional st"),
+        ({"name": "e", "teacher": "ema", "weights": "x"}, "weights of the target 'e' is x; expected none"),
+        ({"name": "e", "teacher": "ema", "weight": 0}, "weight of the target 'e' is 0"),
+        ({"name": "e", "teacher": "ema", "momentum": 1}, "momentum of the target 'e' is 1"),
+        ({"name": "e", "teacher": "ema", "visible": True}, "there is no field targets.visible; did you mean"),
+        ({"name": "e", "teacher": "ema", "tokens": "seen"}, "targets.tokens is seen; expected visible or hidden"),
+        ({"teacher": "ema"}, "an item of targets has no name"),
+    ],
+)
+def test_impossible_targets_are_one_line(
+    target: dict, message: str, images: Path, vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    target = {name: str(vit) if value == "VIT" else value for name, value in target.items()}
+    try:
+        pretrain(run_config(images, tmp_path / "run", [target]))
+        said = "nothing"
+    except ValueError as error:  # a UserError is one
+        said = str(error)
+    except SystemExit:
+        said = capsys.readouterr().err.strip()
+    assert message in said
+    assert "\n" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_targets_of_one_name_or_of_two_averages_are_errors(images: Path, tmp_path: Path) -> None:
+    twice = [{"name": "a", "teacher": "ema"}, {"name": "a", "teacher": "ema"}]
+    with pytest.raises(ValueError, match="targets are named a, a; expected a name of its own"):
+        run_config(images, tmp_path, twice)
+    with pytest.raises(ValueError, match="different momentum"):
+        run_config(images, tmp_path, [{**twice[0], "name": "b", "momentum": 0.5}, twice[1]])

@@ -9,6 +9,7 @@ Letters: B clips, C channels, T H W frames and pixels; t h w the student's token
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from video_convmae.models.autoencoder import Autoencoder, FusedEncoder, create_a
 from video_convmae.models.classifier import Classifier, create_classifier
 from video_convmae.models.sizes import EncoderConfig, FeatureTarget
 from video_convmae.weights.arguments import encoder_arguments
-from video_convmae.weights.files import read_file
+from video_convmae.weights.files import Tensors, read_file
 from video_convmae.weights.formats import read_weights
 from video_convmae.weights.load import load_weights
 from video_convmae.weights.state import Weights
@@ -143,9 +144,8 @@ def load_timm(name: str, file: str | None, image_size: int | None = None) -> Tea
     tensors = {n.removeprefix("module.").removeprefix("backbone."): t for n, t in tensors.items()}
     options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
-        model: Any = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay={"state_dict": tensors}, num_classes=0, **options
-        )
+        model: Any = timm.create_model(name, num_classes=0, **options)
+        _fill_timm(model, tensors)
     except (RuntimeError, KeyError, ValueError, TypeError, AssertionError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{file} does not hold the weights of timm:{name}: {reason}") from error
@@ -155,6 +155,29 @@ def load_timm(name: str, file: str | None, image_size: int | None = None) -> Tea
     size = (image_size, image_size) if image_size else tuple(given["input_size"][1:])
     pixels = tuple(given["mean"]), tuple(given["std"])
     return Teacher(_TimmFeatures(model), model.num_features, pixels, size, 1, f"timm:{name} of {file}")
+
+
+def _fill_timm(model: Any, tensors: Tensors) -> None:
+    """Load a file's tensors, translated as timm does for this architecture.
+
+    timm's own loading of a model without classes leaves what is missing at random, without a word.
+
+    Raises:
+        RuntimeError: tensors are missing or have no place, but for the classifier.
+    """
+    translate = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    tensors = translate(tensors, model) if translate is not None else tensors
+    heads = model.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(heads)}
+    missing, unknown = model.load_state_dict(tensors, strict=False)
+    if missing or unknown:
+        words = [
+            f"{len(names)} {text}, the first {names[0]}"
+            for names, text in ((missing, "tensors are missing"), (unknown, "have no place"))
+            if names
+        ]
+        raise RuntimeError("; ".join(words))
 
 
 # Our own formats, and Hugging Face's
