@@ -87,12 +87,16 @@ def parallelize(
     return replica
 
 
-def shard(model: nn.Module, compress_gradients: bool = False) -> nn.Module:
-    """Shard each block of a model and the rest over the processes (FSDP2)."""
+def shard(model: nn.Module, compress_gradients: bool = False, learns: bool = True) -> nn.Module:
+    """Shard each block of a model and the rest over the processes (FSDP2).
+
+    A model that learns keeps the rest whole from the forward to the backward pass. One that does not has no backward
+    pass, and would never see what is written into its shards.
+    """
     policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if compress_gradients else None)
     for module in [module for module in model.modules() if isinstance(module, BLOCKS)]:
         fully_shard(module, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    fully_shard(model, mp_policy=policy, reshard_after_forward=not learns)
     return model
 
 

@@ -349,7 +349,7 @@ class Teachers:
             copy.encoder.init_weights()  # tables of positions, which no state dict holds
             self.copy = copy.to(info.device).eval().requires_grad_(False)
             if is_sharded(student):
-                shard(self.copy)
+                shard(self.copy, learns=False)
             self.average = EMA(student, averages[0].momentum, self.copy.state_dict())
             self.average.resume(student)
 
