@@ -93,8 +93,8 @@ class EncoderConfig:
     """Depthwise kernel size over frames, odd."""
     spatial_kernel: Annotated[int, Bounds(least=1)] = 5
     """Depthwise kernel size over rows and columns, odd."""
-    mlp_ratio: Annotated[float, Bounds(above=0)] = 4
-    """Hidden channels of an MLP over its input channels."""
+    mlp_ratio: Annotated[float | tuple[float, ...], Bounds(above=0)] = 4
+    """Hidden channels of an MLP over its input channels: one number, or one for each stage."""
     channels: Annotated[int, Bounds(least=1)] = 3
     """Input channels."""
     drop_path: Annotated[float, Bounds(least=0, below=1)] = 0.0
@@ -126,6 +126,8 @@ class EncoderConfig:
                 f"widths {self.widths}, depths {self.depths} and strides {self.strides} differ in length; "
                 "expected one of each for every stage"
             )
+        if isinstance(self.mlp_ratio, tuple) and len(self.mlp_ratio) != len(self.widths):
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; expected one number, or {len(self.widths)}, one a stage")
         if self.num_frames % self.tubelet:
             raise ValueError(f"num_frames is {self.num_frames}; expected a multiple of the tubelet, {self.tubelet}")
         if any(pixels < 1 or pixels % self.patch for pixels in self.clip_shape[2:]):
@@ -178,6 +180,11 @@ class EncoderConfig:
         """Shape (C, T, H, W) of one clip."""
         assert isinstance(self.image_size, tuple)  # since __post_init__
         return (self.channels, self.num_frames, *self.image_size)
+
+    @cached_property
+    def mlp_ratios(self) -> tuple[float, ...]:
+        """MLP ratio of each stage."""
+        return self.mlp_ratio if isinstance(self.mlp_ratio, tuple) else (self.mlp_ratio,) * len(self.widths)
 
     @cached_property
     def later_strides(self) -> tuple[tuple[int, ...], ...]:
