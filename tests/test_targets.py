@@ -22,10 +22,12 @@ from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import PretrainConfig
 from video_convmae.engine.options import TargetConfig
 from video_convmae.engine.teachers import Teacher, load_own, load_teacher, load_timm
+from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.sizes import AutoencoderConfig, EncoderConfig, FeatureTarget
 from video_convmae.models.targets import feature_loss
 from video_convmae.runs import load_autoencoder
+from video_convmae.visualize.reconstruct import reconstruct_clips
 from video_convmae.weights.load import load_weights
 
 VIDEO = {"size": "tiny", "num_frames": 4, "image_size": 64}
@@ -404,6 +406,8 @@ def test_the_average_follows_the_encoder(images: Path, tmp_path: Path) -> None:
     """At momentum 0 it is the encoder of the step before."""
     targets = [{"name": "average", "teacher": "ema", "tokens": "hidden", "momentum": 0.0}]
     pretrain(run_config(images, tmp_path, targets, "--train.max_steps=3"))
+    with pytest.raises(UserError, match="predicts no pixels, its targets are average"):
+        reconstruct_clips(*load_autoencoder(tmp_path), torch.zeros(1, 3, 1, 32, 32), torch.ones(1, 1, 4, 4).bool())
     state = load_state(tmp_path, "model", "teacher")
     assert all(torch.equal(tensor, state["model"][name]) for name, tensor in state["teacher"].items())
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,30 +38,32 @@ from .parallel import is_sharded, shard
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TIMM, AVERAGE = "timm:", "ema"
 
-Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of the channels, for pixels from 0 to 1
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation
 
 
-@dataclass
-class Teacher:
+class Teacher(nn.Module):
     """A frozen model and what it takes.
 
-    model: clips `(B, C, T, H, W)`, normalised for it, -> features `(B, F, t', h', w')` on a grid of its own.
-    width: of a feature, F.
-    pixels: mean and deviation of its input.
-    size: height and width of its input.
-    frames: that it takes; 1: it is one of images; None: any number.
-    words: what it is, for people.
+    Args:
+        model: clips `(B, C, T, H, W)`, normalised for it, -> features `(B, F, t', h', w')` on a grid of its own.
+        width: of a feature, F.
+        pixels: mean and deviation of its input's channels, for pixels from 0 to 1.
+        size: height and width of its input.
+        frames: that it takes; 1: it is one of images; None: any number.
+        words: what it is, for people.
     """
 
-    model: nn.Module
-    width: int
-    pixels: Pixels
-    size: tuple[int, int]
-    frames: int | None
-    words: str
+    mean: Tensor
+    std: Tensor
 
-    def __post_init__(self) -> None:
-        self.model.eval().requires_grad_(False)
+    def __init__(
+        self, model: nn.Module, width: int, pixels: Pixels, size: tuple[int, int], frames: int | None, words: str
+    ) -> None:
+        super().__init__()
+        self.model, self.width, self.size, self.frames, self.words = model, width, size, frames, words
+        for name, values in zip(("mean", "std"), pixels):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def features(self, clips: Tensor, student: EncoderConfig, all_frames: bool = False) -> Tensor:
@@ -94,8 +95,7 @@ class Teacher:
             frames = clips.transpose(1, 2).flatten(0, 1)
             frames = F.interpolate(frames, size=self.size, mode="bilinear", align_corners=False, antialias=True)
             clips = frames.unflatten(0, (len(clips), -1)).transpose(1, 2)
-        mean, std = (torch.tensor(values, device=clips.device).view(-1, 1, 1, 1) for values in self.pixels)
-        return (clips - mean) / std
+        return (clips - self.mean) / self.std
 
 
 # timm
@@ -341,7 +341,7 @@ class Teachers:
     ) -> None:
         self.targets, self.loaded, self.student = tuple(targets), dict(loaded), student.encoder.config
         for teacher in self.loaded.values():
-            teacher.model.to(info.device)
+            teacher.to(info.device)
         self.average: EMA | None = None
         averages = [each for each in targets if each.teacher == AVERAGE]
         if averages:

@@ -64,7 +64,8 @@ class Encoder(nn.Module):
         else:
             self.register_buffer("positions", table, persistent=False)
         self.attention_blocks = nn.ModuleList(
-            AttentionBlock(width, config.heads, config.mlp_ratios[last], next(rates)) for _ in range(config.depths[last])
+            AttentionBlock(width, config.heads, config.mlp_ratios[last], next(rates))
+            for _ in range(config.depths[last])
         )
 
     @property
