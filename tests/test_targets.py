@@ -66,7 +66,8 @@ def test_without_other_targets_names_and_values_are_those_of_pixels_alone() -> N
     plain.load_state_dict(model.state_dict())
     output = model(clips, visible)
     assert torch.equal(output.loss, (output.prediction - output.target).square().mean())
-    assert output.losses == {"pixels": output.loss}
+    assert len(output) == 4  # loss, prediction, target, tokens
+    assert model(clips, visible, weights={"pixels": 1.0}).losses == {"pixels": output.loss}
     assert torch.equal(output.loss, plain(clips, visible).loss)
 
 

@@ -25,11 +25,22 @@ from .targets import HiddenHead, VisibleHead, feature_loss
 class AutoencoderOutput(NamedTuple):
     """Result of a forward pass.
 
-    loss: scalar, float32 at least: mean squared error over the predicted patches; with other targets the weighted sum.
+    loss: scalar, float32 at least: mean squared error over the predicted patches; of several targets a weighted sum.
     prediction, target: `(B, k, pixels of a token)`, the predicted tokens in ascending order: all hidden ones,
         k = N - n, unless `predicted` was given; k = 0 where pixels are no target. Where clips have several masks, B is
         clips x masks, here and below.
     tokens: `(B, n, D)`, visible tokens in ascending order, after fusion and the final norm.
+    """
+
+    loss: Tensor
+    prediction: Tensor
+    target: Tensor
+    tokens: Tensor
+
+
+class TargetsOutput(NamedTuple):
+    """Result of a forward pass with features or weights: an `AutoencoderOutput`, and the losses that `loss` sums.
+
     losses: that of each target by its name, "pixels" or a `FeatureTarget`'s, without weights.
     """
 
@@ -206,7 +217,7 @@ class Autoencoder(FusedEncoder):
         predicted: Tensor | None = None,
         features: Mapping[str, Tensor] | None = None,
         weights: Mapping[str, float] | None = None,
-    ) -> AutoencoderOutput:
+    ) -> AutoencoderOutput | TargetsOutput:
         """Predict the hidden patches, or a part of them, and a teacher's features.
 
         Args:
@@ -238,7 +249,8 @@ class Autoencoder(FusedEncoder):
         for each in self.targets:
             losses[each.name] = self._feature_loss(each, student, trunk, packing, features or {})
         weighted = [loss * weights[name] if weights and name in weights else loss for name, loss in losses.items()]
-        return AutoencoderOutput(sum(weighted[1:], weighted[0]), prediction, target, tokens, losses)
+        result = AutoencoderOutput(sum(weighted[1:], weighted[0]), prediction, target, tokens)
+        return result if features is None and weights is None else TargetsOutput(*result, losses)
 
     def _feature_loss(
         self, target: FeatureTarget, student: Features, trunk: Tensor, packing: Packing, features: Mapping[str, Tensor]
