@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import timm
 import torch
 import yaml
 from clips import encode, pictures
 from PIL import Image
+from safetensors.torch import save_file
 from states import load_state
 
 from video_convmae import create_autoencoder, create_classifier
@@ -27,6 +29,7 @@ from video_convmae.config import (
     ClassifierConfig,
     FinetuneConfig,
     PretrainConfig,
+    TargetConfig,
     from_plain,
     to_plain,
 )
@@ -160,7 +163,7 @@ def test_the_whole_model_builds(path: Path) -> None:
         least = 85e6 if "base" in path.name else 1e6 if "tiny" in path.name else 20e6
         assert sum(p.numel() for p in model.parameters()) > least
         assert (model.fusion is not None and len(model.fusion.joints) > 0) == (
-            any(part in path.name for part in ("_msd", "_fast", "own"))
+            any(part in path.name for part in ("_msd", "_fast", "_v2", "own"))
         )
 
 
@@ -175,8 +178,25 @@ def small_model(path: Path, frames: int) -> dict[str, Any]:
     return {field: value for field, value in stated.items() if field not in OF_ONE_SIZE} | small
 
 
+@pytest.fixture(scope="module")
+def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small random model of timm's, as a file."""
+    path = tmp_path_factory.mktemp("teacher") / "test_vit.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
+    return str(path)
+
+
+def small_target(target: TargetConfig, file: str) -> TargetConfig:
+    """The target with a small teacher: of timm, or the average of the encoder in place of another."""
+    if target.teacher is None:
+        return target
+    if target.weights is not None:
+        return replace(target, teacher="timm:test_vit", weights=file)
+    return replace(target, teacher="ema")
+
+
 @pytest.mark.parametrize("path", PRETRAINING, ids=name)
-def test_a_shrunken_copy_takes_two_steps(path: Path, videos: Path, tmp_path: Path) -> None:
+def test_a_shrunken_copy_takes_two_steps(path: Path, videos: Path, small_teacher: str, tmp_path: Path) -> None:
     config = load(path)
     frames, images = (1, "images") if config.data.format == "image" else (4, "list.txt")
     small = replace(
@@ -184,6 +204,7 @@ def test_a_shrunken_copy_takes_two_steps(path: Path, videos: Path, tmp_path: Pat
         output=str(tmp_path),
         device="cpu",
         model=AutoencoderConfig(**small_model(path, frames)),
+        targets=tuple(small_target(target, small_teacher) for target in config.targets),
         data=replace(config.data, train=str(videos / images), root=str(videos), reader="pyav", workers=0),
         train=replace(config.train, batch_size=2, accumulate=1, effective_batch=2, max_steps=2, log_every=1),
         optim=replace(config.optim, warmup_steps=0),
@@ -262,7 +283,8 @@ def test_the_numbers_are_the_recipes(path: Path) -> None:
     spatiotemporal = "spatiotemporal" in path.name
     assert config.data.stride == (2 if "ssv2" in path.name else 4)
     fast = "fast" in path.name  # four masks a clip: as many masks a step and in all, so a quarter of clips and epochs
-    assert config.train.epochs == (200 if "200ep" in path.name or spatiotemporal or fast else 800)
+    short = "200ep" in path.name or "_v2" in path.name or spatiotemporal or fast
+    assert config.train.epochs == (200 if short else 800)
     assert (config.mask.kind, config.mask.ratio) == ("random" if spatiotemporal else "tube", 0.9)
     assert (config.mask.count, config.mask.count * config.train.epochs) == (
         (4, 800) if fast else (1, config.train.epochs)
@@ -290,7 +312,7 @@ def test_the_numbers_of_image_pretraining_are_the_recipes(path: Path) -> None:
     config, fast = load(path), "fast" in path.name
     optim, augmentation = config.optim, config.data.augmentation
     assert effective_batch(config, path.read_text()) == (512 if fast else 3072)
-    assert config.train.epochs == (50 if fast else 200 if "200ep" in path.name else 1600)
+    assert config.train.epochs == (50 if fast else 200 if "200ep" in path.name or "_v2" in path.name else 1600)
     assert (optim.optimizer, optim.betas, optim.weight_decay) == ("adamw", (0.9, 0.95), 0.05)
     expected = (6e-4, 0.0, 10, None) if fast else (1.5e-4, 0.0, 40, None)
     assert (optim.base_lr, optim.base_min_lr, optim.warmup_epochs, optim.clip_grad) == expected
@@ -299,7 +321,9 @@ def test_the_numbers_of_image_pretraining_are_the_recipes(path: Path) -> None:
     assert (augmentation.crop, augmentation.area, augmentation.aspect) == ("random_resized", (0.2, 1.0), (0.75, 1.3333))
     assert (augmentation.flip, augmentation.interpolation) == (True, "bicubic")
     model = config.model
-    assert (model.size, model.num_frames, model.image_size, model.msd) == ("base", 1, (224, 224), True)
+    size = path.stem.split("_")[2]
+    assert (model.size, model.num_frames, model.image_size, model.msd) == (size, 1, (224, 224), True)
+    assert [target.tokens for target in config.targets] == (["hidden", "visible"] if "_v2" in path.name else [])
     with torch.device("meta"):
         assert Autoencoder(model).target == "patch"  # --norm_pix_loss
 

@@ -19,10 +19,14 @@ from video_convmae.build import build_optimization
 from video_convmae.data.loader import Batch
 from video_convmae.data.mixing import Mixing
 from video_convmae.data.options import MixingConfig
-from video_convmae.engine.options import OptimConfig, TrainConfig
-from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, autocast
+from video_convmae.engine.distributed import DistInfo
+from video_convmae.engine.options import OptimConfig, TargetConfig, TrainConfig
+from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, Task, autocast
+from video_convmae.engine.teachers import Teacher, Teachers, feature_targets
+from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.encoder import Encoder
 from video_convmae.models.packing import Packing
+from video_convmae.models.sizes import AutoencoderConfig
 
 CUDA, CLASSES = torch.device("cuda"), 5
 SHAPE = {"num_frames": 4, "image_size": 32}
@@ -37,6 +41,17 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
     with FakeTensorMode() as mode:
         yield mode
+
+
+class Patches(nn.Module):
+    """A teacher's features: a convolution of patches of 16 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(3, 6, (1, 16, 16), (1, 16, 16))
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.conv(clips)
 
 
 def to_cuda(tensor: Tensor) -> Tensor:
@@ -55,12 +70,19 @@ def move(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("implementation", ["packed", "dense"])
-@pytest.mark.parametrize("recipe", ["pretrain", "finetune"])
+@pytest.mark.parametrize("recipe", ["pretrain", "targets", "finetune"])
 def test_a_step_never_leaves_the_device(
     recipe: str, implementation: str, precision: str, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with torch.utils._python_dispatch._disable_current_modes():  # real: drop path and masks are drawn by value
-        if recipe == "pretrain":
+        if recipe == "targets":
+            teacher = Teacher(Patches(), 6, ((0.5,) * 3, (0.25,) * 3), (48, 48), 1, "patches")
+            targets = TargetConfig("pixels"), TargetConfig("seen", "patches", tokens="visible")
+            config = AutoencoderConfig("tiny", implementation=implementation, **SHAPE)
+            model = Autoencoder(config, feature_targets(targets, {"seen": teacher}, 192))
+            teachers = Teachers(targets, {"seen": teacher}, model, DistInfo(0, 1, torch.device("cpu")))
+            visible = torch.stack([masking.tube(model.grid, 0.5) for _ in range(2)])
+        elif recipe == "pretrain":
             model = create_autoencoder("tiny", implementation=implementation, **SHAPE)
             visible = torch.stack([masking.tube(model.grid, 0.5) for _ in range(2)])
         else:
@@ -76,7 +98,11 @@ def test_a_step_never_leaves_the_device(
     move(model)
     normalizer = Normalizer((0.5,) * 3, (0.25,) * 3, CUDA)
     mixing = Mixing(MixingConfig(mixup=0, cutmix=0, smoothing=0.1), CLASSES)
-    task = Pretraining(model, normalizer) if recipe == "pretrain" else Classification(model, normalizer, mixing)
+    task: Task = Classification(model, normalizer, mixing)
+    if recipe != "finetune":
+        task = Pretraining(model, normalizer, teachers if recipe == "targets" else None)
+    if recipe == "targets":
+        move(teacher)
     optimization = build_optimization(
         model, OptimConfig(lr=1e-3, warmup_epochs=0, clip_grad=1.0), TrainConfig(epochs=1), 2, 4
     )

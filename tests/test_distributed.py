@@ -94,6 +94,30 @@ def test_a_sharded_run_takes_the_steps_of_one_process(videos: Path, tmp_path: Pa
         )
 
 
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_target_that_averages_the_encoder_is_the_same_on_two_processes(
+    parallel: str, videos: Path, tmp_path: Path
+) -> None:
+    """Losses, the rank of the features, and the average that the checkpoint holds."""
+    targets = [
+        {"name": "pixels"},
+        {"name": "average", "teacher": "ema", "tokens": "visible", "momentum": 0.9, "warmup_steps": 3},
+        {"name": "reconstructed", "teacher": "ema", "tokens": "hidden", "momentum": 0.9, "loss": "cosine"},
+    ]
+    common = (f"--targets={json.dumps(targets)}", "--data.workers=0", "--train.epochs=1", "--mask.count=2")
+    whole = run(videos, tmp_path / "whole", "--train.batch_size=4", *common)
+    averages = load_state(tmp_path / "whole", "teacher")["teacher"]
+    dealt = tmp_path / "dealt"
+    lines = run(videos, dealt, "--train.batch_size=2", f"--train.parallel={parallel}", *common, processes=2)
+    assert len(lines) == 4
+    for ours, theirs in zip(lines, whole, strict=True):
+        for name in ("loss", "loss_pixels", "loss_average", "loss_reconstructed", "feature_rank"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    tensors = load_state(dealt, "teacher")["teacher"]
+    assert tensors.keys() == averages.keys()
+    assert all(torch.allclose(tensor, averages[name], atol=1e-4) for name, tensor in tensors.items())
+
+
 def stop_after(last: int, videos: Path, output: Path, *edits: str, processes: int) -> int:
     """Run until a step is logged, then ask to stop; the step after which it did. torchrun passes SIGTERM on."""
     process = subprocess.Popen(command(videos, output, *edits, processes=processes), env=ENVIRONMENT)

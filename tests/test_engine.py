@@ -30,7 +30,7 @@ from video_convmae.engine.log import BadRecordLog, NullLog, RunLog, TooManyBadRe
 from video_convmae.engine.optim import Schedule, parameter_groups
 from video_convmae.engine.options import LogConfig, OptimConfig, TrainConfig
 from video_convmae.engine.parallel import RECOMPUTED, parallelize
-from video_convmae.engine.tasks import Normalizer
+from video_convmae.engine.tasks import Normalizer, Task
 from video_convmae.engine.trainer import NonFiniteLoss, StopSignal, Trainer
 from video_convmae.engine.validation import Validation, Validator
 from video_convmae.errors import UserError
@@ -284,7 +284,7 @@ def test_a_warmup_that_does_not_fit_is_an_error(optim: OptimConfig) -> None:
 # The loop
 
 
-class Toy:
+class Toy(Task):
     """Fits a line; its "clips" are bytes, its labels the target."""
 
     def __init__(self) -> None:

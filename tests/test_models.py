@@ -385,6 +385,36 @@ def test_parameter_counts(size: str) -> None:
     ) == PARAMETERS[size]
 
 
+@pytest.mark.parametrize(
+    ("size", "options", "millions"),
+    [
+        ("small", {}, 21.9),
+        ("small", {"heads": 12}, 21.9),
+        ("base", {}, 84.6),
+        ("large", {}, 272),
+        ("large", {"depths": (2, 2, 23)}, 310),
+        ("large", {"depths": (2, 2, 23), "mlp_ratio": (8, 8, 4)}, 322),
+        ("huge", {"strides": (7, 1, 2)}, 651),
+        ("huge", {"mlp_ratio": (8, 8, 4)}, 679),
+        ("huge", {"widths": (1024, 1280, 1408), "depths": (3, 3, 38), "strides": (7, 1, 2)}, 997),
+    ],
+)
+def test_image_encoders_in_the_shapes_that_sources_name(size: str, options: dict, millions: float) -> None:
+    """shared/reference/convmae_family.md section 2.2: with positions and norm."""
+    with torch.device("meta"):
+        model = create_autoencoder(size, num_frames=1, **options)
+    counted = [*model.encoder.parameters(), *model.norm.parameters(), model.encoder.positions]
+    assert sum(each.numel() for each in counted) / 1e6 == pytest.approx(millions, abs=0.051 if millions < 100 else 0.51)
+
+
+def test_mlp_ratios_are_one_number_or_one_a_stage() -> None:
+    config = EncoderConfig(size="tiny", mlp_ratio=[8, 8, 4])
+    assert config.mlp_ratios == (8, 8, 4)
+    assert EncoderConfig(size="tiny").mlp_ratios == (4, 4, 4)
+    with pytest.raises(ValueError, match=r"mlp_ratio is \(8, 4\); expected one number, or 3, one a stage"):
+        EncoderConfig(size="tiny", mlp_ratio=(8, 4))
+
+
 def test_classifier_has_the_published_86_million() -> None:
     with torch.device("meta"):
         model = create_classifier("base", num_classes=400)

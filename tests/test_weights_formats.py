@@ -154,6 +154,22 @@ def test_second_version_has_a_cls_token() -> None:
     assert_same(model.encoder.state_dict(), source.encoder.state_dict())
 
 
+@pytest.mark.parametrize("with_cls", [False, True])
+def test_the_shapes_of_large_and_huge_are_read(with_cls: bool) -> None:
+    """Sources differ: MLP ratios of 8 in the convolutional stages, tokens of 14 pixels in huge."""
+    source = autoencoder(strides=(7, 1, 2), mlp_ratio=(8, 8, 4), image_size=56)
+    released = {name: t for name, t in to_format(source, "convmae").items() if not name.startswith("decoder")}
+    released = {name: t for name, t in released.items() if not name.startswith(("mask_token", "stage"))}
+    if with_cls:
+        released["cls_token"] = torch.randn(1, 1, 24)
+    model, report = model_from(released, heads=2)
+    config = model.encoder.config
+    assert (config.strides, config.mlp_ratio, config.image_size) == ((7, 1, 2), (8, 8, 4), (56, 56))
+    assert ("the CLS token and its position were dropped" in str(report)) == with_cls
+    assert_same(model.encoder.state_dict(), source.encoder.state_dict())
+    assert_same(model.norm.state_dict(), source.norm.state_dict())
+
+
 def easycv(released: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     """FastConvMAE in EasyCV: the encoder behind `encoder.` or `backbone.`, the decoder behind `decoder.`."""
     renamed = {}

@@ -46,7 +46,7 @@ def test_what_matters_is_an_error_and_leaves_the_model_alone() -> None:
     token = {name.replace("fc_norm", "norm"): tensor for name, tensor in finetuned.items()}
     plain = to_format(classifier(**PLAIN, strides=(16,), learnable_positions=False), "videomae")
     other_decoder = create_autoencoder("base", **{**IMAGE, "decoder": (32, 2, 2)})
-    ratios = {n: t.repeat_interleave(2, 0) if n.startswith("blocks1.0.mlp.fc1") else t for n, t in released.items()}
+    ratios = {n: t.repeat_interleave(2, 0) if n.startswith("blocks2.0.mlp.fc1") else t for n, t in released.items()}
     for model, state, message in [
         (autoencoder(), {"weight": torch.zeros(1)}, "no known format"),
         (autoencoder(), {"model": {"epoch": 3}}, "expected names and tensors"),

@@ -48,6 +48,7 @@ from video_convmae.engine.parallel import parallelize, unwrap
 from video_convmae.engine.probing import choose_records, measure_probe, plan_probe
 from video_convmae.engine.run_folder import check_unchanged
 from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, Task
+from video_convmae.engine.teachers import Teachers, feature_targets, load_teachers
 from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
 from video_convmae.errors import UserError
@@ -357,10 +358,19 @@ def resolve_config(config: Config, info: DistInfo, initial: InitialWeights | Non
 
 def build_pretraining(config: PretrainConfig, info: DistInfo) -> Trainer:
     """Build the trainer of a pretraining run, new or resumed."""
+    loaded = load_teachers(config.targets)  # before the seed is set: they may draw random numbers
     torch.manual_seed(config.seed)
-    model = Autoencoder(config.model)
+    targets = feature_targets(config.targets, loaded, config.model.widths[-1])
+    model = Autoencoder(config.model, targets, config.predicts_pixels)
     clips = build_clips(config.data, read_records(config.data), model.encoder.config, config.seed, config.mask)
-    return _build_trainer(config, info, model, clips, Pretraining, partial(build_probe, config, info, model))
+
+    def task(wrapped: nn.Module, normalizer: Normalizer) -> Pretraining:
+        teachers = Teachers(config.targets, loaded, model, info) if config.targets else None
+        if teachers is not None and info.is_main:
+            print("\n".join(teachers.describe()), flush=True)
+        return Pretraining(wrapped, normalizer, teachers)
+
+    return _build_trainer(config, info, model, clips, task, partial(build_probe, config, info, model))
 
 
 def build_probe(
@@ -411,7 +421,7 @@ def build_probe(
 
     return Validation(
         measure,
-        lambda: Autoencoder(config.model).to(info.device),
+        lambda: Autoencoder(config.model, model.targets, model.predicts_pixels).to(info.device),
         every_steps=plan.every,
         prefix="probe_",
         best=None,

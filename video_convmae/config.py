@@ -26,6 +26,7 @@ from video_convmae.engine.options import (
     Precision,
     ProbeConfig,
     ProtocolConfig,
+    TargetConfig,
     TrainConfig,
 )
 from video_convmae.errors import UserError
@@ -159,8 +160,30 @@ class PretrainConfig(RunConfig):
     """The autoencoder."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     """The tokens hidden from the encoder."""
+    targets: tuple[TargetConfig, ...] = ()
+    """What is predicted: a list of name, teacher, weights, tokens, layer, loss, weight, warmup_steps, momentum, frames,
+    image_size (docs/pretraining.md, Targets); empty: the pixels of hidden tokens."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     """Probes of the features on a labelled list."""
+
+    def __post_init__(self) -> None:
+        names = [each.name for each in self.targets]
+        if len(set(names)) != len(names):
+            raise ValueError(f"targets are named {', '.join(names)}; expected a name of its own for each")
+        stages = len(self.model.widths) - 1
+        for each in self.targets:
+            if each.layer is not None and not 1 <= each.layer <= stages:
+                expected = (
+                    f"1 to {stages}, a convolutional stage, or none" if stages else "none: a plain ViT has no other"
+                )
+                raise ValueError(f"layer of the target {each.name!r} is {each.layer}; expected {expected}")
+        if len({each.momentum for each in self.targets if each.teacher == "ema"}) > 1:
+            raise ValueError("targets of ema have different momentum; expected one: they share the average")
+
+    @property
+    def predicts_pixels(self) -> bool:
+        """Whether pixels are a target."""
+        return not self.targets or any(each.teacher is None for each in self.targets)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def run_kind(source: Source) -> Literal["pretrain", "finetune"] | None:
 
 
 def load_autoencoder(source: Source, ema: bool = False) -> tuple[Autoencoder, PretrainConfig]:
-    """Load a pretrained model in evaluation mode, and the configuration of its run.
+    """Load a pretrained model in evaluation mode, without heads of features, and the configuration of its run.
 
     Args:
         source: a checkpoint, a run folder (its newest checkpoint), the model.safetensors of a finished run, or the
@@ -51,6 +51,7 @@ def load_autoencoder(source: Source, ema: bool = False) -> tuple[Autoencoder, Pr
     weights, plain = _read(source, ema)
     config = from_plain(PretrainConfig, plain)
     model = Autoencoder(config.model)
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("feature_heads.")}
     _fill(model, weights, _path_of(source))
     return model.eval(), config
 

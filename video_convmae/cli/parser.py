@@ -258,8 +258,15 @@ def fail(program: str, message: str, code: int = 2) -> NoReturn:
 class _FieldParser(jsonargparse.ArgumentParser):
     """jsonargparse's parser of a dataclass, with errors of one line and a help of its own."""
 
-    def __init__(self, kind: type, is_complete: bool = False) -> None:
-        """Add the fields of `kind`; `is_complete`: help lists all of them."""
+    def __init__(self, kind: type | None = None, is_complete: bool = False, **options: Any) -> None:
+        """Add the fields of `kind`; `is_complete`: help lists all of them.
+
+        Without `kind` it is the parser that jsonargparse makes, with options of its own, for the items of a list.
+        """
+        if kind is None:
+            super().__init__(**options)
+            self._fields: dict[str, Field] = {}
+            return
         command = kind.__name__.removesuffix("Config").lower()
         super().__init__(
             prog=f"video-convmae {command}",
@@ -272,6 +279,13 @@ class _FieldParser(jsonargparse.ArgumentParser):
         self.add_class_arguments(kind)
         self._is_complete = is_complete
         self._fields = fields_of(kind)
+        self._items = {  # of the lists of groups
+            name: field
+            for group, of_list in self._fields.items()
+            for item in get_args(of_list.type)[:1]
+            if isinstance(item, type) and is_dataclass(item)
+            for name, field in fields_of(item, f"{group}.").items()
+        }
         groups = {name[:place] for name in self._fields for place, letter in enumerate(name) if letter == "."}
         self._known = {*self._fields, *groups}
 
@@ -315,12 +329,20 @@ class _FieldParser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with exit code 2 and one line; jsonargparse's several lines on a wrong type become `NAME is VALUE`."""
-        field = re.search(r'(?:Parser key|Key) "([^"]+)"', message)
+        if not self._fields:
+            super().error(message, ex)
+        keys = re.findall(r'(?:Parser key|Key) "([^"]+)"', message)
+        known = self._fields | self._items
+        field = next((name for name in (".".join(keys), *keys[:1]) if name in known), None)
         value = re.search(r"(?:Given|Got) value: (.*)", message)
         missing = re.search(r"arguments are required: (.*)", message)
-        if field and value and field[1] in self._fields:
-            expected = self._fields[field[1]].expected
-            message = f"{field[1]} is {value[1]}; expected {expected} (--help-all explains every field)"
+        unknown = re.search(r"Option '([^']+)' is not accepted", message)
+        if field and value:
+            message = f"{field} is {value[1]}; expected {known[field].expected} (--help-all explains every field)"
+        elif field and unknown:  # of an item of a list
+            message = self._no_field(f"{field}.{unknown[1]}")
+        elif field and missing:
+            message = f"an item of {field} has no {missing[1]}, which must be given"
         elif missing:
             message = f"{missing[1]} must be given: on the command line, or by a --config that has it"
         fail(self.prog, message)
@@ -354,7 +376,7 @@ class _FieldParser(jsonargparse.ArgumentParser):
         return f"{field.explanation} ({kind}{'; default ' * bool(written)}{written})"
 
     def _no_field(self, name: str) -> str:
-        near = get_close_matches(name, sorted(self._known), n=1)
+        near = get_close_matches(name, sorted({*self._known, *self._items}), n=1)
         ending = name.rsplit(".", 1)[-1]
         near = near or [each for each in self._fields if each.rsplit(".", 1)[-1] == ending][:3]
         hint = f"did you mean {' or '.join(near)}?" if near else "--help-all lists every field"

@@ -18,27 +18,31 @@ class EMA:
     Args:
         model: whose tensors it starts with; if they are sharded, so is the average.
         decay: largest weight of the average in an update.
+        tensors: to average into in place, of some of the model's names; None: copies of all.
 
     Attributes:
         tensors: by name, as in the model's state_dict.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    def __init__(self, model: nn.Module, decay: float, tensors: dict[str, Tensor] | None = None) -> None:
+        if tensors is None:
+            tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.tensors = tensors
         self._decay = decay
         self._is_started = False
 
     def resume(self, model: nn.Module | None) -> None:
         """Continue from the tensors as they were filled, or from a model's."""
         if model is not None:
-            self._copy(model.state_dict(), self.tensors)
+            with torch.no_grad():
+                self._copy(model.state_dict(), self.tensors)
         self._is_started = True
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Average in the weights after a step, counted from 0; the first one replaces a new model's initial weights."""
-        now = model.state_dict()
-        averaged = [name for name, _ in model.named_parameters()] if self._is_started else []
+        now = {name: tensor for name, tensor in model.state_dict().items() if name in self.tensors}
+        averaged = [name for name, _ in model.named_parameters() if name in self.tensors] if self._is_started else []
         if averaged:
             mix = get_ema_multi_avg_fn(min(self._decay, 1 - (1 + step) ** (-2 / 3)))
             mix([self.tensors[name] for name in averaged], [now[name] for name in averaged], None)

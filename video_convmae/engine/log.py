@@ -102,8 +102,14 @@ def _progress_line(values: Values) -> str:
     if "loss" in values:
         remaining = int(values["eta_seconds"])
         loss = "loss not finite" if values["loss"] is None else f"loss {values['loss']:.4f}"
-        if "loss_nothing" in values:
+        if "loss_nothing" in values and "loss_pixels" not in values:
             loss += f" (predicting nothing: {values['loss_nothing']:.4f})"
+        for name, each in values.items():  # of several targets
+            if name.startswith("loss_") and name not in ("loss_nothing", "loss_scale"):
+                loss += f"  {name.removeprefix('loss_')} {each:.4f}"
+                loss += f" (predicting nothing: {values['loss_nothing']:.4f})" if name == "loss_pixels" else ""
+        if "feature_rank" in values:
+            loss += f"  feature rank {values['feature_rank']:.1f}"
         parts = [
             loss,
             *([f"train top-1 {values['train_top1']:.4f}"] if "train_top1" in values else []),
@@ -241,7 +247,7 @@ def write_run_metrics(folder: Path, seconds: float) -> None:
         metrics["last"]["top1"] = metrics.get("val_top1")
         metrics["best"] = {"path": f"checkpoints/{BEST}", "step": best["step"], "top1": best["val_top1"]}
     if "loss_nothing" in metrics:
-        metrics |= judge_pretraining(metrics["loss"], metrics["loss_nothing"])
+        metrics |= judge_pretraining(metrics.get("loss_pixels", metrics["loss"]), metrics["loss_nothing"])
     elif "val_learned" in metrics:
         metrics |= {name: metrics.pop(f"val_{name}") for name in ("learned", "verdict")}
     write_text(folder / "metrics.json", json.dumps(metrics | {"seconds": seconds}) + "\n")

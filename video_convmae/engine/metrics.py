@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,6 +127,16 @@ class StepMetrics:
         for norm in self._norm_values:
             before = 0 if math.isfinite(norm) else before + 1
         return before
+
+
+def effective_rank(features: np.ndarray) -> float:
+    """Return RankMe (Garrido et al., 2023) of features `(R, D)`: exp of the entropy of the normalised singular values.
+
+    From 1 (all features on one line) to min(R, D); features are not centred, as in the paper. 0 where all are zero.
+    """
+    values = np.linalg.svd(features.astype(np.float64), compute_uv=False)
+    shares = values[values > 0] / values.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
 
 
 def _finite_mean(values: list[float]) -> float | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from video_convmae.bounds import Bounds
 from video_convmae.data.options import ViewConfig
+from video_convmae.models.sizes import FeatureLoss, TargetTokens
 
 Parallel = Literal["ddp", "fsdp"]
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -101,6 +102,55 @@ class LogConfig:
     def __post_init__(self) -> None:
         if self.profile and self.trace:
             raise ValueError("log.profile and log.trace are both on; expected one: PyTorch runs one profiler at a time")
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """What the model predicts: pixels, or the features of a teacher (docs/pretraining.md, Targets)."""
+
+    name: str
+    """pixels; of features a word of your own: the log has their loss as loss_NAME."""
+    teacher: str | None = None
+    """none: pixels. timm:NAME, a model of timm for images; ema, an average of the encoder that is trained; or what
+    init.weights takes: a run folder, a checkpoint, a published file, a folder of Hugging Face's (V-JEPA 2 too)."""
+    weights: str | None = None
+    """File of the weights of timm:NAME. Nothing is downloaded."""
+    tokens: TargetTokens = "hidden"
+    """hidden: reconstructed by the decoder; visible: mimicked by the encoder (ConvMAE-v2)."""
+    layer: int | None = None
+    """At visible tokens: the convolutional stage, from 1, that mimics; none: the tokens after fusion and norm do."""
+    loss: FeatureLoss = "smooth_l1"
+    """Distance from layer-normalised features: smooth_l1 or cosine. Of pixels it is the mean squared error."""
+    weight: float = 1.0
+    """Weight of the loss in the sum."""
+    warmup_steps: int = 0
+    """Optimizer steps over which that weight rises from 0."""
+    momentum: float = 0.999
+    """ema: largest weight of the average in an update; it rises to this as that of train.ema does."""
+    frames: Literal["middle", "all"] = "middle"
+    """Teachers of images: the frames of a token that they see; of all, features are averaged."""
+    image_size: int | None = None
+    """timm:NAME: pixels of a side of its input; none: its own."""
+
+    def __post_init__(self) -> None:
+        def check(is_right: bool, field: str, expected: str) -> None:
+            if not is_right:
+                raise ValueError(f"{field} of the target {self.name!r} is {getattr(self, field)}; expected {expected}")
+
+        pixels = self.teacher is None
+        word = self.name.isidentifier() and self.name not in ("nothing", "scale")  # of which the log has other losses
+        check(word, "name", "a word of letters, digits and _, not nothing or scale")
+        check(pixels or self.name != "pixels", "name", "another name for the features of a teacher")
+        if pixels and self.name != "pixels":
+            raise ValueError(f"the target {self.name!r} has no teacher; expected one, or the name pixels")
+        check(not pixels or self.tokens == "hidden", "tokens", "hidden, for pixels")
+        check(self.layer is None or self.tokens == "visible", "layer", "none, but at visible tokens")
+        check(self.weight > 0, "weight", "more than 0")
+        check(self.warmup_steps >= 0, "warmup_steps", "0 or more")
+        check(0 <= self.momentum < 1, "momentum", "0 or more and less than 1")
+        is_timm = self.teacher is not None and self.teacher.startswith("timm:")
+        check(is_timm or self.weights is None, "weights", "none: only timm:NAME has a file beside its name")
+        check(is_timm or self.image_size is None, "image_size", "none: only timm:NAME takes another than its own")
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,7 @@ def parallelize(
         return model
     _synchronise_batch_norms(model)
     if parallel == "fsdp":
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if compress_gradients else None)
-        for block in blocks:
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-        return model
+        return shard(model, compress_gradients)
     replica = DistributedDataParallel(
         model,
         device_ids=[info.device] if info.device.type == "cuda" else None,
@@ -89,6 +85,19 @@ def parallelize(
     if compress_gradients:
         replica.register_comm_hook(None, bf16_compress_hook)
     return replica
+
+
+def shard(model: nn.Module, compress_gradients: bool = False, learns: bool = True) -> nn.Module:
+    """Shard each block of a model and the rest over the processes (FSDP2).
+
+    A model that learns keeps the rest whole from the forward to the backward pass. One that does not has no backward
+    pass, and would never see what is written into its shards.
+    """
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if compress_gradients else None)
+    for module in [module for module in model.modules() if isinstance(module, BLOCKS)]:
+        fully_shard(module, mp_policy=policy)
+    fully_shard(model, mp_policy=policy, reshard_after_forward=not learns)
+    return model
 
 
 class SyncedBatchNorm(nn.BatchNorm1d):

@@ -23,7 +23,7 @@ from video_convmae.models.probe import KNNHead
 from .distributed import all_gather_object
 from .evaluation import write_bad_records
 from .inference import ListInference
-from .metrics import Values
+from .metrics import Values, effective_rank
 from .options import ProbeConfig
 from .watchdog import heartbeat
 
@@ -134,16 +134,6 @@ def probe_features(features: np.ndarray, labels: np.ndarray, first: np.ndarray) 
             ]
             values[name] = float(np.concatenate(hits).mean())
     return values
-
-
-def effective_rank(features: np.ndarray) -> float:
-    """Return RankMe (Garrido et al., 2023) of features `(R, D)`: exp of the entropy of the normalised singular values.
-
-    From 1 (all features on one line) to min(R, D); features are not centred, as in the paper. 0 where all are zero.
-    """
-    values = np.linalg.svd(features.astype(np.float64), compute_uv=False)
-    shares = values[values > 0] / values.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
 
 
 def _nearest(features: np.ndarray, labels: np.ndarray, others: np.ndarray) -> np.ndarray:

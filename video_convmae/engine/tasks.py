@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from collections import deque
+from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,17 +15,33 @@ from video_convmae.data.mixing import Mixing
 from video_convmae.data.ragged import RaggedCrops
 from video_convmae.models.autoencoder import Autoencoder, predict_nothing
 
+from .distributed import all_gather_object
+from .ema import EMA
+from .metrics import Values, effective_rank
 from .parallel import unwrap
+from .teachers import Teachers
+
+RANK_CLIPS = 512  # whose features' effective rank is logged: 0.2 s for 768 values on one core
 
 
-class Task(Protocol):
-    """A model and its training loss."""
+class Task:
+    """A model and its training loss.
+
+    step: optimizer steps done, set by the trainer.
+    average: an average of the model that the loss is made of: updated after each step, and in every checkpoint.
+    """
 
     model: nn.Module
+    step: int = 0
+    average: EMA | None = None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar loss, and detached scalars to log beside it; the host does not wait for the device."""
-        ...
+        raise NotImplementedError
+
+    def measure(self) -> Values:
+        """Return further values of a logged step, for which the host may wait. All processes call it together."""
+        return {}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -50,36 +68,73 @@ class Normalizer(nn.Module):
             clips = clips.clips(self.mean.device)
         return (clips.to(self.mean.device, non_blocking=True).float() - self.mean) / self.std
 
+    def to_unit(self, clips: Tensor) -> Tensor:
+        """Invert `normalise` but for the scale: floats -> pixels from 0 to 1."""
+        return (clips * self.std + self.mean) / 255
+
     def restore(self, clips: Tensor) -> Tensor:
         """Invert `normalise`: floats -> uint8, rounded and clamped to 0 .. 255."""
         return (clips.float() * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
 
 
-class Pretraining:
+class Pretraining(Task):
     """Masked autoencoding.
 
     Args:
         model: an `Autoencoder`, wrapped or not.
         normalizer: bytes -> the model's input.
+        teachers: of its targets; None: it predicts pixels alone.
     """
 
-    def __init__(self, model: nn.Module, normalizer: Normalizer) -> None:
+    def __init__(self, model: nn.Module, normalizer: Normalizer, teachers: Teachers | None = None) -> None:
         self.model = model
         self.normalizer = normalizer
+        self.teachers = teachers
+        self.average = None if teachers is None else teachers.average
         self.target = cast(Autoencoder, unwrap(model)).target
+        self._pooled: deque[Tensor] = deque()  # features of the clips since the last logged step
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the reconstruction loss over the predicted patches, and the same of predicting nothing.
+        """Return the loss and, of pixels, that of predicting nothing; with targets, the loss of each, unweighted.
 
         Masks stay on the CPU: see `Packing`.
         """
         assert batch.visible is not None
         clips = self.normalizer.normalise(batch.clips)
-        output = self.model(clips, batch.visible, batch.predicted)
-        return output.loss, {"loss_nothing": predict_nothing(clips, batch.visible, output.target, self.target)}
+        if self.teachers is None:
+            output = self.model(clips, batch.visible, batch.predicted)
+            return output.loss, {"loss_nothing": predict_nothing(clips, batch.visible, output.target, self.target)}
+        features = self.teachers(clips, self.normalizer.to_unit(clips))
+        weights = self.teachers.weights(self.step)
+        output = self.model(clips, batch.visible, batch.predicted, features=features, weights=weights)
+        values = {f"loss_{name}": loss.detach() for name, loss in output.losses.items()}
+        if "pixels" in output.losses:
+            values["loss_nothing"] = predict_nothing(clips, batch.visible, output.target, self.target)
+        if features:
+            self._keep(output.tokens.detach().float().mean(dim=1))
+        return output.loss, values
+
+    def measure(self) -> Values:
+        """Return the effective rank of the student's features, the means over the visible tokens of recent clips.
+
+        A fall towards 1: all features point one way, whatever the losses say.
+        """
+        if not self._pooled:
+            return {}
+        own = torch.cat(list(self._pooled)).cpu().numpy()
+        self._pooled.clear()
+        every = all_gather_object(own)
+        newest = max(1, RANK_CLIPS // len(every))
+        return {"feature_rank": effective_rank(np.concatenate([each[-newest:] for each in every]))}
+
+    def _keep(self, pooled: Tensor) -> None:
+        """Keep the newest features `(B, D)`, those of RANK_CLIPS clips or a few more."""
+        self._pooled.append(pooled)
+        while sum(map(len, self._pooled)) - len(self._pooled[0]) >= RANK_CLIPS:
+            self._pooled.popleft()
 
 
-class Classification:
+class Classification(Task):
     """Finetuning and probing: cross-entropy over mixed clips and smoothed labels.
 
     Args:

@@ -48,6 +48,7 @@ from .tasks import Task, autocast
 from .validation import Validation, Validator
 from .watchdog import heartbeat
 
+TENSOR_PARTS = ("model", "ema", "teacher", "optimizer")  # of a checkpoint
 MAX_SKIPPED = 50  # steps in a row; fp16's loss scale has then fallen from 65,536 to less than 1e-10
 
 
@@ -70,6 +71,7 @@ class TrainState:
     config: dict[str, Any]
     records: str | None = None  # digest of the training list
     step: int = 0
+    teacher: EMA | None = None  # a target's average of the encoder
 
     def parts(self) -> dict[str, Any]:
         """Return the parts of a checkpoint; tensors as they lie on this process's device."""
@@ -77,6 +79,7 @@ class TrainState:
         return {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.tensors,
+            **({} if self.teacher is None else {"teacher": self.teacher.tensors}),
             "optimizer": {
                 f"{name}/{slot}": value
                 for name, parameter in self.model.named_parameters()
@@ -97,7 +100,7 @@ class TrainState:
                 parameter = parameters[owner]
                 value = torch.zeros((), device=parameter.device) if shape == () else torch.zeros_like(parameter)
                 self.optimizer.state[parameter][slot] = value
-        parts = {part: values for part, values in self.parts().items() if part in ("model", "ema", "optimizer")}
+        parts = {part: values for part, values in self.parts().items() if part in TENSOR_PARTS}
         if "ema" in checkpoint.info:  # plain data, None: the run started without an average
             parts["ema"] = None
         checkpoint.fill({f"{part}/{name}": t for part, values in parts.items() for name, t in (values or {}).items()})
@@ -105,6 +108,8 @@ class TrainState:
         self.scaler.load_state_dict(checkpoint.info["scaler"])
         if self.ema is not None:
             self.ema.resume(self.model if parts["ema"] is None else None)
+        if self.teacher is not None:
+            self.teacher.resume(None)
         self.step = checkpoint.step
 
     def weights(self) -> dict[str, Tensor]:
@@ -181,7 +186,7 @@ class Trainer:
         model = unwrap(task.model)
         scaler = torch.amp.GradScaler(info.device.type, enabled=train.precision == "fp16")
         ema = None if train.ema is None else EMA(model, train.ema)
-        self.state = TrainState(model, optimization.optimizer, scaler, ema, run_config, records)
+        self.state = TrainState(model, optimization.optimizer, scaler, ema, run_config, records, teacher=task.average)
         self.metrics = StepMetrics()
         self.skipped = 0  # steps in a row, up to now, whose gradients were not finite
         self.stopwatch = Stopwatch(info.device, log.profile)
@@ -293,6 +298,7 @@ class Trainer:
         state, optimizer, scaler, parts = self.state, self.state.optimizer, self.state.scaler, self.train.accumulate
         torch.manual_seed(sample_generator(self.seed, state.step, self.info.rank, STEP).initial_seed())
         step_loss = torch.zeros((), device=self.info.device)
+        self.task.step = state.step
         for part in range(parts):
             batch = self._next_batch(batches, may_stop=part == 0)
             heartbeat(f"step {state.step + 1}: forward and backward pass, with the other ranks' gradients")
@@ -319,8 +325,8 @@ class Trainer:
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            if state.ema is not None:
-                state.ema.update(state.model, state.step)
+            for average in filter(None, (state.ema, state.teacher)):
+                average.update(state.model, state.step)
         state.step += 1
         self.metrics.add_step(step_loss, norm)
 
@@ -375,6 +381,7 @@ class Trainer:
         state, metrics, info = self.state, self.metrics, self.info
         heartbeat(f"logging step {state.step}")
         values = metrics.summarize(state.step, self.optimization, info, self.stopwatch.take(len(metrics)))
+        values |= self.task.measure()
         if state.scaler.is_enabled():
             values["loss_scale"] = state.scaler.get_scale()
         if nonfinite := metrics.nonfinite_steps(state.step, self.train.precision, info):

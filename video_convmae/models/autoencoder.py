@@ -1,4 +1,4 @@
-"""The masked autoencoder: encoder, multi-scale fusion, decoder, target.
+"""The masked autoencoder: encoder, multi-scale fusion, decoder, targets.
 
 Letters: B clips; t h w the token grid, N = t*h*w; n visible and k predicted tokens of a clip; D width of a token; P
 pixels along a token's side. Pixels of a token run over (pt, ph, pw, c).
@@ -6,6 +6,7 @@ pixels along a token's side. Pixels of a token run over (pt, ph, pw, c).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, Literal, NamedTuple, cast
 
@@ -16,16 +17,18 @@ from torch import Tensor, nn
 from . import positions
 from .blocks import AttentionBlock, multiply_adds
 from .encoder import Encoder, Features, init_as_convolution, init_as_transformer
-from .packing import Packing, put_patches, take_patches, take_tokens
-from .sizes import AutoencoderConfig, EncoderConfig, Target, apply_overrides
+from .packing import Packing, put_patches, take_patches, take_tokens, take_tokens_of_clips
+from .sizes import AutoencoderConfig, EncoderConfig, FeatureTarget, Target, apply_overrides
+from .targets import HiddenHead, VisibleHead, feature_loss
 
 
 class AutoencoderOutput(NamedTuple):
     """Result of a forward pass.
 
-    loss: scalar, float32 at least: mean squared error over the predicted patches.
+    loss: scalar, float32 at least: mean squared error over the predicted patches; of several targets a weighted sum.
     prediction, target: `(B, k, pixels of a token)`, the predicted tokens in ascending order: all hidden ones,
-        k = N - n, unless `predicted` was given. Where clips have several masks, B is clips x masks, here and below.
+        k = N - n, unless `predicted` was given; k = 0 where pixels are no target. Where clips have several masks, B is
+        clips x masks, here and below.
     tokens: `(B, n, D)`, visible tokens in ascending order, after fusion and the final norm.
     """
 
@@ -33,6 +36,19 @@ class AutoencoderOutput(NamedTuple):
     prediction: Tensor
     target: Tensor
     tokens: Tensor
+
+
+class TargetsOutput(NamedTuple):
+    """Result of a forward pass with features or weights: an `AutoencoderOutput`, and the losses that `loss` sums.
+
+    losses: that of each target by its name, "pixels" or a `FeatureTarget`'s, without weights.
+    """
+
+    loss: Tensor
+    prediction: Tensor
+    target: Tensor
+    tokens: Tensor
+    losses: dict[str, Tensor]
 
 
 class Fusion(nn.Module):
@@ -87,7 +103,11 @@ class Decoder(nn.Module):
             self.positions.copy_(table(self.config.grid, self.mask_token.numel()))
 
     def forward(self, tokens: Tensor, packing: Packing) -> Tensor:
-        """Map visible tokens `(B, n, D)` to pixels of the predicted ones, `(B, k, pixels)`.
+        """Map visible tokens `(B, n, D)` to pixels of the predicted ones, `(B, k, pixels)`."""
+        return self.predict(self.trunk(tokens, packing), tokens.shape[1])
+
+    def trunk(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """Map visible tokens `(B, n, D)` through all blocks but the last, which all targets share: `(B, n + k, width)`.
 
         Attention is equivariant to the order of its tokens, so mask tokens simply follow the visible ones.
         """
@@ -95,9 +115,14 @@ class Decoder(nn.Module):
         shown = self.embedding(tokens) + take_tokens(table, packing.keep)
         masked = self.mask_token + take_tokens(table, packing.predicted)
         x = torch.cat([shown, masked.to(shown.dtype)], dim=1)
-        for block in self.blocks:
+        for block in list(self.blocks)[:-1]:
             x = block(x)
-        return self.prediction(self.norm(x[:, tokens.shape[1] :]))
+        return x
+
+    def predict(self, x: Tensor, visible: int) -> Tensor:
+        """Map the trunk's tokens, of which the first `visible` are visible, to pixels `(B, k, pixels)`."""
+        x = self.blocks[-1](x)
+        return self.prediction(self.norm(x[:, visible:]))
 
     def multiply_adds(self, visible: int, predicted: int) -> int:
         """Return the multiply-adds of one clip."""
@@ -143,14 +168,37 @@ class FusedEncoder(nn.Module):
 class Autoencoder(FusedEncoder):
     """Masked autoencoder over clips; an image is a clip of one frame.
 
+    It predicts the pixels of hidden tokens and, with `targets`, a teacher's features (ConvMAE-v2). Targets at hidden
+    tokens share the decoder but for its last block, norm and head: those of pixels are the decoder's own.
+
     Args:
-        config: encoder, decoder and target.
+        config: encoder, decoder and the target of pixels.
+        targets: features that are predicted, each with a head in `feature_heads`.
+        pixels: pixels are a target; if not, the decoder's last block, norm and prediction are not trained.
+
+    Raises:
+        ValueError: a target with an impossible name or layer, or none at all.
     """
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: AutoencoderConfig, targets: Sequence[FeatureTarget] = (), pixels: bool = True) -> None:
         super().__init__(config, config.msd)
         self.target = cast(Target, config.target)  # "auto" is resolved
         self.decoder = Decoder(config)
+        self.targets, self.predicts_pixels = tuple(targets), pixels
+        self.predicts_hidden = pixels or any(each.tokens == "hidden" for each in targets)
+        self.feature_heads = nn.ModuleDict()
+        for each in self.targets:
+            if not each.name.isidentifier() or each.name == "pixels" or hasattr(self.feature_heads, each.name):
+                raise ValueError(f"a target of features is named {each.name!r}; expected another word, one for each")
+            head = HiddenHead(config, each) if each.tokens == "hidden" else VisibleHead(config, each)
+            self.feature_heads[each.name] = head
+        if not (pixels or targets):
+            raise ValueError("the model has no target; expected pixels, features or both")
+        if not self.predicts_hidden:
+            self.decoder.requires_grad_(False)
+        elif not pixels:
+            for part in (self.decoder.blocks[-1], self.decoder.norm, self.decoder.prediction):
+                part.requires_grad_(False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -160,9 +208,17 @@ class Autoencoder(FusedEncoder):
         self.norm.reset_parameters()
         if self.fusion is not None:
             init_as_convolution(self.fusion)
+        init_as_transformer(self.feature_heads)
 
-    def forward(self, clips: Tensor, visible: Tensor, predicted: Tensor | None = None) -> AutoencoderOutput:
-        """Predict the hidden patches, or a part of them.
+    def forward(
+        self,
+        clips: Tensor,
+        visible: Tensor,
+        predicted: Tensor | None = None,
+        features: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> AutoencoderOutput | TargetsOutput:
+        """Predict the hidden patches, or a part of them, and a teacher's features.
 
         Args:
             clips: `(B, C, T, H, W)` float, normalised as the data is.
@@ -170,20 +226,48 @@ class Autoencoder(FusedEncoder):
                 `(B, masks, t, h, w)`, whose loss is the mean of theirs. Best left on the CPU: see `Packing`.
             predicted: bool of the same shape, the hidden tokens to predict, equally many in every mask (see
                 `masking.running_cell`); `None` = all hidden.
+            features: of each of `targets` by its name, `(B, N, width)`, at every token of the clip.
+            weights: of the targets' losses in the sum, by name; 1 where it is not given.
 
         Raises:
-            ValueError: wrong shapes, unequal counts, nothing hidden, or a predicted token that is visible.
+            ValueError: wrong shapes, unequal counts, nothing hidden, a predicted token that is visible, or the features
+                of a target are missing.
         """
         packing = self.encoder.packing(clips, visible, predicted)
         if packing.hidden.shape[1] == 0:
             raise ValueError("nothing is hidden, so there is nothing to predict; encode() takes whole clips")
-        tokens = self._encode(clips, packing)
-        prediction = self.decoder(tokens, packing)
-        config = self.encoder.config
-        target = patch_target(take_patches(clips, config.tubelet, config.patch, packing.predicted), self.target)
-        dtype = torch.promote_types(target.dtype, torch.float32)  # float32 at least, under autocast too
-        loss = F.mse_loss(prediction.to(dtype), target.to(dtype))
-        return AutoencoderOutput(loss, prediction, target, tokens)
+        student = self._features(clips, packing)
+        tokens, config = student.tokens, self.encoder.config
+        trunk = self.decoder.trunk(tokens, packing) if self.predicts_hidden else tokens
+        prediction = target = tokens.new_zeros(len(tokens), 0, config.tubelet * config.patch**2 * config.channels)
+        losses: dict[str, Tensor] = {}
+        if self.predicts_pixels:
+            prediction = self.decoder.predict(trunk, tokens.shape[1])
+            target = patch_target(take_patches(clips, config.tubelet, config.patch, packing.predicted), self.target)
+            dtype = torch.promote_types(target.dtype, torch.float32)  # float32 at least, under autocast too
+            losses["pixels"] = F.mse_loss(prediction.to(dtype), target.to(dtype))
+        for each in self.targets:
+            losses[each.name] = self._feature_loss(each, student, trunk, packing, features or {})
+        weighted = [loss * weights[name] if weights and name in weights else loss for name, loss in losses.items()]
+        result = AutoencoderOutput(sum(weighted[1:], weighted[0]), prediction, target, tokens)
+        return result if features is None and weights is None else TargetsOutput(*result, losses)
+
+    def _feature_loss(
+        self, target: FeatureTarget, student: Features, trunk: Tensor, packing: Packing, features: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return how far the head of a target is from the teacher's features."""
+        shape = (packing.clips, prod(self.grid), target.width)
+        if target.name not in features or features[target.name].shape != shape:
+            given = tuple(features[target.name].shape) if target.name in features else "missing"
+            raise ValueError(f"the features of the target {target.name} are {given}; expected (B, N, width) = {shape}")
+        head = self.feature_heads[target.name]
+        if target.tokens == "hidden":
+            prediction, index = head(trunk, student.tokens.shape[1]), packing.predicted
+        elif target.layer is None:
+            prediction, index = head(student.tokens), packing.keep
+        else:
+            prediction, index = head(packing.visible_of_computed(student.pyramid[target.layer - 1])), packing.keep
+        return feature_loss(prediction, take_tokens_of_clips(features[target.name], index), target.loss)
 
     @torch.no_grad()
     def reconstruct(self, clips: Tensor, visible: Tensor) -> Tensor:
@@ -214,7 +298,11 @@ class Autoencoder(FusedEncoder):
         if self.fusion is not None:
             computed = visible if self.encoder.config.implementation == "packed" else tokens
             parts["fusion"] = multiply_adds(self.fusion, computed)
-        parts["decoder"] = self.decoder.multiply_adds(visible, tokens - visible if predicted is None else predicted)
+        predicted = tokens - visible if predicted is None else predicted
+        parts["decoder"] = self.decoder.multiply_adds(visible, predicted)
+        for each in self.targets:
+            head = cast(VisibleHead | HiddenHead, self.feature_heads[each.name])
+            parts["decoder"] += head.multiply_adds(visible, predicted)
         return parts
 
 

@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         )
         self.conv_stages = nn.ModuleList(
             nn.ModuleList(
-                ConvBlock(config.widths[i], config.kernel, config.mlp_ratio, next(rates))
+                ConvBlock(config.widths[i], config.kernel, config.mlp_ratios[i], next(rates))
                 for _ in range(config.depths[i])
             )
             for i in range(last)
@@ -64,7 +64,8 @@ class Encoder(nn.Module):
         else:
             self.register_buffer("positions", table, persistent=False)
         self.attention_blocks = nn.ModuleList(
-            AttentionBlock(width, config.heads, config.mlp_ratio, next(rates)) for _ in range(config.depths[last])
+            AttentionBlock(width, config.heads, config.mlp_ratios[last], next(rates))
+            for _ in range(config.depths[last])
         )
 
     @property

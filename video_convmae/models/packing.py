@@ -35,6 +35,7 @@ from .sizes import Implementation
 class Packing:
     """Token indices of one batch, worked out once and used by every stage.
 
+    clips: their number; batch: that of all their masks, B.
     keep: `(B, n)` visible tokens; hidden: `(B, N - n)`; predicted: `(B, k)`; computed: `(B, m)` tokens that the
     convolutional stages compute. All ascending.
 
@@ -68,7 +69,7 @@ class Packing:
                 "(clips, masks, t, h, w)"
             )
         *batch, t, h, w = visible.shape
-        self.batch, grid = prod(batch), (t, h, w)
+        self.clips, self.batch, grid = len(visible), prod(batch), (t, h, w)
         self.grid: Grid = grid
         self.keep, self.hidden = (index.to(device, non_blocking=True) for index in split_tokens(visible))
         self.predicted = self.hidden
@@ -177,6 +178,12 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Take the tokens at `index (B, k)` of `x (B, N, ...)`; return `(B, k, ...)`."""
     start = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, (index + start).flatten()).view(*index.shape, *x.shape[2:])
+
+
+def take_tokens_of_clips(x: Tensor, index: Tensor) -> Tensor:
+    """Take the tokens at `index (B, k)` of `x (clips, N, ...)`, shared by a clip's masks; return `(B, k, ...)`."""
+    clip = torch.arange(len(index), device=x.device)[:, None] // (len(index) // len(x))
+    return x[clip, index]
 
 
 def take_patches(clips: Tensor, tubelet: int, side: int, index: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ PositionTable = Literal["sincos", "flat"]
 Pool = Literal["mean", "motion"]
 ProbeKind = Literal["linear", "attentive", "knn", "logistic"]
 Target = Literal["patch", "patch_channel", "none"]
+TargetTokens = Literal["visible", "hidden"]
+FeatureLoss = Literal["smooth_l1", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ class EncoderConfig:
     """Depthwise kernel size over frames, odd."""
     spatial_kernel: Annotated[int, Bounds(least=1)] = 5
     """Depthwise kernel size over rows and columns, odd."""
-    mlp_ratio: Annotated[float, Bounds(above=0)] = 4
-    """Hidden channels of an MLP over its input channels."""
+    mlp_ratio: Annotated[float | tuple[float, ...], Bounds(above=0)] = 4
+    """Hidden channels of an MLP over its input channels: one number, or one for each stage."""
     channels: Annotated[int, Bounds(least=1)] = 3
     """Input channels."""
     drop_path: Annotated[float, Bounds(least=0, below=1)] = 0.0
@@ -124,6 +126,8 @@ class EncoderConfig:
                 f"widths {self.widths}, depths {self.depths} and strides {self.strides} differ in length; "
                 "expected one of each for every stage"
             )
+        if isinstance(self.mlp_ratio, tuple) and len(self.mlp_ratio) != len(self.widths):
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; expected one number, or {len(self.widths)}, one a stage")
         if self.num_frames % self.tubelet:
             raise ValueError(f"num_frames is {self.num_frames}; expected a multiple of the tubelet, {self.tubelet}")
         if any(pixels < 1 or pixels % self.patch for pixels in self.clip_shape[2:]):
@@ -178,6 +182,11 @@ class EncoderConfig:
         return (self.channels, self.num_frames, *self.image_size)
 
     @cached_property
+    def mlp_ratios(self) -> tuple[float, ...]:
+        """MLP ratio of each stage."""
+        return self.mlp_ratio if isinstance(self.mlp_ratio, tuple) else (self.mlp_ratio,) * len(self.widths)
+
+    @cached_property
     def later_strides(self) -> tuple[tuple[int, ...], ...]:
         """For each stage, the strides of the stages after it: the nesting of its cells in a token."""
         return tuple(self.strides[stage + 1 :] for stage in range(len(self.strides)))
@@ -210,6 +219,24 @@ class AutoencoderConfig(EncoderConfig):
             raise ValueError(f"decoder is {self.decoder}; expected a width that 4 and the number of heads divide")
         if self.target not in get_args(Target):
             raise ValueError(f"target is {self.target!r}; expected one of {', '.join(get_args(Target))}")
+
+
+@dataclass(frozen=True)
+class FeatureTarget:
+    """Features of a teacher that an autoencoder predicts beside pixels, or in place of them.
+
+    name: of its head and of its loss.
+    width: of a feature.
+    tokens: where they are predicted: at the visible tokens by the encoder, or at the hidden ones by the decoder.
+    layer: convolutional stage, from 1, whose output predicts them at visible tokens; None: the encoder's tokens.
+    loss: smooth L1, or 1 - cosine.
+    """
+
+    name: str
+    width: int
+    tokens: TargetTokens = "visible"
+    layer: int | None = None
+    loss: FeatureLoss = "smooth_l1"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from video_convmae.data.records import Record
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation, view_crops
 from video_convmae.engine.tasks import Normalizer
+from video_convmae.errors import UserError
 from video_convmae.masking import MASKS
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.packing import Packing, put_patches, take_patches, take_tokens
@@ -72,7 +73,13 @@ def reconstruct_clips(model: Autoencoder, config: PretrainConfig, clips: Tensor,
 
     With the target `patch`, too, each channel's mean is put back, not only the mean over all: the colour of a patch
     that is hard to guess would hide what the model says about its form.
+
+    Raises:
+        UserError: pixels were no target of the run.
     """
+    if not config.predicts_pixels:
+        names = ", ".join(each.name for each in config.targets)
+        raise UserError(f"this run predicts no pixels, its targets are {names}; expected one with the target pixels")
     normalizer = Normalizer(config.data.mean, config.data.std, next(model.parameters()).device)
     with torch.inference_mode():
         reconstructed = normalizer.restore(model.reconstruct(normalizer.normalise(clips), visible)).cpu()

@@ -25,7 +25,7 @@ def model_arguments(source: Source, kind: Literal["autoencoder", "classifier"] |
         kind: model to build; None: a classifier if there is a head, else an autoencoder.
 
     Raises:
-        ValueError: stages with different MLP ratios, or a probe's weights.
+        ValueError: different MLP ratios within a stage, or a probe's weights.
     """
     weights = read_weights(source)
     if weights.has("head.linear") and kind is None:
@@ -92,12 +92,16 @@ def _count_blocks(tensors: Tensors, blocks: str) -> int:
     return sum(name.startswith(f"{blocks}.") and name.endswith(".norm1.weight") for name in tensors)
 
 
-def _mlp_ratio(tensors: Tensors, stages: list[str]) -> float:
-    shapes = {tuple(t.shape) for n, t in tensors.items() if n.startswith(tuple(stages)) and n.endswith("fc1.weight")}
-    ratios = sorted({hidden / width for hidden, width in shapes})
-    if len(ratios) > 1:
-        raise ValueError(f"the stages have MLP ratios {ratios}; ours has one for all, as the released base model")
-    return ratios[0] if ratios else 4.0
+def _mlp_ratio(tensors: Tensors, stages: list[str]) -> float | tuple[float, ...]:
+    """Return the MLP ratio of the stages: one number, or where they differ (ConvMAE's large and huge) one of each."""
+    ratios = []
+    for stage in stages:
+        names = [name for name in tensors if name.startswith(f"{stage}.") and name.endswith("fc1.weight")]
+        found = sorted({tensors[name].shape[0] / tensors[name].shape[1] for name in names})
+        if len(found) > 1:
+            raise ValueError(f"the blocks of {stage} have MLP ratios {found}; ours have one in a stage")
+        ratios.append(found[0] if found else 4.0)
+    return ratios[0] if len(set(ratios)) == 1 else tuple(ratios)
 
 
 def _head_arguments(weights: Weights) -> dict[str, Any]:

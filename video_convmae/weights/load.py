@@ -149,7 +149,7 @@ def load_weights(
     notes = [*weights.notes, *_notes_on_parts(model, whole, exclude)]
     plan = _Plan(_targets(model), config, weights, class_names, notes=notes)
     for part in PARTS:
-        plan.add_part(part, may_be_new=inflated and part == "decoder")
+        plan.add_part(part, may_be_new=part == "feature_heads" or (inflated and part == "decoder"))
     plan.add_positions()
     return plan.load()
 

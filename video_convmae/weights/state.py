@@ -22,8 +22,8 @@ from video_convmae.models.sizes import PositionTable, Target
 from .files import Tensors
 
 # Of a model; only the encoder is required. `norm` is over tokens, before a decoder or a probe's head; `fc_norm` is a
-# classifier's, over the mean of tokens.
-PARTS = ("encoder", "norm", "fc_norm", "fusion", "decoder", "head")
+# classifier's, over the mean of tokens. `feature_heads` predict a teacher's features in pretraining.
+PARTS = ("encoder", "norm", "fc_norm", "fusion", "decoder", "feature_heads", "head")
 GEOMETRY = (
     *("strides", "tubelet", "channels", "heads", "frames", "position_table", "decoder_heads", "target"),
     *("preprocessing", "class_names"),
@@ -188,7 +188,7 @@ class Weights:
                 f"{self.names.get(name, name)} was learnt, or is of another kind, and our decoder has the fixed table: "
                 "exclude decoder, or exclude positions to take our table instead"
             )
-        tensors = {n: t for n, t in self.tensors.items() if n != name}
+        tensors = {n: t for n, t in self.tensors.items() if n != name and not n.startswith("feature_heads.")}
         if self.has("head.linear") or self.has("head.features"):
             return tensors
         if self.has("head"):

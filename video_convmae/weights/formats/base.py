@@ -101,7 +101,8 @@ class Format:
         prefix = self.prefixes[0 if "decoder.mask_token" in weights.tensors else 1]
         names = {ours: theirs for theirs, ours in self.names.items()}
         written: Tensors = {}
-        for name, tensor in split_qkv(weights.tensors, self.separate_qkv).items():
+        tensors = weights.without("feature_heads").tensors
+        for name, tensor in split_qkv(tensors, self.separate_qkv).items():
             theirs = translate(name, names)
             if theirs is None:
                 raise ValueError(f"{self.title} has no name for {name}")
