@@ -476,9 +476,15 @@ def test_impossible_targets_are_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_targets_of_one_name_or_of_two_averages_are_errors(images: Path, tmp_path: Path) -> None:
+def test_targets_of_one_name_or_of_two_averages_are_errors(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     twice = [{"name": "a", "teacher": "ema"}, {"name": "a", "teacher": "ema"}]
-    with pytest.raises(ValueError, match="targets are named a, a; expected a name of its own"):
-        run_config(images, tmp_path, twice)
-    with pytest.raises(ValueError, match="different momentum"):
-        run_config(images, tmp_path, [{**twice[0], "name": "b", "momentum": 0.5}, twice[1]])
+    for targets, message in (
+        (twice, "targets are named a, a; expected a name of its own for each"),
+        ([{**twice[0], "name": "b", "momentum": 0.5}, twice[1]], "targets of ema have different momentum"),
+    ):
+        with pytest.raises(SystemExit):
+            run_config(images, tmp_path, targets)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
