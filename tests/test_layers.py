@@ -26,13 +26,14 @@ ALLOWED = {
     "engine": {"models", "data", "weights"},
     "dense": {"models"},
     "config": PARTS,
-    "build": {"config", *PARTS},
+    "lists": {"config", *PARTS},
+    "build": {"lists", "config", *PARTS},
     "runs": {"build", "config", *PARTS},
-    "predictor": {"build", "runs", "config", *PARTS},
+    "predictor": {"lists", "build", "runs", "config", *PARTS},
     "prepare": {"data"},
     "visualize": {"build", "runs", "predictor", "config", *PARTS},
     "benchmark": {"build", "runs", "config", "prepare", *PARTS},
-    "cli": {"build", "runs", "predictor", "prepare", "visualize", "benchmark", "config", *PARTS},
+    "cli": {"lists", "build", "runs", "predictor", "prepare", "visualize", "benchmark", "config", *PARTS},
     "__main__": {"cli"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
