@@ -518,7 +518,7 @@ def test_pretraining_starts_from_a_finetuned_classifier(
 def test_a_video_run_starts_from_image_weights(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     torch.manual_seed(7)
     image = create_autoencoder("tiny", num_frames=1, image_size=32)
-    checkpoint.save_checkpoint(tmp_path, 1, {"model": image.state_dict()})
+    checkpoint.save_checkpoint(tmp_path, 1, {"model": image.state_dict(), "config": {}})
     config = load(
         ROOT / "configs" / "debug" / "pretrain.yaml",
         f"--init.weights={tmp_path / 'step_00000001'}",

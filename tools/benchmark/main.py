@@ -131,14 +131,14 @@ def _add_packing_options(parser: argparse.ArgumentParser) -> None:
     _add_file_options(parser, files=8, turns=40)
     parser.add_argument("--reader", choices=READERS, default="pyav")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="variants to measure; default: the presets")
-    parser.add_argument("--workers", type=within(int, least=0), default=1, help="videos packed at once")
+    parser.add_argument("--workers", type=within(int, least=1), default=1, help="videos packed at once")
 
 
 def _add_opening_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--file", type=Path, help="video to open; default: one is made")
-    add("--hours", type=float, default=2.0, help="length of the made file (default %(default)g)")
-    add("--repeats", type=int, default=5, help="pairs of openings (default %(default)s)")
+    add("--hours", type=within(float, above=0), default=2.0, help="length of the made file (default %(default)g)")
+    add("--repeats", type=within(int, least=1), default=5, help="pairs of openings (default %(default)s)")
     add("--folder", type=Path, default=Path(gettempdir()) / "videoconvmae_files", help="folder for made files")
 
 

@@ -1,7 +1,7 @@
 """The study: does pretraining help, which encoder, which mask? Measured on moving digits, in hours on a CPU.
 
-    make study                                     # eight hours on two CPU cores
-    python -m tools.study --quick                  # one seed, three models, which way the digit moves: 45 minutes
+    make study                                     # a night on two CPU cores
+    python -m tools.study --quick                  # one seed, three models, which way the digit moves
     python -m tools.study --scale 4 --device cuda  # four times the clips and the pretraining steps
     python -m tools.study --world doom             # another world: which button is held in Doom (tools.study.doom)
 
@@ -35,7 +35,7 @@ import torch
 from torchvision.transforms.v2.functional import center_crop
 from video_convmae.benchmark.environment import describe_machine
 
-from tools.study.clips import make_digit_clips
+from tools.study.clips import SETTINGS_FILE, make_digit_clips
 from tools.study.doom import CLASSES, make_doom_clips
 from tools.study.training import finetune_on, pretrain_on
 from video_convmae.atomic import whole_lines, write_text
@@ -181,6 +181,7 @@ def main() -> None:
         args.models, args.seeds = list(QUICK), 1
     args.output = args.output or Path("runs/study" if args.world == "digits" else f"runs/study_{args.world}")
     WORLDS[args.world].make(args.output / "data", round(args.scale * TRAIN_CLIPS), VALIDATION_CLIPS)
+    require_same_study(args.output, round(args.scale * PRETRAIN_STEPS))
     several = [(name, seed) for seed in range(args.seeds) for name in args.models if MODELS[name].several]
     models = several + [(name, 0) for name in args.models if not MODELS[name].several]
     processes = args.processes or (1 if args.device.startswith("cuda") else os.cpu_count())
@@ -195,6 +196,15 @@ def main() -> None:
     except (BrokenProcessPool, KeyboardInterrupt):
         sys.exit(f"{args.output} was interrupted; the same command resumes it")
     print(table(collect_rows(args.output)))
+
+
+def require_same_study(output: Path, steps: int) -> None:
+    """Exit if a folder holds runs on other clips, or of another length: their rows would stand beside new ones."""
+    path = output / SETTINGS_FILE
+    now = {"clips": json.loads((output / "data" / SETTINGS_FILE).read_text()), "pretrain_steps": steps}
+    if (output / "runs").exists() and (not path.exists() or json.loads(path.read_text()) != now):
+        sys.exit(f"{output} holds runs on other clips or of another length; give another --output")
+    write_text(path, json.dumps(now) + "\n")
 
 
 def plan_model(name: str, args: argparse.Namespace) -> list[tuple[Measurement, int]]:

@@ -106,7 +106,7 @@ def _progress_line(values: Values) -> str:
             loss += f" (predicting nothing: {values['loss_nothing']:.4f})"
         for name, each in values.items():  # of several targets
             if name.startswith("loss_") and name not in ("loss_nothing", "loss_scale"):
-                loss += f"  {name.removeprefix('loss_')} {each:.4f}"
+                loss += f"  {name.removeprefix('loss_')} " + ("not finite" if each is None else f"{each:.4f}")
                 loss += f" (predicting nothing: {values['loss_nothing']:.4f})" if name == "loss_pixels" else ""
         if "feature_rank" in values:
             loss += f"  feature rank {values['feature_rank']:.1f}"

@@ -74,7 +74,7 @@ class StepMetrics:
         values = torch.stack([torch.stack(self._losses), torch.stack(self._norms)])
         self._own_losses = values[0].tolist()
         self._mean_losses, self._norm_values = all_reduce_mean(values).tolist()
-        named = {name: float(all_reduce_mean(torch.stack(each).mean())) for name, each in self._named.items()}
+        named = {name: _finite_mean(all_reduce_mean(torch.stack(each)).tolist()) for name, each in self._named.items()}
         if phases:
             phases = {"seconds_data": self._waited / steps} | phases
             every = all_gather_object(phases)

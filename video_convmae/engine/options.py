@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -145,12 +146,13 @@ class TargetConfig:
             raise ValueError(f"the target {self.name!r} has no teacher; expected one, or the name pixels")
         check(not pixels or self.tokens == "hidden", "tokens", "hidden, for pixels")
         check(self.layer is None or self.tokens == "visible", "layer", "none, but at visible tokens")
-        check(self.weight > 0, "weight", "more than 0")
+        check(0 < self.weight < math.inf, "weight", "more than 0, and finite")
         check(self.warmup_steps >= 0, "warmup_steps", "0 or more")
         check(0 <= self.momentum < 1, "momentum", "0 or more and less than 1")
         is_timm = self.teacher is not None and self.teacher.startswith("timm:")
         check(is_timm or self.weights is None, "weights", "none: only timm:NAME has a file beside its name")
         check(is_timm or self.image_size is None, "image_size", "none: only timm:NAME takes another than its own")
+        check(self.image_size is None or self.image_size > 0, "image_size", "pixels, or none")
 
 
 @dataclass(frozen=True)

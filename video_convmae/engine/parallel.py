@@ -77,7 +77,6 @@ def parallelize(
         return shard(model, compress_gradients)
     replica = DistributedDataParallel(
         model,
-        device_ids=[info.device] if info.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         static_graph=not accumulates,
         broadcast_buffers=False,  # tables are constant, running statistics are computed alike on all ranks

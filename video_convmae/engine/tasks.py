@@ -119,13 +119,14 @@ class Pretraining(Task):
 
         A fall towards 1: all features point one way, whatever the losses say.
         """
-        if not self._pooled:
+        if self.teachers is None or not self._pooled:
             return {}
-        own = torch.cat(list(self._pooled)).cpu().numpy()
+        newest = max(1, RANK_CLIPS // self.teachers.processes)
+        own = torch.cat(list(self._pooled))[-newest:].cpu().numpy()
         self._pooled.clear()
-        every = all_gather_object(own)
-        newest = max(1, RANK_CLIPS // len(every))
-        return {"feature_rank": effective_rank(np.concatenate([each[-newest:] for each in every]))}
+        features = np.concatenate(all_gather_object(own))
+        features = features[np.isfinite(features).all(axis=1)]  # those of a step that is skipped are not
+        return {"feature_rank": effective_rank(features)} if len(features) else {}
 
     def _keep(self, pooled: Tensor) -> None:
         """Keep the newest features `(B, D)`, those of RANK_CLIPS clips or a few more."""

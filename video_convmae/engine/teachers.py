@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -142,9 +143,8 @@ def load_timm(name: str, file: str | None, image_size: int | None = None) -> Tea
     contents = read_file(file)
     tensors = next((contents[key] for key in ("model", "state_dict", "teacher") if key in contents), contents)
     tensors = {n.removeprefix("module.").removeprefix("backbone."): t for n, t in tensors.items()}
-    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
-        model: Any = timm.create_model(name, num_classes=0, **options)
+        model = _create_timm(name, image_size)
         _fill_timm(model, tensors)
     except (RuntimeError, KeyError, ValueError, TypeError, AssertionError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -154,7 +154,17 @@ def load_timm(name: str, file: str | None, image_size: int | None = None) -> Tea
     given = model.pretrained_cfg
     size = (image_size, image_size) if image_size else tuple(given["input_size"][1:])
     pixels = tuple(given["mean"]), tuple(given["std"])
-    return Teacher(_TimmFeatures(model), model.num_features, pixels, size, 1, f"timm:{name} of {file}")
+    maps = _TimmFeatures(model.eval())
+    with torch.no_grad():  # num_features is the head's input, which a layer behind the maps may widen
+        width = maps(torch.zeros(1, given["input_size"][0], 1, *size)).shape[1]
+    return Teacher(maps, width, pixels, size, 1, f"timm:{name} of {file}")
+
+
+def _create_timm(name: str, image_size: int | None) -> Any:
+    if image_size is not None:
+        with suppress(TypeError):  # of a convolutional model, which takes any size
+            return timm.create_model(name, num_classes=0, img_size=image_size)
+    return timm.create_model(name, num_classes=0)
 
 
 def _fill_timm(model: Any, tensors: Tensors) -> None:
@@ -340,6 +350,7 @@ class Teachers:
         self, targets: Sequence[TargetConfig], loaded: Mapping[str, Teacher], student: Autoencoder, info: DistInfo
     ) -> None:
         self.targets, self.loaded, self.student = tuple(targets), dict(loaded), student.encoder.config
+        self.processes = info.world_size
         for teacher in self.loaded.values():
             teacher.to(info.device)
         self.average: EMA | None = None
@@ -373,7 +384,11 @@ class Teachers:
 
     def _keys(self) -> list[tuple[TargetConfig, tuple[Any, ...]]]:
         """Return the targets of features, each with what its features depend on."""
-        return [(each, (*_key(each), each.frames)) for each in self.targets if each.teacher is not None]
+        return [
+            (each, (*_key(each), each.name in self.loaded and self.loaded[each.name].frames == 1 and each.frames))
+            for each in self.targets
+            if each.teacher is not None
+        ]
 
     def weights(self, step: int) -> dict[str, float]:
         """Return the weight of each target's loss in a step, counted from 0."""

@@ -121,13 +121,17 @@ class Decoder(nn.Module):
 
     def predict(self, x: Tensor, visible: int) -> Tensor:
         """Map the trunk's tokens, of which the first `visible` are visible, to pixels `(B, k, pixels)`."""
-        x = self.blocks[-1](x)
+        for block in list(self.blocks)[-1:]:  # a decoder may have none
+            x = block(x)
         return self.prediction(self.norm(x[:, visible:]))
 
-    def multiply_adds(self, visible: int, predicted: int) -> int:
-        """Return the multiply-adds of one clip."""
-        linear = multiply_adds(self.embedding, visible) + multiply_adds(self.prediction, predicted)
-        return linear + multiply_adds(self.blocks, visible + predicted)
+    def multiply_adds(self, visible: int, predicted: int, pixels: bool = True) -> int:
+        """Return the multiply-adds of one clip; without pixels, of the trunk alone."""
+        tokens = visible + predicted
+        total = multiply_adds(self.embedding, visible) + multiply_adds(self.blocks, tokens)
+        if pixels:
+            return total + multiply_adds(self.prediction, predicted)
+        return total - multiply_adds(nn.ModuleList(list(self.blocks)[-1:]), tokens)
 
 
 class FusedEncoder(nn.Module):
@@ -197,7 +201,7 @@ class Autoencoder(FusedEncoder):
         if not self.predicts_hidden:
             self.decoder.requires_grad_(False)
         elif not pixels:
-            for part in (self.decoder.blocks[-1], self.decoder.norm, self.decoder.prediction):
+            for part in (*list(self.decoder.blocks)[-1:], self.decoder.norm, self.decoder.prediction):
                 part.requires_grad_(False)
         self.init_weights()
 
@@ -299,7 +303,9 @@ class Autoencoder(FusedEncoder):
             computed = visible if self.encoder.config.implementation == "packed" else tokens
             parts["fusion"] = multiply_adds(self.fusion, computed)
         predicted = tokens - visible if predicted is None else predicted
-        parts["decoder"] = self.decoder.multiply_adds(visible, predicted)
+        parts["decoder"] = 0
+        if self.predicts_hidden:
+            parts["decoder"] = self.decoder.multiply_adds(visible, predicted, self.predicts_pixels)
         for each in self.targets:
             head = cast(VisibleHead | HiddenHead, self.feature_heads[each.name])
             parts["decoder"] += head.multiply_adds(visible, predicted)

@@ -235,7 +235,10 @@ def _mjpeg(setup: bytes) -> Callable[[bytes], Look]:
     def look(data: bytes) -> Look:
         place = 2
         while place + 9 <= len(data) and data[place] == 255:
-            if data[place + 1] in (0xC0, 0xC1, 0xC2):
+            if data[place + 1] == 255:  # fill bytes may stand before a marker
+                place += 1
+                continue
+            if data[place + 1] in (0xC0, 0xC1, 0xC2, 0xC3):
                 return Look(1, START, data[place + 5 : place + 9])
             place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
         return _DAMAGED
