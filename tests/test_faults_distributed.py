@@ -181,7 +181,8 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path, capsys: pytest.Cap
         "from video_convmae.engine.checkpoint import Saver\n"
         "saver = Saver(pathlib.Path(sys.argv[1]), keep=2)\n"
         "for step in itertools.count(1):\n"
-        "    saver.save(step, {'model': {str(i): torch.full((1 << 20,), float(step)) for i in range(12)}})\n"
+        "    tensors = {str(i): torch.full((1 << 20,), float(step)) for i in range(12)}\n"
+        "    saver.save(step, {'model': tensors, 'config': {}})\n"
         "    saver.wait()\n"
         "    print(step, flush=True)\n"
     )
@@ -299,7 +300,7 @@ def test_a_disk_fills_up_while_a_checkpoint_is_written(
 ) -> None:
     folder = small_disk(6)
     saver = Saver(folder)
-    saver.save(1, {"model": {"w": torch.ones(1 << 18)}})
+    saver.save(1, {"model": {"w": torch.ones(1 << 18)}, "config": {}})
     saver.wait()
     plenty = shutil.disk_usage("/")._replace(free=1 << 40)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: plenty)  # another program takes the room meanwhile
