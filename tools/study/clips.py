@@ -188,7 +188,7 @@ def _stamp(drawing: np.ndarray, width: float, place: np.ndarray, size: int) -> n
 def write_h264(path: Path, frames: np.ndarray, fps: int) -> None:
     """Write frames, uint8 (T, H, W, 3), as an H.264 mp4 with B-frames and a keyframe a second.
 
-    Nearly lossless, at 11 KB a clip: at the usual quality so small pictures lose what moves (docs/results.md).
+    Nearly lossless, at 10 KB a clip: at the usual quality so small pictures lose what moves (docs/results.md).
     `b_strategy` 0 puts three B-frames between any two others (left to choose, x264 gives a few of these short clips
     none). One thread: with more, the bytes depend on the machine. `mbtree` off: with it, one clip of 64 pixels encoded
     five times gave up to four different files, without it always one.
