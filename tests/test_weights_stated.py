@@ -15,7 +15,7 @@ from torch import nn
 from weight_cases import PLAIN, TINY, VIDEO, assert_same, autoencoder, classifier, scrambled
 
 import video_convmae
-from video_convmae import build, cli, create_classifier
+from video_convmae import cli, create_classifier
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
@@ -382,8 +382,8 @@ def test_the_weights_are_verified_and_read_once(
     run: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads, sums = [], []
-    read, crc = build.read_weights, checkpoint._crc
-    monkeypatch.setattr(build, "read_weights", lambda source: reads.append(source) or read(source))
+    read, crc = checkpoint.read_weights, checkpoint._crc
+    monkeypatch.setattr(checkpoint, "read_weights", lambda source: reads.append(source) or read(source))
     monkeypatch.setattr(checkpoint, "_crc", lambda path: sums.append(path) or crc(path))
     edits = ("--model.from_weights", "--model.num_frames=0", "--model.image_size=0", *PIXELS)
     finetuning(videos, tmp_path / "ft", run, *edits)

@@ -36,7 +36,7 @@ from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import ListError, Records, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
-from video_convmae.engine.checkpoint import Checkpoint, find_latest, find_weights, newest_config
+from video_convmae.engine.checkpoint import Checkpoint, find_latest, newest_config, read_found_weights
 from video_convmae.engine.distributed import DistInfo, all_gather_object
 from video_convmae.engine.evaluation import evaluate_list, write_bad_records
 from video_convmae.engine.inference import ListInference
@@ -58,7 +58,6 @@ from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
 from video_convmae.models.sizes import ClassifierConfig, EncoderConfig
 from video_convmae.weights.arguments import encoder_arguments
-from video_convmae.weights.formats import read_weights
 from video_convmae.weights.load import LoadReport, load_weights
 from video_convmae.weights.state import Weights
 
@@ -75,8 +74,8 @@ def build_classifier(config: ClassifierConfig, num_classes: int) -> Classifier |
 
 
 class InitialWeights:
-    """The weights of `init.weights`, verified and read once: those that a model was built for are kept until it is
-    filled.
+    """The weights of `init.weights`, read once: `model.from_weights` looks at them to choose a model, and they are kept
+    until they are loaded into it.
     """
 
     def __init__(self, config: InitConfig) -> None:
@@ -87,8 +86,7 @@ class InitialWeights:
         """Return them, and keep them. Raises FileNotFoundError or ValueError: they cannot be read."""
         assert self._config.weights is not None
         if self._weights is None:
-            source = find_weights(self._config.weights)
-            self._weights = read_weights(source.path if isinstance(source, Checkpoint) else source)
+            self._weights = read_found_weights(self._config.weights)
         return self._weights
 
     def take(self) -> Weights:

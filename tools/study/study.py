@@ -1,6 +1,6 @@
 """The study: does pretraining help, which encoder, which mask? Measured on moving digits, in hours on a CPU.
 
-    make study                                     # a night on two CPU cores
+    make study                                     # estimated at a night on two CPU cores
     python -m tools.study --quick                  # one seed, three models, which way the digit moves
     python -m tools.study --scale 4 --device cuda  # four times the clips and the pretraining steps
     python -m tools.study --world doom             # another world: which button is held in Doom (tools.study.doom)
@@ -38,11 +38,12 @@ from video_convmae.benchmark.environment import describe_machine
 from tools.study.clips import SETTINGS_FILE, make_digit_clips
 from tools.study.doom import CLASSES, make_doom_clips
 from tools.study.training import finetune_on, pretrain_on
-from video_convmae.atomic import whole_lines, write_text
+from video_convmae.atomic import read_json, read_json_lines, write_text
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.records import read_list
 from video_convmae.engine.baselines import fit_and_score, mean_frame, motion_energy
 from video_convmae.engine.checkpoint import checkpoint_name
+from video_convmae.engine.distributed import choose_device
 
 PRETRAIN_STEPS, PRETRAIN_BATCH = 8000, 32  # of configs/debug/demo.yaml
 TRAIN_CLIPS, VALIDATION_CLIPS, SIZE = 20_000, 2_000, 32
@@ -176,7 +177,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="models trained at a time (default: one a core; on a GPU one)")
     args = parser.parse_args()
     if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = choose_device("auto").type
     if args.quick:
         args.models, args.seeds = list(QUICK), 1
     args.output = args.output or Path("runs/study" if args.world == "digits" else f"runs/study_{args.world}")
@@ -201,8 +202,8 @@ def main() -> None:
 def require_same_study(output: Path, steps: int) -> None:
     """Exit if a folder holds runs on other clips, or of another length: their rows would stand beside new ones."""
     path = output / SETTINGS_FILE
-    now = {"clips": json.loads((output / "data" / SETTINGS_FILE).read_text()), "pretrain_steps": steps}
-    if (output / "runs").exists() and (not path.exists() or json.loads(path.read_text()) != now):
+    now = {"clips": read_json(output / "data" / SETTINGS_FILE), "pretrain_steps": steps}
+    if (output / "runs").exists() and (not path.exists() or read_json(path) != now):
         sys.exit(f"{output} holds runs on other clips or of another length; give another --output")
     write_text(path, json.dumps(now) + "\n")
 
@@ -343,7 +344,7 @@ def collect_curves(output: Path) -> list[Row]:
     for folder in sorted(output.glob("runs/*/pretrain_0")):
         number, seed = map(int, folder.parent.name.split("_"))
         log = folder / "log.jsonl"
-        lines = [json.loads(line) for line in whole_lines(log)] if log.exists() else []
+        lines = read_json_lines(log) if log.exists() else []
         row: Row = {"model": list(MODELS)[number], "seed": seed}
         for name in ("loss", "probe_knn_top1", "probe_linear_top1", "probe_rank", "probe_std"):
             row[name] = [(line["step"], round(line[name], 4)) for line in lines if line.get(name) is not None]

@@ -74,11 +74,9 @@ def _file_name(text: str) -> str:
 
 def read_source(source: str, exclude: Collection[str]) -> Weights:
     """Read a file, a checkpoint, or the newest checkpoint of a run folder."""
-    from video_convmae.engine.checkpoint import Checkpoint, find_weights
-    from video_convmae.weights.formats import read_weights
+    from video_convmae.engine.checkpoint import read_found_weights
 
-    found = find_weights(source)
-    return read_weights(found.path if isinstance(found, Checkpoint) else found).without(*exclude)
+    return read_found_weights(source).without(*exclude)
 
 
 def save_folder(weights: Weights, tensors: Tensors, folder: Path) -> None:

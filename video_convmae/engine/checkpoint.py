@@ -33,6 +33,8 @@ from torch import Tensor
 from video_convmae.errors import UserError
 from video_convmae.shipped import explain_download, find_shipped_weights, suggest_weights
 from video_convmae.weights.files import find_file, parts_of, read_shards, shard_shapes
+from video_convmae.weights.formats import read_weights
+from video_convmae.weights.state import Weights
 
 from .distributed import all_gather_object
 from .watchdog import heartbeat
@@ -212,6 +214,12 @@ def find_weights(path: str | Path) -> Checkpoint | Path:
         f"no checkpoint at {given}{hint}: expected a file of weights, a checkpoint, a folder of Hugging Face's or a "
         "run folder with checkpoints/ in it" + suggest_weights(given)
     )
+
+
+def read_found_weights(path: str | Path) -> Weights:
+    """Read the weights that a path means, in whatever format. Raises as `find_weights` and `read_weights`."""
+    found = find_weights(path)
+    return read_weights(found.path if isinstance(found, Checkpoint) else found)
 
 
 class Saver:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from typing import cast
 
@@ -24,7 +25,7 @@ from .teachers import Teachers
 RANK_CLIPS = 512  # whose features' effective rank is logged: 0.2 s for 768 values on one core
 
 
-class Task:
+class Task(ABC):
     """A model and its training loss.
 
     step: optimizer steps done, set by the trainer.
@@ -35,9 +36,9 @@ class Task:
     step: int = 0
     average: EMA | None = None
 
+    @abstractmethod
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar loss, and detached scalars to log beside it; the host does not wait for the device."""
-        raise NotImplementedError
 
     def measure(self) -> Values:
         """Return further values of a logged step, for which the host may wait. All processes call it together."""

@@ -8,7 +8,6 @@ Letters: B clips, C channels, T H W frames and pixels; t h w the student's token
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,18 +24,17 @@ from video_convmae.models.autoencoder import Autoencoder, FusedEncoder, create_a
 from video_convmae.models.classifier import Classifier, create_classifier
 from video_convmae.models.sizes import EncoderConfig, FeatureTarget
 from video_convmae.weights.arguments import encoder_arguments
-from video_convmae.weights.files import Tensors, read_file
-from video_convmae.weights.formats import read_weights
+from video_convmae.weights.files import Tensors, read_file, read_settings
+from video_convmae.weights.formats.huggingface import IMAGENET_MEAN, IMAGENET_STD, preprocessing
 from video_convmae.weights.load import load_weights
 from video_convmae.weights.state import Weights
 
-from .checkpoint import Checkpoint, find_weights
+from .checkpoint import read_found_weights
 from .distributed import DistInfo
 from .ema import EMA
 from .options import TargetConfig
 from .parallel import is_sharded, shard
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TIMM, AVERAGE = "timm:", "ema"
 
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation
@@ -211,18 +209,17 @@ def load_own(source: str) -> Teacher:
     Raises:
         UserError, FileNotFoundError: there are no weights, or they are of no model of ours.
     """
-    found = find_weights(source)
-    path = found.path if isinstance(found, Checkpoint) else found
-    weights = read_weights(path)
+    weights = read_found_weights(source)
     model, assumed = _encoder_of(weights)
-    config = model.encoder.config
-    pixels = tuple(
-        tuple(weights.preprocessing.get(f"data.{name}") or default)
-        for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
-    )
-    _, frames, *size = config.clip_shape
+    _, frames, *size = model.encoder.config.clip_shape
+    pixels = _pixels(weights.preprocessing)
     words = f"{source}, {weights.format}" + (f", assumed {', '.join(assumed)}" if assumed else "")
-    return Teacher(_TokenFeatures(model), model.encoder.width, cast(Pixels, pixels), (size[0], size[1]), frames, words)
+    return Teacher(_TokenFeatures(model), model.encoder.width, pixels, (size[0], size[1]), frames, words)
+
+
+def _pixels(settings: Mapping[str, Any]) -> Pixels:
+    """Return the mean and deviation that settings state by the names of ours, or ImageNet's."""
+    return tuple(settings.get("data.mean") or IMAGENET_MEAN), tuple(settings.get("data.std") or IMAGENET_STD)
 
 
 def _encoder_of(weights: Weights) -> tuple[FusedEncoder | Classifier, tuple[str, ...]]:
@@ -255,8 +252,8 @@ class _VJEPA2Features(nn.Module):
 
 
 def _is_vjepa2(source: str) -> bool:
-    config = Path(source).expanduser() / "config.json"
-    return config.is_file() and json.loads(config.read_text(encoding="utf-8-sig")).get("model_type") == "vjepa2"
+    config = read_settings(Path(source).expanduser() / "config.json")
+    return config is not None and config.get("model_type") == "vjepa2"
 
 
 def load_vjepa2(folder: Path) -> Teacher:
@@ -275,11 +272,9 @@ def load_vjepa2(folder: Path) -> Teacher:
         model = VJEPA2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be read as V-JEPA 2: {' '.join(str(error).split())[:300]}") from error
-    names = (folder / name for name in ("video_preprocessor_config.json", "preprocessor_config.json"))
-    given: dict[str, Any] = next(
-        (json.loads(path.read_text(encoding="utf-8-sig")) for path in names if path.is_file()), {}
-    )
-    pixels = tuple(given.get("image_mean", IMAGENET_MEAN)), tuple(given.get("image_std", IMAGENET_STD))
+    given = read_settings(folder / "video_preprocessor_config.json")
+    given = read_settings(folder / "preprocessor_config.json") if given is None else given
+    pixels = _pixels(preprocessing(given or {}))
     side, width = model.config.crop_size, model.config.hidden_size
     return Teacher(_VJEPA2Features(model), width, pixels, (side, side), None, f"V-JEPA 2 of {folder}")
 
@@ -372,23 +367,18 @@ class Teachers:
             clips: `(B, C, T, H, W)`, normalised for the student.
             pixels: the same clips from 0 to 1.
         """
-        found: dict[tuple[Any, ...], Tensor] = {}
-        for each, key in self._keys():
-            if key in found:
+        found: dict[tuple[Teacher | None, bool], Tensor] = {}  # targets of one teacher share its features
+        features = {}
+        for each in self.targets:
+            if each.teacher is None:
                 continue
-            if each.teacher == AVERAGE:
-                found[key] = self.copy(clips)
-            else:
-                found[key] = self.loaded[each.name].features(pixels, self.student, each.frames == "all")
-        return {each.name: found[key] for each, key in self._keys()}
-
-    def _keys(self) -> list[tuple[TargetConfig, tuple[Any, ...]]]:
-        """Return the targets of features, each with what its features depend on."""
-        return [
-            (each, (*_key(each), each.name in self.loaded and self.loaded[each.name].frames == 1 and each.frames))
-            for each in self.targets
-            if each.teacher is not None
-        ]
+            teacher = self.loaded.get(each.name)  # None: the average
+            sees_all = teacher is not None and teacher.frames == 1 and each.frames == "all"
+            key = teacher, sees_all
+            if key not in found:
+                found[key] = self.copy(clips) if teacher is None else teacher.features(pixels, self.student, sees_all)
+            features[each.name] = found[key]
+        return features
 
     def weights(self, step: int) -> dict[str, float]:
         """Return the weight of each target's loss in a step, counted from 0."""

@@ -243,13 +243,14 @@ class Autoencoder(FusedEncoder):
         student = self._features(clips, packing)
         tokens, config = student.tokens, self.encoder.config
         trunk = self.decoder.trunk(tokens, packing) if self.predicts_hidden else tokens
-        prediction = target = tokens.new_zeros(len(tokens), 0, config.tubelet * config.patch**2 * config.channels)
         losses: dict[str, Tensor] = {}
         if self.predicts_pixels:
             prediction = self.decoder.predict(trunk, tokens.shape[1])
             target = patch_target(take_patches(clips, config.tubelet, config.patch, packing.predicted), self.target)
             dtype = torch.promote_types(target.dtype, torch.float32)  # float32 at least, under autocast too
             losses["pixels"] = F.mse_loss(prediction.to(dtype), target.to(dtype))
+        else:
+            prediction = target = tokens.new_zeros(len(tokens), 0, config.tubelet * config.patch**2 * config.channels)
         for each in self.targets:
             losses[each.name] = self._feature_loss(each, student, trunk, packing, features or {})
         weighted = [loss * weights[name] if weights and name in weights else loss for name, loss in losses.items()]

@@ -100,13 +100,14 @@ def parts_of(file: Path) -> list[Path]:
 
 def _read_beside(file: Path) -> dict[str, Any]:
     """Read the configuration that transformers keeps beside its weights; empty: there is none."""
-    config = _read_json(file.with_name("config.json"))
+    config = read_settings(file.with_name("config.json"))
     if config is None or "model_type" not in config:
         return {}
-    return {"config": config, "preprocessor": _read_json(file.with_name("preprocessor_config.json"))}
+    return {"config": config, "preprocessor": read_settings(file.with_name("preprocessor_config.json"))}
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """Read a JSON file beside weights; None: there is none. Raises a UserError if it is no JSON."""
     if not path.is_file():
         return None
     try:

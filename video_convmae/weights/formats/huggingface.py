@@ -83,7 +83,7 @@ def folder_properties(folder: Mapping[str, Any], weights: Weights) -> dict[str, 
         "target": target if weights.has("decoder") else None,
         "grid": grid,
         "class_names": _class_names(config) if weights.has("head") else None,
-        "preprocessing": _preprocessing(folder.get("preprocessor") or {}),
+        "preprocessing": preprocessing(folder.get("preprocessor") or {}),
     }
 
 
@@ -159,7 +159,7 @@ def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(names[number] for number in range(len(names)))
 
 
-def _preprocessing(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+def preprocessing(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a preprocessor_config.json by the names of ours, whose pixels are 0 to 1."""
     settings: dict[str, Any] = {}
     white = 255 * (preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get("do_rescale", True) else 1.0)
