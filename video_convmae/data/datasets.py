@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from .ragged import RaggedCrops, concatenate_crops
 from .records import Record, Records
 from .sampling import Sampling
 from .transforms import Augmentation, view_crops
+
+R = TypeVar("R", covariant=True)
+T = TypeVar("T")
 
 # The last number of a generator's key, so that no two purposes share their numbers.
 CLIP, REPLACEMENT, ORDER, STEP = range(4)
@@ -72,6 +75,59 @@ def sample_generator(seed: int, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
+class PlacedRecords(Protocol[R]):
+    """Records with their lines in the list file: `Records`, and those of other kinds of data."""
+
+    lines: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> R: ...
+
+
+def read_or_replace(
+    records: PlacedRecords[R],
+    key: SampleKey,
+    seed: int,
+    attempts: int,
+    read: Callable[[R, Callable[[int], torch.Generator]], T],
+) -> tuple[T, int, tuple[BadRecord, ...]]:
+    """Read a record for training, or a replacement drawn from (seed, epoch, line, attempt) if it is bad.
+
+    Args:
+        records: each has a `path`.
+        key: epoch and index of the record.
+        seed: of the run.
+        attempts: records tried before giving up.
+        read: record and a function from a repeat's number to its generator -> what is read.
+
+    Returns:
+        What was read, the index of the record that it is from, and the records that could not be read.
+
+    Raises:
+        DecodeError: `attempts` records in a row could not be read.
+    """
+    epoch, index = key
+    line = int(records.lines[index])
+    bad_records: list[BadRecord] = []
+    for attempt in range(1, attempts + 1):
+
+        def generator(repeat: int, attempt: int = attempt) -> torch.Generator:
+            return sample_generator(seed, epoch, line, repeat, attempt, CLIP)
+
+        record = records[index]
+        try:
+            return read(record, generator), index, tuple(bad_records)
+        except DecodeError as error:
+            bad_records.append(BadRecord(index, record.path, str(error)))  # type: ignore[attr-defined]
+            numbers = sample_generator(seed, epoch, line, attempt, REPLACEMENT)
+            index = int(torch.randint(len(records), (), generator=numbers))
+    raise DecodeError(
+        f"{len(bad_records)} records in a row could not be read, from record {key[1]} on; the first: "
+        f"{bad_records[0].error}"
+    )
+
+
 @dataclass(eq=False)
 class ClipDataset(Dataset[Sample]):
     """Training clips, with masks where a task hides tokens.
@@ -108,25 +164,13 @@ class ClipDataset(Dataset[Sample]):
         Raises:
             DecodeError: `attempts` records in a row could not be read.
         """
-        epoch, index = key
-        line = int(self.records.lines[index])
-        bad_records: list[BadRecord] = []
-        for attempt in range(1, self.attempts + 1):
-            generators = [sample_generator(self.seed, epoch, line, n, attempt, CLIP) for n in range(self.repeats)]
-            record = self.records[index]
-            try:
-                clips, visible, predicted = self._read(record, generators)
-            except DecodeError as error:
-                bad_records.append(BadRecord(index, record.path, str(error)))
-                generator = sample_generator(self.seed, epoch, line, attempt, REPLACEMENT)
-                index = int(torch.randint(len(self.records), (), generator=generator))
-            else:
-                label = -1 if record.label is None else record.label
-                return Sample(clips, visible, predicted, label, index, tuple(bad_records))
-        raise DecodeError(
-            f"{len(bad_records)} records in a row could not be read, from record {key[1]} on; the first: "
-            f"{bad_records[0].error}"
-        )
+
+        def read(record: Record, generator: Callable[[int], torch.Generator]) -> tuple[Any, ...]:
+            return record.label, *self._read(record, [generator(repeat) for repeat in range(self.repeats)])
+
+        sample, index, bad_records = read_or_replace(self.records, key, self.seed, self.attempts, read)
+        label, clips, visible, predicted = sample
+        return Sample(clips, visible, predicted, -1 if label is None else label, index, bad_records)
 
     def _read(
         self, record: Record, generators: list[torch.Generator]

@@ -83,6 +83,34 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True)
+class JitterConfig:
+    """Pictures of detection. In training: flip, large-scale jitter, crop of a fixed size; in tests: resize."""
+
+    size: Annotated[int, Bounds(least=1)] = 1024
+    """Side of the crop in pixels, and of the longer side of a picture at scale 1."""
+    scales: Annotated[tuple[float, float], Bounds(above=0)] = (0.1, 2.0)
+    """Range of the scale."""
+    flip: bool = True
+    """Mirror half of the pictures."""
+    pad: bool = True
+    """Pad pictures smaller than the crop to its size with grey, in tests too; else they stay smaller."""
+    test_shortest: Annotated[int, Bounds(least=1)] = 1024
+    """Shorter side of a test picture in pixels, where the longer one allows."""
+    test_longest: Annotated[int, Bounds(least=1)] = 1024
+    """Longer side of a test picture in pixels, at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("size", "test_shortest", "test_longest"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"augmentation.{name} is {getattr(self, name)}; expected pixels, 1 or more")
+        least, most = self.scales
+        if not 0 < least <= most:
+            raise ValueError(
+                f"augmentation.scales is {list(self.scales)}; expected numbers above 0, the smaller one first"
+            )
+
+
+@dataclass(frozen=True)
 class ViewConfig:
     """Test views of a record: clips in time x crops in space."""
 
