@@ -45,5 +45,5 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP_INSTALL) -e ".[dev,demo,torchcodec,slurm]"
+	$(PIP_INSTALL) -e ".[dev,demo,dense,torchcodec,slurm]"
 	touch $@

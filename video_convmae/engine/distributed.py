@@ -129,6 +129,15 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
+def gather_object(value: Any) -> list[Any] | None:
+    """Return one picklable value of every process, by rank, on rank 0 alone; None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
 def all_reduce_max(value: int) -> int:
     """Return the largest of all processes' numbers. It travels by gloo, so no process waits for its accelerator."""
     if not dist.is_initialized():
