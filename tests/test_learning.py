@@ -237,6 +237,15 @@ def test_the_verdict_on_pretraining_is_five_percent() -> None:
     assert "not finite" in judge_pretraining(None, 1.0)["verdict"]
 
 
+def test_a_run_whose_features_die_says_so_though_its_loss_falls() -> None:
+    probes = [{"probe_rank": rank, "probe_std": std} for rank, std in ((26.5, 0.195), (5.6, 0.056), (8.8, 0.037))]
+    judged = judge_pretraining(0.66, 1.0, probes)  # the study's run with tubes
+    assert judged["learned"] is False
+    assert "8.8, 26.5 at the start" in judged["verdict"]
+    for rank, std in ((49.1, 0.232), (8.8, 0.19), (26.0, 0.05)):  # a rank or a deviation alone may fall
+        assert judge_pretraining(0.66, 1.0, [probes[0], {"probe_rank": rank, "probe_std": std}])["learned"] is True
+
+
 # A classifier beside always answering the largest class
 
 

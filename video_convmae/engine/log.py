@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -247,22 +247,42 @@ def write_run_metrics(folder: Path, seconds: float) -> None:
         metrics["last"]["top1"] = metrics.get("val_top1")
         metrics["best"] = {"path": f"checkpoints/{BEST}", "step": best["step"], "top1": best["val_top1"]}
     if "loss_nothing" in metrics:
-        metrics |= judge_pretraining(metrics.get("loss_pixels", metrics["loss"]), metrics["loss_nothing"])
+        probes = [line for line in lines if line.get("probe_rank") is not None]
+        metrics |= judge_pretraining(metrics.get("loss_pixels", metrics["loss"]), metrics["loss_nothing"], probes)
     elif "val_learned" in metrics:
         metrics |= {name: metrics.pop(f"val_{name}") for name in ("learned", "verdict")}
     write_text(folder / "metrics.json", json.dumps(metrics | {"seconds": seconds}) + "\n")
 
 
-def judge_pretraining(loss: float | None, nothing: float) -> dict[str, Any]:
-    """Compare a run's last loss with that of predicting nothing: `learned`, and a `verdict` where it has not."""
-    if loss is not None and loss < 0.95 * nothing:
-        return {"learned": True, "verdict": None}
-    verdict = (
-        f"hardly better than predicting nothing: the last loss is {'not finite' if loss is None else f'{loss:.3f}'}, "
-        f"that of predicting nothing {nothing:.3f}. Try a longer run, another optim.lr or mask.ratio, and look at the "
-        "clips with `video-convmae reconstruct`: docs/pretraining.md, Is it learning?"
+def judge_pretraining(loss: float | None, nothing: float, probes: Sequence[Values] = ()) -> dict[str, Any]:
+    """Judge a run: `learned`, and a `verdict` where it has not.
+
+    Args:
+        loss: the last one; None: not finite.
+        nothing: that of predicting nothing.
+        probes: logged lines with the features' effective rank and deviation, in order; the first is the baseline.
+    """
+    if loss is None or loss >= 0.95 * nothing:
+        last = "not finite" if loss is None else f"{loss:.3f}"
+        verdict = (
+            f"hardly better than predicting nothing: the last loss is {last}, that of predicting nothing {nothing:.3f}. "
+            "Try a longer run, another optim.lr or mask.ratio, and look at the clips with `video-convmae reconstruct`: "
+            "docs/pretraining.md, Is it learning?"
+        )
+        return {"learned": False, "verdict": verdict}
+    (rank, last_rank), (std, last_std) = (
+        (probes[0][name], probes[-1][name]) if probes else (0, 0) for name in ("probe_rank", "probe_std")
     )
-    return {"learned": False, "verdict": verdict}
+    # A third and a fifth of them in a run whose features were worth less than random ones; both rise, or fall by an
+    # eighth at most, in those that learned (docs/results.md, What is normal).
+    if last_rank < rank / 2 and last_std < std / 2:
+        verdict = (
+            f"the features have died, though the loss fell: their effective rank is {last_rank:.1f}, {rank:.1f} at the "
+            f"start, and their deviation {last_std:.3f}, {std:.3f} at the start. Try another mask.kind, a smaller "
+            "optim.lr or a longer warm-up: docs/pretraining.md, Is it learning?"
+        )
+        return {"learned": False, "verdict": verdict}
+    return {"learned": True, "verdict": None}
 
 
 def last_words(folder: Path) -> str:
