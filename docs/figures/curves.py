@@ -43,7 +43,9 @@ def draw_curves(path: Path) -> None:
         drawing.line([(x, 344), (x + 26, 344)], stroke=colour, stroke_width=3)
         drawing.text(x + 34, 349, model, 14, "start", fill=colour)
         x += 300
-    note = "Moving digits, half of the frames hidden or tubes; steps of 32; one seed each; measured here: docs/curves.json."
+    note = (
+        "Moving digits, half the frames hidden or tubes; steps of 32; one seed each; measured here: docs/curves.json."
+    )
     drawing.text(14, 388, note, 13, "start")
     drawing.write(path)
 
