@@ -265,8 +265,8 @@ def judge_pretraining(loss: float | None, nothing: float, probes: Sequence[Value
     if loss is None or loss >= 0.95 * nothing:
         last = "not finite" if loss is None else f"{loss:.3f}"
         verdict = (
-            f"hardly better than predicting nothing: the last loss is {last}, that of predicting nothing {nothing:.3f}. Try "
-            "a longer run, another optim.lr or mask.ratio, and look at the clips with `video-convmae reconstruct`: "
+            f"hardly better than predicting nothing, which costs {nothing:.3f}: the last loss is {last}. "
+            "Try a longer run, another optim.lr or mask.ratio, and look at the clips with `video-convmae reconstruct`: "
             "docs/pretraining.md, Is it learning?"
         )
         return {"learned": False, "verdict": verdict}
