@@ -58,8 +58,10 @@ class DepthwiseConv(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor, cells: Cells) -> Tensor:
-        """`(B, m, cells, C)` -> the same shape."""
+    def forward(self, x: Tensor, cells: Cells | None) -> Tensor:
+        """`(B, m, cells, C)`, or without cells a plain grid `(B, t, H, W, C)`, -> the same shape."""
+        if cells is None:
+            return self._on_grid(x)
         if cells.neighbours is not None:
             return masked_depthwise(x, self.weight, self.bias, cells.neighbours)
         return nest(self._on_grid(cells.to_grid(x)), cells.factors)
@@ -107,8 +109,8 @@ class ConvBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, cells: Cells) -> Tensor:
-        """`(B, m, cells, C)` -> the same shape."""
+    def forward(self, x: Tensor, cells: Cells | None) -> Tensor:
+        """`(B, m, cells, C)`, or without cells a plain grid `(B, t, H, W, C)`, -> the same shape."""
         y = self.depthwise(self.proj_in(self.norm1(x)), cells)
         x = x + self.drop_path(self.proj_out(y))
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -127,11 +129,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, N, D)` -> the same shape."""
+        return self.join_heads(F.scaled_dot_product_attention(*self.split_heads(x)))
+
+    def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(B, N, D)` -> queries, keys and values, `(B, heads, N, D / heads)` each."""
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(batch, tokens, width))
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def join_heads(self, y: Tensor) -> Tensor:
+        """Outputs of the heads `(B, heads, N, D / heads)` -> `(B, N, D)`."""
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class AttentionBlock(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .blocks import multiply_adds
-from .encoder import Encoder
+from .encoder import Encoder, encoder_layer
 from .pooling import pool_features, pooled_width
 from .sizes import ClassifierConfig, apply_overrides
 
@@ -76,11 +76,7 @@ class Classifier(nn.Module):
 
 def _layer(name: str, last: int) -> int:
     """Return the layer of a classifier's parameter, 0 .. last."""
-    if not name.startswith("encoder."):
-        return last
-    if name.startswith("encoder.attention_blocks."):
-        return int(name.split(".")[2]) + 1
-    return 0
+    return encoder_layer(name.removeprefix("encoder.")) if name.startswith("encoder.") else last
 
 
 def create_classifier(

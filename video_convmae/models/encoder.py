@@ -30,12 +30,13 @@ class Features(NamedTuple):
     tokens: Tensor
 
 
-class Encoder(nn.Module):
-    """ConvMAE's encoder for clips and images; with one stage, a plain ViT.
+class EncoderParts(nn.Module):
+    """The parameters of an encoder, under the names that weights have; `Encoder` and dense.Backbone compute with them.
 
-    Sources: ConvMAE (Gao et al., 2022) and its released code for images. The third dimension is ours: tubelets in the
-    first embedding, strides (1, s, s) after it, depthwise kernels (kt, 5, 5).
+    added: names of the parameters of a model that weights of an encoder do not have.
     """
+
+    added: frozenset[str] = frozenset()
 
     positions: Tensor  # (1, N, D), a parameter or a buffer
 
@@ -63,10 +64,12 @@ class Encoder(nn.Module):
             self.positions = nn.Parameter(table)
         else:
             self.register_buffer("positions", table, persistent=False)
-        self.attention_blocks = nn.ModuleList(
-            AttentionBlock(width, config.heads, config.mlp_ratios[last], next(rates))
-            for _ in range(config.depths[last])
-        )
+        self.attention_blocks = nn.ModuleList(self.attention_block(i, next(rates)) for i in range(config.depths[last]))
+
+    def attention_block(self, index: int, drop_path: float) -> AttentionBlock:
+        """Make attention block `index`, with its drop rate."""
+        config = self.config
+        return AttentionBlock(config.widths[-1], config.heads, config.mlp_ratios[-1], drop_path)
 
     @property
     def width(self) -> int:
@@ -82,6 +85,14 @@ class Encoder(nn.Module):
             init_as_transformer(module)
         with torch.no_grad():
             self.positions.copy_(positions.TABLES[self.config.position_table](self.config.grid, self.width))
+
+
+class Encoder(EncoderParts):
+    """ConvMAE's encoder for clips and images; with one stage, a plain ViT.
+
+    Sources: ConvMAE (Gao et al., 2022) and its released code for images. The third dimension is ours: tubelets in the
+    first embedding, strides (1, s, s) after it, depthwise kernels (kt, 5, 5).
+    """
 
     def packing(self, clips: Tensor, visible: Tensor | None, predicted: Tensor | None = None) -> Packing:
         """Check a batch against the configuration and find its visible and predicted tokens.
@@ -188,6 +199,11 @@ def _stages(count: int, indices: int | Sequence[int] | None) -> list[int]:
             f"{-count} to {count - 1}"
         )
     return sorted(chosen)
+
+
+def encoder_layer(name: str) -> int:
+    """Return the layer of an encoder's parameter for layer decay: 0, or of attention block i, i + 1."""
+    return int(name.split(".")[1]) + 1 if name.startswith("attention_blocks.") else 0
 
 
 def init_as_convolution(root: nn.Module) -> None:

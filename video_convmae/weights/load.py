@@ -22,7 +22,7 @@ from video_convmae.masking import Grid
 from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder, FusedEncoder, create_autoencoder
 from video_convmae.models.classifier import Classifier, create_classifier
-from video_convmae.models.encoder import Encoder
+from video_convmae.models.encoder import EncoderParts
 from video_convmae.models.probe import Probe
 from video_convmae.models.sizes import AutoencoderConfig, EncoderConfig
 
@@ -103,7 +103,7 @@ def describe_clip(config: EncoderConfig) -> str:
 
 
 def load_weights(
-    model: Autoencoder | Classifier | Probe | Encoder,
+    model: Autoencoder | Classifier | Probe | EncoderParts,
     source: Source,
     *,
     inflation: Inflation | None = None,
@@ -120,7 +120,8 @@ def load_weights(
     not train the norm and fusion that it reads: the file must have them, too.
 
     Args:
-        model: model to fill, not wrapped.
+        model: model to fill, not wrapped. Of an encoder with parameters that no weights have (a backbone for dense
+            tasks), those stay new.
         source: as in `read_weights`.
         inflation: conversion of image weights for a video model; then a decoder that does not fit stays new.
         exclude: parts that are not loaded: positions, norm, fusion, decoder, head.
@@ -134,7 +135,7 @@ def load_weights(
     if unknown := sorted(set(exclude) - set(EXCLUDABLE)):
         raise ValueError(f"exclude has {', '.join(unknown)}; expected some of {', '.join(EXCLUDABLE)}")
     whole = read_weights(source)
-    config = model.config if isinstance(model, Encoder) else model.encoder.config
+    config = model.config if isinstance(model, EncoderParts) else model.encoder.config
     weights = _resolve(whole.without(*exclude), config, inflation)
     inflated = weights.is_image and config.num_frames > 1
     if inflated:
@@ -151,7 +152,9 @@ def load_weights(
     for part in PARTS:
         plan.add_part(part, may_be_new=part == "feature_heads" or (inflated and part == "decoder"))
     plan.add_positions()
-    return plan.load()
+    report = plan.load()
+    added = sorted(model.added) if isinstance(model, EncoderParts) else ()
+    return replace(report, missing=(*report.missing, *added))
 
 
 def _resolve(weights: Weights, config: EncoderConfig, inflation: Inflation | None) -> Weights:
@@ -221,8 +224,8 @@ def _notes_on_parts(model: nn.Module, whole: Weights, exclude: Collection[str]) 
 def _targets(model: nn.Module) -> Tensors:
     """Return the tensors to fill by the names that `Weights` has. Fixed position tables are in no state dict."""
     tensors = model.state_dict()
-    if isinstance(model, Encoder):
-        return {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+    if isinstance(model, EncoderParts):
+        return {f"encoder.{name}": tensor for name, tensor in tensors.items() if name not in model.added}
     return rename_norm(tensors) if isinstance(model, Classifier) else tensors
 
 

@@ -1,0 +1,1 @@
+"""Detection and segmentation: models on the encoder's stages."""
