@@ -28,6 +28,7 @@ ALLOWED = {
     "config": PARTS,
     "lists": {"config", *PARTS},
     "build": {"lists", "config", *PARTS},
+    "build_dense": {"build", "lists", "config", "dense", *PARTS},
     "runs": {"build", "config", *PARTS},
     "predictor": {"lists", "build", "runs", "config", *PARTS},
     "prepare": {"data"},

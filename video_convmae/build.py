@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from video_convmae import masking
 from video_convmae.config import (
@@ -22,6 +23,7 @@ from video_convmae.config import (
     MaskConfig,
     PretrainConfig,
     RunConfig,
+    SourceConfig,
     flatten,
     to_plain,
 )
@@ -30,7 +32,7 @@ from video_convmae.data.decoding import resolve_reader
 from video_convmae.data.decoding.memory import MemoryReader
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.labels import check_labels, count_labels
-from video_convmae.data.loader import Batch, BatchPlan, ResumableBatchSampler, iter_batches
+from video_convmae.data.loader import AnyBatch, BatchPlan, ResumableBatchSampler, collate, iter_batches
 from video_convmae.data.mixing import Mixing
 from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import ListError, Records, read_list
@@ -42,7 +44,7 @@ from video_convmae.engine.evaluation import evaluate_list, write_bad_records
 from video_convmae.engine.inference import ListInference
 from video_convmae.engine.log import BadRecordLog
 from video_convmae.engine.metrics import Values
-from video_convmae.engine.optim import Optimization, Schedule, parameter_groups
+from video_convmae.engine.optim import HasLayers, NamesUndecayed, Optimization, Schedule, parameter_groups
 from video_convmae.engine.options import OptimConfig, ProtocolConfig, TrainConfig
 from video_convmae.engine.parallel import parallelize, unwrap
 from video_convmae.engine.probing import choose_records, measure_probe, plan_probe
@@ -220,7 +222,7 @@ def build_views(data: DataConfig, records: Records, encoder: EncoderConfig, view
     )
 
 
-def build_normalizer(data: DataConfig, device: torch.device) -> Normalizer:
+def build_normalizer(data: SourceConfig, device: torch.device) -> Normalizer:
     """Build the conversion of bytes to the model's input."""
     return Normalizer(data.mean, data.std, device)
 
@@ -291,7 +293,8 @@ def build_optimization(
     AdamW is fused: it can skip a step with non-finite gradients without the host waiting for the device.
 
     Args:
-        model: whose parameters learn; with layer decay, one that has `layer_scales`.
+        model: whose parameters learn; with layer decay, one that has `layer_scales`. One that has `no_weight_decay`
+            names the parameters without.
         config: optimizer and learning rate.
         train: gives the length of the run.
         effective_batch: records of one optimizer step, repeats not counted.
@@ -319,13 +322,14 @@ def build_optimization(
             f"optim.{given or f'warmup_steps is {warmup}'}, and the run has {steps}: the learning rate would never "
             "reach its peak; expected fewer (--optim.warmup_steps), or a longer run"
         )
-    schedule = Schedule(peak, end, warmup, steps)
+    schedule = Schedule(peak, end, warmup, steps, config.decay, config.milestones)
     scales = None
     if config.layer_decay != 1:
-        if not isinstance(model, Classifier):
+        if not isinstance(model, HasLayers):
             raise UserError(f"optim.layer_decay is {config.layer_decay}; expected 1: only finetuning has layer decay")
         scales = model.layer_scales(config.layer_decay)
-    groups = parameter_groups(model.named_parameters(), config.weight_decay, scales)
+    undecayed = model.no_weight_decay() if isinstance(model, NamesUndecayed) else None
+    groups = parameter_groups(model.named_parameters(), config.weight_decay, scales, undecayed)
     if config.optimizer == "lars":
         from timm.optim.lars import Lars
 
@@ -368,7 +372,8 @@ def build_pretraining(config: PretrainConfig, info: DistInfo) -> Trainer:
             print("\n".join(teachers.describe()), flush=True)
         return Pretraining(wrapped, normalizer, teachers)
 
-    return _build_trainer(config, info, model, clips, task, partial(build_probe, config, info, model))
+    parts = _clip_parts(config, info, model, clips, task, partial(build_probe, config, info, model))
+    return build_trainer(config, info, parts)
 
 
 def build_probe(
@@ -464,7 +469,7 @@ def build_finetuning(
     clips = build_clips(config.data, records, model.encoder.config, config.seed)
     task = partial(Classification, mixing=Mixing(config.mixing, num_classes))
     measured = build_validation(config, info, validation)
-    return _build_trainer(config, info, model, clips, task, lambda *_: measured, initial)
+    return build_trainer(config, info, _clip_parts(config, info, model, clips, task, lambda *_: measured, initial))
 
 
 def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | None) -> Validation | None:
@@ -496,7 +501,37 @@ def _num_classes(data: LabelledDataConfig) -> int:
     return data.num_classes
 
 
-def _build_trainer(
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer is assembled from, of any kind of run.
+
+    model: not wrapped, with new weights.
+    data: the source of the training records.
+    dataset: its keys are `SampleKey`s.
+    digest: of the training records.
+    task: the wrapped model -> its training loss.
+    validation: the run's length and the records of a step -> measurement beside training, or None.
+    try_records: raises where the records cannot be read; called before weights are loaded.
+    load_weights: fills a new run's model; None: it has no initial weights.
+    collate: samples -> a batch.
+    repeats: samples of a record.
+    reader: named in the console; None: pictures have one alone.
+    """
+
+    model: nn.Module
+    data: SourceConfig
+    dataset: Dataset[Any]
+    digest: str
+    task: Callable[[nn.Module], Task]
+    validation: Callable[[Optimization, int], Validation | None]
+    try_records: Callable[[], None]
+    load_weights: Callable[[], LoadReport | None]
+    collate: Callable[[list[Any]], AnyBatch] = collate
+    repeats: int = 1
+    reader: str | None = None
+
+
+def _clip_parts(
     config: PretrainConfig | FinetuneConfig,
     info: DistInfo,
     model: Autoencoder | Classifier | Probe,
@@ -504,21 +539,34 @@ def _build_trainer(
     task: Callable[[nn.Module, Normalizer], Task],
     validation: Callable[[Optimization, int], Validation | None],
     initial: InitialWeights | None = None,
-) -> Trainer:
-    """Load initial weights or find the checkpoint to resume from; build everything that depends on the processes.
+) -> Parts:
+    """Return the parts of a run on clips."""
+    data = config.data
+    return Parts(
+        model=model,
+        data=data,
+        dataset=clips,
+        digest=clips.records.digest(data.root),
+        task=lambda wrapped: task(wrapped, build_normalizer(data, info.device)),
+        validation=validation,
+        try_records=lambda: try_records(data, data.train, clips.records, info),
+        load_weights=lambda: load_initial_weights(config.init, model, data, initial),
+        repeats=data.repeats,
+        reader=data.reader,
+    )
 
-    `validation` is given the run's length and the records of a step.
-    """
-    folder, count = Path(config.output), len(clips)
+
+def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
+    """Load initial weights or find the checkpoint to resume from; build everything that depends on the processes."""
+    folder, model, data, count = Path(config.output), parts.model, parts.data, len(parts.dataset)  # type: ignore[arg-type]
     resume_from = _checkpoint_to_resume(folder / "checkpoints", info)
-    digest = clips.records.digest(config.data.root)
     if resume_from is not None:
-        _check_resumed(config, resume_from, digest, info)
-    try_records(config.data, config.data.train, clips.records, info)
-    report = load_initial_weights(config.init, model, config.data, initial) if resume_from is None else None
+        _check_resumed(config, data.train, resume_from, parts.digest, info)
+    parts.try_records()
+    report = parts.load_weights() if resume_from is None else None
     plan = plan_batches(config, info, None if resume_from is None else resume_from.config)
     config = replace(config, train=replace(config.train, effective_batch=plan.global_batch))
-    together = plan.per_device * config.data.repeats * plan.ranks
+    together = plan.per_device * parts.repeats * plan.ranks
     if together < 2 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
         raise UserError(
             f"the probe's BatchNorm needs two clips or more in a forward pass of all devices; train.batch_size "
@@ -541,38 +589,38 @@ def _build_trainer(
             print(report)
         elif isinstance(model, Probe) and resume_from is None:
             print("init.weights is none: a random encoder is probed")
-        print(f"{count} records, reader {config.data.reader}, device {info.device} x {info.world_size}")
+        reader = "" if parts.reader is None else f", reader {parts.reader}"
+        print(f"{count} records{reader}, device {info.device} x {info.world_size}")
         print(
             f"effective batch {plan.global_batch} = {plan.per_device} a device x {plan.ranks} devices x "
             f"{plan.accumulate} accumulated; {optimization.origin}; {steps} steps",
             flush=True,
         )
 
-    def batches(first_step: int) -> Generator[Batch]:
+    def batches(first_step: int) -> Generator[AnyBatch]:
         sampler = ResumableBatchSampler(count, plan, config.seed, first_step, steps)
-        return iter_batches(clips, sampler, config.data.workers, info.device.type == "cuda", config.data.start_method)
+        pin_memory = info.device.type == "cuda"
+        return iter_batches(parts.dataset, sampler, data.workers, pin_memory, data.start_method, parts.collate)
 
     return Trainer(
-        task=task(wrapped, build_normalizer(config.data, info.device)),
+        task=parts.task(wrapped),
         optimization=optimization,
         batches=batches,
         train=replace(config.train, batch_size=plan.per_device, accumulate=plan.accumulate),
         log=config.log,
         info=info,
         folder=folder,
-        bad_records=BadRecordLog(folder / "bad_records.jsonl", count, config.data.max_bad_fraction),
+        bad_records=BadRecordLog(folder / "bad_records.jsonl", count, data.max_bad_fraction),
         run_config=to_plain(config),
-        records=digest,
+        records=parts.digest,
         seed=config.seed,
-        validation=validation(optimization, plan.global_batch),
+        validation=parts.validation(optimization, plan.global_batch),
         resume_from=resume_from,
     )
 
 
-def _check_resumed(
-    config: PretrainConfig | FinetuneConfig, checkpoint: Checkpoint, digest: str, info: DistInfo
-) -> None:
-    """Print what has changed since the run began.
+def _check_resumed(config: RunConfig, train: str, checkpoint: Checkpoint, digest: str, info: DistInfo) -> None:
+    """Print what has changed since the run began; `train` names the training records, which have the `digest`.
 
     Raises:
         UserError: what its weights, data order or schedule are made of has changed.
@@ -582,7 +630,7 @@ def _check_resumed(
     records = checkpoint.info.get("records")  # not in checkpoints of earlier versions
     if records not in (None, digest):
         raise UserError(
-            f"the records of {config.data.train} are not those that {config.output} began with; expected the same list "
+            f"the records of {train} are not those that {config.output} began with; expected the same list "
             f"in the same order: restore it, or give another --output (--init.weights {config.output} starts from "
             "these weights)"
         )

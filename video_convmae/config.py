@@ -61,36 +61,20 @@ class MaskConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The list, and how clips are made of its records."""
+class SourceConfig:
+    """Data of a training run, of whatever kind."""
 
     train: str
     """List file; data_lists/README.md describes its forms."""
     root: str = ""
     """Folder that the list's relative paths are joined to."""
-    format: ListFormat = "video"
-    """Contents of a line: video, frames or image."""
-    reader: ReaderName = "auto"
-    """auto, torchcodec, pyav, decord, or torchcodec_cuda, which decodes on the GPU and is never chosen by auto. auto is
-    resolved once and written into the run's configuration."""
     decode_timeout: Annotated[float, Bounds(above=0)] = 60.0
     """Seconds after which a decode is ended and its record counts as bad."""
-    max_side: Annotated[int, Bounds(least=1)] = 4096
-    """Longest side of a decoded picture; larger ones are divided by 2, 3, ... when they are read. 16 frames of 8K take
-    1.6 GB in each of two processes; by this default a quarter of it."""
     max_bad_fraction: Annotated[float, Bounds(least=0, most=1)] = 0.01
     """Fraction of the list that may be bad before the run stops."""
     memory: Annotated[float, Bounds(least=0)] = 0.0
     """GiB of decoded training records that each loading process keeps in memory: for small clips, which take longer to
     decode than to train on."""
-    sampling: SamplingKind = "dense"
-    """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
-    stride: Annotated[int, Bounds(least=1)] = 4
-    """Frames between two of a dense clip."""
-    repeats: Annotated[int, Bounds(least=1)] = 1
-    """Clips of each decoded record, each with its own start, crop and mask; not counted in the batch size."""
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    """Augmentation of a training clip."""
     mean: Annotated[tuple[float, float, float], Bounds()] = (0.485, 0.456, 0.406)
     """Mean of each channel, for pixels from 0 to 1."""
     std: Annotated[tuple[float, float, float], Bounds(above=0)] = (0.229, 0.224, 0.225)
@@ -99,6 +83,28 @@ class DataConfig:
     """Loading processes of each device."""
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
     """Start method of the loading processes; none: the platform's default."""
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """The list, and how clips are made of its records."""
+
+    format: ListFormat = "video"
+    """Contents of a line: video, frames or image."""
+    reader: ReaderName = "auto"
+    """auto, torchcodec, pyav, decord, or torchcodec_cuda, which decodes on the GPU and is never chosen by auto. auto is
+    resolved once and written into the run's configuration."""
+    max_side: Annotated[int, Bounds(least=1)] = 4096
+    """Longest side of a decoded picture; larger ones are divided by 2, 3, ... when they are read. 16 frames of 8K take
+    1.6 GB in each of two processes; by this default a quarter of it."""
+    sampling: SamplingKind = "dense"
+    """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
+    stride: Annotated[int, Bounds(least=1)] = 4
+    """Frames between two of a dense clip."""
+    repeats: Annotated[int, Bounds(least=1)] = 1
+    """Clips of each decoded record, each with its own start, crop and mask; not counted in the batch size."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    """Augmentation of a training clip."""
 
 
 @dataclass(frozen=True)

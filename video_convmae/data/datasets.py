@@ -31,7 +31,7 @@ R = TypeVar("R", covariant=True)
 T = TypeVar("T")
 
 # The last number of a generator's key, so that no two purposes share their numbers.
-CLIP, REPLACEMENT, ORDER, STEP = range(4)
+CLIP, REPLACEMENT, ORDER, STEP, PROPOSALS = range(5)
 
 
 class SampleKey(NamedTuple):

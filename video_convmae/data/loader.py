@@ -7,24 +7,34 @@ step sees the records that it would have seen.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from video_convmae.errors import UserError
 
-from .datasets import ORDER, BadRecord, ClipDataset, Sample, SampleKey, TestViewDataset, sample_generator
+from .datasets import ORDER, BadRecord, Sample, SampleKey, sample_generator
 from .ragged import RaggedCrops, concatenate_crops
 from .workers import prepare_worker, supervise
 
 
+class AnyBatch(Protocol):
+    """What the loop reads of a batch, whatever its task is: the records shown, and those that could not be read."""
+
+    @property
+    def records(self) -> Tensor: ...
+
+    @property
+    def bad_records(self) -> tuple[BadRecord, ...]: ...
+
+
 class Batch(NamedTuple):
-    """Input of a task; B counts clips, the R clips of a record next to each other.
+    """Input of a task on clips; B counts clips, the R clips of a record next to each other.
 
     Attributes:
         clips: `(B, C, T, H, W)` uint8, or B crops for the device to resize.
@@ -38,6 +48,43 @@ class Batch(NamedTuple):
     visible: Tensor | None
     predicted: Tensor | None
     labels: Tensor
+    records: Tensor
+    bad_records: tuple[BadRecord, ...]
+
+
+class PictureSample(Protocol):
+    """A picture of a dense task: its target belongs to pixels (boxes and masks, or a label map)."""
+
+    @property
+    def image(self) -> Tensor: ...
+
+    @property
+    def target(self) -> Any: ...
+
+    @property
+    def transform(self) -> Any: ...
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def bad_records(self) -> tuple[BadRecord, ...]: ...
+
+
+class PictureBatch(NamedTuple):
+    """Input of a dense task: B pictures, of which each may have a size of its own.
+
+    Attributes:
+        images: `(3, H, W)` uint8 each.
+        targets: what the pictures show, as their data set gives it.
+        transforms: from the file's picture to the image.
+        records: `(B,)` int64.
+        bad_records: records that could not be read while this batch was made.
+    """
+
+    images: list[Tensor]
+    targets: list[Any]
+    transforms: list[Any]
     records: Tensor
     bad_records: tuple[BadRecord, ...]
 
@@ -120,6 +167,17 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
+def collate_pictures(samples: Sequence[PictureSample]) -> PictureBatch:
+    """Collate pictures into a batch; nothing is padded or stacked."""
+    return PictureBatch(
+        images=[sample.image for sample in samples],
+        targets=[sample.target for sample in samples],
+        transforms=[sample.transform for sample in samples],
+        records=torch.tensor([sample.index for sample in samples]),
+        bad_records=tuple(record for sample in samples for record in sample.bad_records),
+    )
+
+
 def _concatenate(tensors: list[Tensor]) -> Tensor:
     """`torch.cat`; in a worker into the memory shared with the training process: one copy in place of two.
 
@@ -134,20 +192,22 @@ def _concatenate(tensors: list[Tensor]) -> Tensor:
 
 
 def iter_batches(
-    dataset: ClipDataset | TestViewDataset,
+    dataset: Dataset[Any],
     batches: Iterable[list[Any]],
     workers: int,
     pin_memory: bool = False,
     start_method: str | None = None,
-) -> Generator[Batch]:
+    collate: Callable[[list[Any]], Any] = collate,
+) -> Generator[Any]:
     """Yield batches from workers that live until the last batch, or until this generator is closed.
 
     Args:
-        dataset: clips or test views.
+        dataset: clips, test views or pictures.
         batches: dataset keys of each batch: a `ResumableBatchSampler`, or lists of indices.
         workers: loading processes; 0 loads in this one.
         pin_memory: page-locked batches, for asynchronous copies to CUDA.
         start_method: fork, spawn or forkserver; None: the platform's default.
+        collate: samples -> a batch: that of clips, or `collate_pictures`.
 
     Raises:
         LoaderError: a worker was lost, which is noticed within 5 s.

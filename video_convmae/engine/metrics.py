@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from video_convmae.data.datasets import BadRecord
-from video_convmae.data.loader import Batch
+from video_convmae.data.loader import AnyBatch
 
 from .distributed import DistInfo, all_gather_object, all_reduce_mean
 from .optim import Optimization
@@ -42,10 +42,10 @@ class StepMetrics:
     def __len__(self) -> int:
         return len(self.records)
 
-    def add_batch(self, batch: Batch, waited: float) -> None:
+    def add_batch(self, batch: AnyBatch, waited: float) -> None:
         """Count a batch that took `waited` seconds to arrive."""
         self._waited += waited
-        self._clips += len(batch.clips)
+        self._clips += len(batch.records)
         self._step_records += batch.records.tolist()
         self.bad_records += batch.bad_records
 

@@ -3,30 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from .options import Decay
+
+
+@runtime_checkable
+class HasLayers(Protocol):
+    """A model that says how layer decay scales the learning rate of each parameter, by name."""
+
+    def layer_scales(self, decay: float) -> dict[str, float]: ...
+
+
+@runtime_checkable
+class NamesUndecayed(Protocol):
+    """A model whose recipe has a rule of its own for the parameters without weight decay."""
+
+    def no_weight_decay(self) -> set[str]: ...
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from 0, then a half cosine, over optimizer steps.
+    """Linear warm-up from 0, then a fall to the end, over optimizer steps.
 
     peak, end: learning rates. warmup, steps: optimizer steps.
+    decay: a half cosine, a line, or steps: a tenth after each of the milestones, which are shares of the run.
     """
 
     peak: float
     end: float
     warmup: int
     steps: int
+    decay: Decay = "cosine"
+    milestones: tuple[float, ...] = ()
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         if step < self.warmup:
             return self.peak * step / self.warmup
+        if self.decay == "steps":
+            return self.peak * 0.1 ** sum(step >= share * self.steps for share in self.milestones)
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        if self.decay == "linear":
+            return self.end + (self.peak - self.end) * (1 - progress)
         return self.end + (self.peak - self.end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -56,7 +80,10 @@ class Optimization:
 
 
 def parameter_groups(
-    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, scales: Mapping[str, float] | None = None
+    named: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    scales: Mapping[str, float] | None = None,
+    undecayed: Collection[str] | None = None,
 ) -> list[dict]:
     """Group parameters by learning-rate scale (`lr_scale`), with and without weight decay.
 
@@ -67,11 +94,15 @@ def parameter_groups(
         named: the parameters by name.
         weight_decay: of the groups that have it.
         scales: factor of each parameter's learning rate (layer decay); None: 1.
+        undecayed: names of those without weight decay; None: vectors and position tables.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
-            decayed = parameter.ndim > 1 and not name.endswith("positions")
+            if undecayed is None:
+                decayed = parameter.ndim > 1 and not name.endswith("positions")
+            else:
+                decayed = name not in undecayed
             groups.setdefault((scales[name] if scales else 1.0, decayed), []).append(parameter)
     return [
         {"params": groups[scale, decayed], "weight_decay": weight_decay if decayed else 0.0, "lr_scale": scale}

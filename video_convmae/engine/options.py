@@ -12,6 +12,7 @@ from video_convmae.models.sizes import FeatureLoss, TargetTokens
 
 Parallel = Literal["ddp", "fsdp"]
 Precision = Literal["bf16", "fp16", "fp32"]
+Decay = Literal["cosine", "linear", "steps"]
 ActivationCheckpointing = Literal["none", "conv", "all"]
 FeatureKind = Literal["pooled", "tokens"]
 
@@ -27,9 +28,13 @@ class OptimConfig:
     base_lr: Annotated[float, Bounds(least=0)] = 1.5e-4
     """Learning rate for an effective batch of 256: lr = base_lr x effective batch / 256."""
     base_min_lr: Annotated[float, Bounds(least=0)] = 0.0
-    """Learning rate at the end of the half cosine, for an effective batch of 256."""
+    """Learning rate at the end of the cosine or the line, for an effective batch of 256."""
     lr: Annotated[float | None, Bounds(least=0)] = None
     """Absolute learning rate; replaces the rule above, and base_min_lr is then absolute too."""
+    decay: Decay = "cosine"
+    """How it falls after the warm-up: a half cosine, a line, or steps to a tenth at the milestones."""
+    milestones: Annotated[tuple[float, ...], Bounds(above=0, below=1)] = ()
+    """With decay steps: shares of the run."""
     warmup_epochs: Annotated[float, Bounds(least=0)] = 40
     """Epochs of linear warm-up from 0."""
     warmup_steps: Annotated[int | None, Bounds(least=0)] = None
@@ -42,6 +47,13 @@ class OptimConfig:
     """AdamW's betas; the first is the momentum of LARS."""
     clip_grad: Annotated[float | None, Bounds(above=0)] = None
     """Largest gradient norm; none: no clipping."""
+
+    def __post_init__(self) -> None:
+        if (self.decay == "steps") != bool(self.milestones):
+            raise ValueError(
+                f"optim.decay is {self.decay} and optim.milestones {list(self.milestones)}; expected milestones with "
+                "steps, and none with the others"
+            )
 
 
 @dataclass(frozen=True)

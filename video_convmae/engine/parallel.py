@@ -10,6 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from video_convmae.models.blocks import AttentionBlock, ConvBlock
 
-from .distributed import DistInfo, all_reduce_mean
+from .distributed import DistInfo
 from .options import ActivationCheckpointing, Parallel
 
 # Nothing here writes into the views that a sharded model returns.
@@ -99,39 +100,77 @@ def shard(model: nn.Module, compress_gradients: bool = False, learns: bool = Tru
     return model
 
 
-class SyncedBatchNorm(nn.BatchNorm1d):
-    """A probe's BatchNorm over the clips of all processes, on any device (PyTorch's own is for CUDA alone).
+class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the values of all processes, on any device (PyTorch's own is for CUDA alone).
 
-    It normalises the features of a frozen encoder and has no parameters, so no gradient passes through it.
+    Processes may have different numbers of values, or none (a mask head without an object): each value counts once.
     """
 
-    @torch.no_grad()
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Take every shape `(B, C, ...)`."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, C)` -> the same shape."""
+        """`(B, C, ...)` -> the same shape and type."""
         if not self.training:
             return super().forward(x)
-        if x.requires_grad or self.affine:
-            raise RuntimeError("SyncedBatchNorm has no backward pass; expected the features of a frozen encoder")
         assert isinstance(self.running_mean, Tensor)
         assert isinstance(self.running_var, Tensor)
         assert isinstance(self.num_batches_tracked, Tensor)
         assert isinstance(self.momentum, float)
-        x = x.float()
-        count = len(x) * dist.get_world_size()
-        mean = all_reduce_mean(x.mean(dim=0))
-        # Two passes, about the common mean: no cancellation of large squares.
-        variance = all_reduce_mean((x - mean).square().mean(dim=0))
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        return (x - mean) * (variance + self.eps).rsqrt()
+        normalized, mean, variance, count = _NormalizeTogether.apply(x.float(), self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            weight = torch.where(count > 1, self.momentum, 0.0)  # no value on any process: nothing is learned
+            self.running_mean.lerp_(mean, weight)
+            self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), weight)
+        if self.affine:
+            shape = (1, -1, *[1] * (x.ndim - 2))
+            normalized = normalized * self.weight.view(shape) + self.bias.view(shape)
+        return normalized.to(x.dtype)
+
+
+class _NormalizeTogether(torch.autograd.Function):
+    """Normalise each channel by the mean and variance of all processes; gradients pass through both."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(B, C, ...)` float32 -> normalised values; mean and variance `(C,)`, number of values of a channel."""
+        channels = x.shape[1]
+        values = x.transpose(0, 1).reshape(channels, -1)
+        # A row a process: mean, sum of squares about it, count. Moments about an own mean cancel no large squares.
+        rows = x.new_zeros(dist.get_world_size(), 2 * channels + 1)
+        if values.shape[1]:
+            mean = values.mean(dim=1)
+            squares = (values - mean[:, None]).square().sum(dim=1)
+            rows[dist.get_rank()] = torch.cat([mean, squares, mean.new_tensor([values.shape[1]])])
+        dist.all_reduce(rows)
+        means, squares, counts = rows.split([channels, channels, 1], dim=1)
+        count = counts.sum()
+        mean = (means * counts).sum(dim=0) / count.clamp(min=1)
+        variance = (squares + counts * (means - mean).square()).sum(dim=0) / count.clamp(min=1)
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        scale = (variance + eps).rsqrt().view(shape)
+        normalized = (x - mean.view(shape)) * scale
+        ctx.save_for_backward(normalized, scale, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return normalized, mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of the input: without the parts that change a channel's mean or scale."""
+        gradient, (normalized, scale, count) = gradients[0], ctx.saved_tensors
+        dims = [0, *range(2, gradient.ndim)]
+        sums = torch.stack([gradient.sum(dim=dims), (gradient * normalized).sum(dim=dims)])
+        dist.all_reduce(sums)
+        shift, slope = (sums / count.clamp(min=1)).view(2, *scale.shape)
+        return scale * (gradient - shift - normalized * slope), None
 
 
 def _synchronise_batch_norms(model: nn.Module) -> None:
-    """Replace every BatchNorm1d by a synchronised one with the same buffers."""
+    """Replace every BatchNorm by a synchronised one with the same parameters and buffers."""
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
-            if type(norm) is nn.BatchNorm1d:
+            if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
                 synced = SyncedBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine)
                 synced.load_state_dict(norm.state_dict())
                 setattr(parent, name, synced.to(next(norm.buffers()).device).train(norm.training))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ class Task(ABC):
     average: EMA | None = None
 
     @abstractmethod
-    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar loss, and detached scalars to log beside it; the host does not wait for the device."""
 
     def measure(self) -> Values:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from video_convmae.data.datasets import STEP, sample_generator
 from video_convmae.data.decoding import DecodeError
-from video_convmae.data.loader import Batch
+from video_convmae.data.loader import AnyBatch
 from video_convmae.data.workers import LoaderError
 from video_convmae.errors import UserError
 from video_convmae.weights.files import save_file
@@ -168,7 +168,7 @@ class Trainer:
         *,
         task: Task,
         optimization: Optimization,
-        batches: Callable[[int], Generator[Batch]],
+        batches: Callable[[int], Generator[AnyBatch]],
         train: TrainConfig,
         log: LogConfig,
         info: DistInfo,
@@ -255,7 +255,7 @@ class Trainer:
             print(last_words(self.folder), flush=True)
         return state.step
 
-    def _train(self, batches: Iterator[Batch]) -> None:
+    def _train(self, batches: Iterator[AnyBatch]) -> None:
         """Step until the schedule ends or a signal stops the run; log, save and validate between steps."""
         state, save_every = self.state, self._epochs_to_steps(self.train.save_every)
         validator = None
@@ -288,7 +288,7 @@ class Trainer:
                     self._validate(validator)
                 self.metrics = StepMetrics()
 
-    def train_step(self, batches: Iterator[Batch]) -> None:
+    def train_step(self, batches: Iterator[AnyBatch]) -> None:
         """Take one optimizer step: gradients of `accumulate` batches, clipped; the weights, and their average.
 
         Non-finite gradients leave the weights untouched. A fused optimizer skips a step whose `found_inf` is 1: the
@@ -330,7 +330,7 @@ class Trainer:
         state.step += 1
         self.metrics.add_step(step_loss, norm)
 
-    def _next_batch(self, batches: Iterator[Batch], may_stop: bool) -> Batch:
+    def _next_batch(self, batches: Iterator[AnyBatch], may_stop: bool) -> AnyBatch:
         """Return the next batch once all processes have theirs and none was asked to stop.
 
         One small all-reduce before each forward pass: so no process is left alone in a collective, and all leave after
@@ -341,7 +341,7 @@ class Trainer:
             LoaderError, DecodeError, CheckpointError: some process has met it.
         """
         heartbeat(f"waiting for the data of step {self.state.step + 1}")
-        batch: Batch | None = None
+        batch: AnyBatch | None = None
         error: Exception | None = self.saver.error
         stops = may_stop and self.stop_signal.received is not None
         if error is None and not stops:
