@@ -7,17 +7,23 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from states import load_state
 from test_pretrain import ENVIRONMENT, ROOT, command, log, model_of, run
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_state
 
 from video_convmae.build import plan_batches
 from video_convmae.config import DataConfig, FinetuneConfig, LabelledDataConfig, PretrainConfig
 from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.options import TrainConfig
+from video_convmae.engine.parallel import shard
 from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
 from video_convmae.runs import load_autoencoder
 
@@ -51,6 +57,38 @@ def test_every_recipe_wrapped_in_every_way_equals_the_bare_model(ranks: int, cap
         for name in ("loss", "norm", "gradient", "weights", "average"):
             assert line[name] < (1e-2 if compressed else 1e-5), line
         assert (line["gradient"] > 1e-4) == compressed  # or nothing would have been compressed
+
+
+class Receiver(nn.Module):
+    """Remembers where its inputs lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, clips: Tensor, visible: Tensor, predicted: Tensor | None = None) -> Tensor:
+        self.seen = [each.device.type for each in (clips, visible, predicted)]
+        return self.linear.weight.sum()
+
+
+@pytest.mark.parametrize(("wrap", "masks"), [(shard, "cpu"), (fully_shard, "meta")], ids=["ours", "FSDP2's own"])
+def test_masks_of_a_sharded_model_stay_on_the_cpu(
+    wrap: Callable, masks: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """FSDP2 moves inputs to an accelerator, here in name: what it moves arrives on the meta device."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model = wrap(Receiver())
+        clips, mask = torch.ones(1), torch.ones(1, dtype=torch.bool)
+        model(clips, mask, predicted=mask)
+        assert model.seen == ["cpu"] * 3
+        move = _fsdp_state._to_kwargs
+        monkeypatch.setattr(_fsdp_state, "_to_kwargs", lambda *inputs: move(*inputs[:2], torch.device("meta"), False))
+        monkeypatch.setattr(model._get_fsdp_state(), "_device", torch.device("cuda"))
+        model(clips, mask, predicted=mask)
+        assert model.seen == ["meta", masks, masks]
+    finally:
+        dist.destroy_process_group()
 
 
 # Runs

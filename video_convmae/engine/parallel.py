@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -97,7 +98,31 @@ def shard(model: nn.Module, compress_gradients: bool = False, learns: bool = Tru
     for module in [module for module in model.modules() if isinstance(module, BLOCKS)]:
         fully_shard(module, mp_policy=policy)
     fully_shard(model, mp_policy=policy, reshard_after_forward=not learns)
+    # Around FSDP's own hook, which moves what it is given to the device. Tokens are found on the CPU: see `Packing`.
+    model.register_forward_pre_hook(_wrap_masks, prepend=True, with_kwargs=True)
+    model.register_forward_pre_hook(_unwrap_masks, with_kwargs=True)
     return model
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """A mask as no tensor, which FSDP leaves where it is."""
+
+    tensor: Tensor
+
+
+def _wrap_masks(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def wrap(value: Any) -> Any:
+        return _Mask(value) if isinstance(value, Tensor) and value.dtype == torch.bool else value
+
+    return tuple(map(wrap, args)), {name: wrap(value) for name, value in kwargs.items()}
+
+
+def _unwrap_masks(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def unwrap_mask(value: Any) -> Any:
+        return value.tensor if isinstance(value, _Mask) else value
+
+    return tuple(map(unwrap_mask, args)), {name: unwrap_mask(value) for name, value in kwargs.items()}
 
 
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
