@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from typing import get_args
@@ -304,7 +305,7 @@ def test_weights_are_written_whole_or_not_at_all(name: str, monkeypatch: pytest.
             torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate"),
             "out of memory: CUDA out of memory. Tried",
         ),
-        (RuntimeError("[enforce fail] err == 0. can't allocate memory: 9 bytes"), "expected a smaller batch_size"),
+        (RuntimeError("[enforce fail] err == 0. can't allocate memory: 9 bytes"), "expected a smaller train.batch_"),
     ],
 )
 def test_errors_of_the_system_say_what_to_do(error: Exception, message: str, capsys: pytest.CaptureFixture) -> None:
@@ -313,6 +314,21 @@ def test_errors_of_the_system_say_what_to_do(error: Exception, message: str, cap
 
     assert cli.report("video-convmae pretrain", work) == 1
     assert message in error_of(capsys)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_advice_where_memory_ran_out_names_options_of_the_command(command: str, capsys: pytest.CaptureFixture) -> None:
+    def work() -> None:
+        raise MemoryError("9 bytes")
+
+    assert cli.report(f"video-convmae {command}", work) == 1
+    advice = error_of(capsys).partition("9 bytes; ")[2]
+    assert advice
+    with pytest.raises(SystemExit):
+        cli.run(command, ["--help-all" if command in ("pretrain", "finetune", "evaluate", "features") else "--help"])
+    said = capsys.readouterr().out
+    for option in re.findall(r"--\w+|\w+\.\w+", advice):
+        assert option.lstrip("-") in said, option
 
 
 def test_tools_of_a_clone_report_as_commands_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

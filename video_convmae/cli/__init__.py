@@ -45,6 +45,19 @@ ADVICE = {  # of the system's errors
     errno.EMFILE: "ulimit -n 65536 allows more",
     errno.ENAMETOOLONG: "give another path",
 }
+TRAINING_ADVICE = (
+    "expected a smaller train.batch_size, model.num_frames or model.image_size, fewer data.workers, or "
+    "train.activation_checkpointing all"
+)
+MEMORY_ADVICE = {  # by command
+    "pretrain": TRAINING_ADVICE,
+    "finetune": TRAINING_ADVICE,
+    "evaluate": "expected a smaller --batch_size, or fewer --workers, --segments or --crops",
+    "features": "expected a smaller --batch_size, or fewer --workers, --segments or --crops",
+    "check-videos": "expected fewer --workers",
+    "pack-videos": "expected fewer --workers",
+    "benchmark": "expected a smaller batch, clip or model",
+}
 PACKAGES = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow", "skimage": "scikit-image"}
 
 
@@ -91,7 +104,7 @@ def report(program: str, work: Callable[[], int | None], *, shows_traceback: boo
     except Exception as error:
         if shows_traceback or not (isinstance(error, EXPECTED) or _lacks_memory(error)):
             raise
-        print(f"{program}: error: {describe_error(error)}", file=sys.stderr)
+        print(f"{program}: error: {describe_error(error, program.rpartition(' ')[2])}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
@@ -122,8 +135,8 @@ def _notes_in_a_line(program: str) -> Iterator[None]:
         yield
 
 
-def describe_error(error: Exception) -> str:
-    """Return an error in one line."""
+def describe_error(error: Exception, command: str = "") -> str:
+    """Return an error of a command in one line."""
     if isinstance(error, OSError) and error.strerror and error.errno in ADVICE:
         place = "" if error.filename is None else f"{error.filename}: "
         return f"{place}{error.strerror}; {ADVICE[error.errno]}"
@@ -131,10 +144,8 @@ def describe_error(error: Exception) -> str:
         name = error.name.partition(".")[0]
         return f"{name} is not installed: pip install {PACKAGES.get(name, name)}"
     if _lacks_memory(error):
-        return (
-            f"out of memory: {' '.join(str(error).split())[:200]}; expected a smaller batch_size, num_frames or "
-            "image_size, fewer data.workers, or train.activation_checkpointing all"
-        )
+        advice = MEMORY_ADVICE.get(command, "free some of it, or take smaller or shorter files")
+        return f"out of memory: {' '.join(str(error).split())[:200]}; {advice}"
     text = " ".join(str(error).split()) or type(error).__name__
     return text if isinstance(error, UserError) else f"{text} (--debug shows where)"
 
