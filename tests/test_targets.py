@@ -169,7 +169,7 @@ def test_impossible_targets_of_a_model_are_errors() -> None:
     for target, message in (
         (FeatureTarget("pixels", 3), "is named 'pixels'"),
         (FeatureTarget("keys", 3), "is named 'keys'"),
-        (FeatureTarget("x", 3, "visible", layer=3), "at layer 3; expected 1 to 2, or none"),
+        (FeatureTarget("x", 3, "visible", layer=3), "is 3; expected 1 to 2, a convolutional stage, or none"),
     ):
         with pytest.raises(ValueError, match=message):
             model_with((target,))

@@ -1,13 +1,14 @@
 """Bounds of the numbers of a configuration: `epochs: Annotated[float, Bounds(above=0)] = 800`.
 
-The command line checks them all at once, before anything is built, and `--help` says them.
+The command line checks them all at once, before anything is built, and `--help` says them; `check_bounds` is for
+configurations that are made in Python or stand in a list.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -42,3 +43,22 @@ class Bounds:
             and (self.most is None or value <= self.most)
             and (self.below is None or value < self.below)
         )
+
+
+def check_bounds(config: object, place: str = "{}") -> None:
+    """Check the numbers of a dataclass; `place` names a field in the message, as `train.{}` does.
+
+    Raises:
+        ValueError: a number lies outside its bounds.
+    """
+    for name, bounds in bounds_of(type(config)).items():
+        if not bounds.contain(value := getattr(config, name)):
+            raise ValueError(f"{place.replace('{}', name)} is {value}; expected {bounds}")
+
+
+def bounds_of(kind: type) -> dict[str, Bounds]:
+    """Return the bounds of those fields of a dataclass that have any."""
+    notes = {
+        name: getattr(hint, "__metadata__", ()) for name, hint in get_type_hints(kind, include_extras=True).items()
+    }
+    return {name: each for name, several in notes.items() for each in several if isinstance(each, Bounds)}

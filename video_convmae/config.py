@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from jsonargparse import ArgumentParser
 
-from video_convmae.bounds import Bounds
+from video_convmae.bounds import Bounds, check_bounds
 from video_convmae.data.options import AugmentationConfig, ListFormat, MixingConfig, ReaderName
 from video_convmae.engine.options import (
     HANG_TIMEOUT,
@@ -50,14 +50,9 @@ class MaskConfig:
     """Masks of a clip with no visible token in common, all learned from in one step (FastConvMAE); not of blocks."""
 
     def __post_init__(self) -> None:
-        if self.count < 1 or (self.count > 1 and self.kind == "block"):
-            raise ValueError(
-                f"mask.count is {self.count} and mask.kind {self.kind}; expected 1 or more masks, of blocks exactly 1"
-            )
-        if self.decoder_ratio is not None and not 0 < self.decoder_ratio <= 1:
-            raise ValueError(
-                f"mask.decoder_ratio is {self.decoder_ratio}; expected 0 < ratio <= 1, or none for all hidden tokens"
-            )
+        check_bounds(self, "mask.{}")
+        if self.count > 1 and self.kind == "block":
+            raise ValueError(f"mask.count is {self.count} and mask.kind block; expected 1 mask of blocks")
 
 
 @dataclass(frozen=True)
@@ -176,13 +171,8 @@ class PretrainConfig(RunConfig):
         names = [each.name for each in self.targets]
         if len(set(names)) != len(names):
             raise ValueError(f"targets are named {', '.join(names)}; expected a name of its own for each")
-        stages = len(self.model.widths) - 1
         for each in self.targets:
-            if each.layer is not None and not 1 <= each.layer <= stages:
-                expected = (
-                    f"1 to {stages}, a convolutional stage, or none" if stages else "none: a plain ViT has no other"
-                )
-                raise ValueError(f"layer of the target {each.name!r} is {each.layer}; expected {expected}")
+            self.model.check_layer(each.name, each.layer)
         if len({each.momentum for each in self.targets if each.teacher == "ema"}) > 1:
             raise ValueError("targets of ema have different momentum; expected one: they share the average")
 
@@ -203,8 +193,7 @@ class ValidateConfig(ProtocolConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.every_steps is not None and self.every_steps < 1:
-            raise ValueError(f"validate.every_steps is {self.every_steps}; expected 1 or more, or none to count epochs")
+        check_bounds(self, "validate.{}")
 
 
 @dataclass(frozen=True, kw_only=True)

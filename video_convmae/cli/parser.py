@@ -32,7 +32,7 @@ import docstring_parser
 import jsonargparse
 import yaml
 
-from video_convmae.bounds import Bounds
+from video_convmae.bounds import Bounds, bounds_of
 from video_convmae.config import flatten
 from video_convmae.data.text import read_text
 from video_convmae.errors import UserError
@@ -192,16 +192,15 @@ def fields_of(kind: type, prefix: str = "") -> dict[str, Field]:
     for parent in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
         parameters = docstring_parser.parse_from_object(parent).params
         texts |= {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in parameters}
-    types, annotated = get_type_hints(kind), get_type_hints(kind, include_extras=True)
+    types, bounds = get_type_hints(kind), bounds_of(kind)
     found: dict[str, Field] = {}
     for each in fields(kind):
         if is_dataclass(types[each.name]):
             found |= fields_of(types[each.name], f"{prefix}{each.name}.")
         else:
             default = each.default if each.default_factory is MISSING else each.default_factory()
-            notes = getattr(annotated[each.name], "__metadata__", ())
-            bounds = next((note for note in notes if isinstance(note, Bounds)), None)
-            found[prefix + each.name] = Field(types[each.name], default, texts.get(each.name, ""), bounds)
+            text = texts.get(each.name, "")
+            found[prefix + each.name] = Field(types[each.name], default, text, bounds.get(each.name))
     return found
 
 

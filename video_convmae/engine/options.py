@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from video_convmae.bounds import Bounds
+from video_convmae.bounds import Bounds, check_bounds
 from video_convmae.data.options import ViewConfig
 from video_convmae.models.sizes import FeatureLoss, TargetTokens
 
@@ -16,6 +15,7 @@ Decay = Literal["cosine", "linear", "steps"]
 ActivationCheckpointing = Literal["none", "conv", "all"]
 FeatureKind = Literal["pooled", "tokens"]
 
+TIMM, AVERAGE = "timm:", "ema"  # teachers that are no path
 HANG_TIMEOUT = 1800.0  # seconds without progress after which a process ends
 
 
@@ -96,10 +96,9 @@ class TrainConfig:
     """After a non-finite loss or gradient (which never reaches the weights): stop the run, or skip the step."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, "train.{}")
         if self.parallel == "fsdp" and self.precision == "fp16":
             raise ValueError("train.precision is fp16 and train.parallel is fsdp; expected bf16 or fp32 with fsdp")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"train.max_steps is {self.max_steps}; expected 1 or more, or none to count epochs")
 
 
 @dataclass(frozen=True)
@@ -130,19 +129,19 @@ class TargetConfig:
     """File of the weights of timm:NAME. Nothing is downloaded."""
     tokens: TargetTokens = "hidden"
     """hidden: reconstructed by the decoder; visible: mimicked by the encoder (ConvMAE-v2)."""
-    layer: int | None = None
+    layer: Annotated[int | None, Bounds(least=1)] = None
     """At visible tokens: the convolutional stage, from 1, that mimics; none: the tokens after fusion and norm do."""
     loss: FeatureLoss = "smooth_l1"
     """Distance from layer-normalised features: smooth_l1 or cosine. Of pixels it is the mean squared error."""
-    weight: float = 1.0
+    weight: Annotated[float, Bounds(above=0)] = 1.0
     """Weight of the loss in the sum."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Bounds(least=0)] = 0
     """Optimizer steps over which that weight rises from 0."""
-    momentum: float = 0.999
+    momentum: Annotated[float, Bounds(least=0, below=1)] = 0.999
     """ema: largest weight of the average in an update; it rises to this as that of train.ema does."""
     frames: Literal["middle", "all"] = "middle"
     """Teachers of images: the frames of a token that they see; of all, features are averaged."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, Bounds(least=1)] = None
     """timm:NAME: pixels of a side of its input; none: its own."""
 
     def __post_init__(self) -> None:
@@ -158,13 +157,15 @@ class TargetConfig:
             raise ValueError(f"the target {self.name!r} has no teacher; expected one, or the name pixels")
         check(not pixels or self.tokens == "hidden", "tokens", "hidden, for pixels")
         check(self.layer is None or self.tokens == "visible", "layer", "none, but at visible tokens")
-        check(0 < self.weight < math.inf, "weight", "more than 0, and finite")
-        check(self.warmup_steps >= 0, "warmup_steps", "0 or more")
-        check(0 <= self.momentum < 1, "momentum", "0 or more and less than 1")
-        is_timm = self.teacher is not None and self.teacher.startswith("timm:")
+        is_timm = self.teacher is not None and self.teacher.startswith(TIMM)
         check(is_timm or self.weights is None, "weights", "none: only timm:NAME has a file beside its name")
         check(is_timm or self.image_size is None, "image_size", "none: only timm:NAME takes another than its own")
-        check(self.image_size is None or self.image_size > 0, "image_size", "pixels, or none")
+        check_bounds(self, f"{{}} of the target {self.name!r}")
+
+
+def is_path_of_teacher(teacher: str | None) -> bool:
+    """Return whether a target's `teacher` is a path."""
+    return teacher is not None and teacher != AVERAGE and not teacher.startswith(TIMM)
 
 
 @dataclass(frozen=True)
@@ -181,10 +182,7 @@ class ProbeConfig:
     """Records that are measured, chosen evenly over the classes; none: as many as 5% of the training time allow."""
 
     def __post_init__(self) -> None:
-        if self.every is not None and self.every <= 0:
-            raise ValueError(f"probe.every is {self.every}; expected more than 0 epochs, or none to choose it")
-        if self.records is not None and self.records < 4:
-            raise ValueError(f"probe.records is {self.records}; expected 4 or more, or none to choose it")
+        check_bounds(self, "probe.{}")
 
 
 @dataclass(frozen=True)

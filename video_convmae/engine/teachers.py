@@ -32,10 +32,8 @@ from video_convmae.weights.state import Weights
 from .checkpoint import read_found_weights
 from .distributed import DistInfo
 from .ema import EMA
-from .options import TargetConfig
+from .options import AVERAGE, TIMM, TargetConfig
 from .parallel import is_sharded, shard
-
-TIMM, AVERAGE = "timm:", "ema"
 
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation
 

@@ -220,6 +220,17 @@ class AutoencoderConfig(EncoderConfig):
         if self.target not in get_args(Target):
             raise ValueError(f"target is {self.target!r}; expected one of {', '.join(get_args(Target))}")
 
+    def check_layer(self, target: str, layer: int | None) -> None:
+        """Check the convolutional stage at which a target of features is predicted.
+
+        Raises:
+            ValueError: the encoder has no such stage.
+        """
+        stages = len(self.widths) - 1
+        if layer is not None and not 1 <= layer <= stages:
+            expected = f"1 to {stages}, a convolutional stage, or none" if stages else "none: a plain ViT has no stages"
+            raise ValueError(f"layer of the target {target!r} is {layer}; expected {expected}")
+
 
 @dataclass(frozen=True)
 class FeatureTarget:

@@ -27,11 +27,8 @@ class VisibleHead(nn.Module):
 
     def __init__(self, config: AutoencoderConfig, target: FeatureTarget) -> None:
         super().__init__()
-        stages = len(config.widths) - 1
-        if target.layer is not None and not 1 <= target.layer <= stages:
-            expected = f"1 to {stages}, " if stages else ""
-            raise ValueError(f"the target {target.name} is at layer {target.layer}; expected {expected}or none")
-        layer = stages if target.layer is None else target.layer - 1
+        config.check_layer(target.name, target.layer)
+        layer = len(config.widths) - 1 if target.layer is None else target.layer - 1
         cells = prod(config.later_strides[layer]) ** 2
         self.norm = nn.Identity() if target.layer is None else nn.LayerNorm(config.widths[layer], eps=1e-6)
         self.prediction = nn.Linear(cells * config.widths[layer], target.width)
