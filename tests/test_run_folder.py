@@ -65,6 +65,35 @@ def test_a_field_of_another_version_is_left_out() -> None:
     assert check_unchanged(Path("runs/x"), {"a.old": 1, "seed": 0}, {"seed": 0, "a.new": 2}) == []
 
 
+def teachers(**edits: dict) -> dict:
+    targets = [
+        {"name": "pixels", "teacher": None, "weights": None, "weight": 1.0},
+        {"name": "clip", "teacher": "timm:vit", "weights": "a/clip.pt", "weight": 1.0},
+        {"name": "video", "teacher": "a/run", "weights": None, "weight": 1.0},
+    ]
+    return {"targets": [each | edits.get(each["name"], {}) for each in targets]}
+
+
+def test_a_teacher_s_file_may_move() -> None:
+    moved = teachers(clip={"weights": "b/clip.pt"}, video={"teacher": "b/run"})
+    said = check_unchanged(Path("x"), teachers(), moved)
+    assert said == ["targets.clip.weights: a/clip.pt -> b/clip.pt", "targets.video.teacher: a/run -> b/run"]
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({"clip": {"teacher": "timm:other"}}, "targets.clip.teacher timm:vit; this command has"),
+        ({"video": {"teacher": "ema"}}, "targets.video.teacher a/run; this command has targets.video.teacher ema"),
+        ({"video": {"weight": 0.5}}, "targets.video.weight 1.0; this command has targets.video.weight 0.5"),
+        ({"video": {"name": "other"}}, r"targets \['pixels', 'clip', 'video'\]; this command has"),
+    ],
+)
+def test_what_a_target_is_stays(edits: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_unchanged(Path("x"), teachers(), teachers(**edits))
+
+
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
@@ -111,6 +140,29 @@ def test_a_fixed_field_is_refused_by_name_and_nothing_is_written(
     assert f"{finished} was begun with" in error
     assert name in error
     assert contents(finished) == before
+
+
+@pytest.mark.parametrize("field", ["mask.count", "model.mlp_ratio", "data.max_side", "targets"])
+def test_a_run_without_a_later_field_had_its_default(
+    clips: Path, finished: Path, tmp_path: Path, field: str, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("*/checkpoint.json"):
+        state = json.loads(path.read_text())
+        *group, name = field.split(".")
+        del (state["config"][group[0]] if group else state["config"])[name]
+        path.write_text(json.dumps(state))
+    edits = {"mask.count": "2", "model.mlp_ratio": "2", "data.max_side": "64", "targets": "[{name: e, teacher: ema}]"}
+    assert run_cli("pretrain", arguments(clips, tmp_path / "run", f"--{field}={edits[field]}")) == 1
+    assert f"was begun with {field} " in capsys.readouterr().err
+    assert run_cli("pretrain", arguments(clips, tmp_path / "run")) == 0
+    assert "changed since" not in capsys.readouterr().out
+
+
+def test_fields_added_later_keep_the_value_that_earlier_runs_had() -> None:
+    """Runs that lack a field are taken to have its default."""
+    assert fields()["mask.count"] == 1
+    assert fields()["targets"] == []
 
 
 def test_what_may_change_is_told_and_the_earlier_configuration_is_kept(

@@ -25,6 +25,7 @@ from video_convmae.config import (
     RunConfig,
     SourceConfig,
     flatten,
+    from_plain,
     to_plain,
 )
 from video_convmae.data.datasets import ClipDataset, TestViewDataset
@@ -625,8 +626,9 @@ def _check_resumed(config: RunConfig, train: str, checkpoint: Checkpoint, digest
     Raises:
         UserError: what its weights, data order or schedule are made of has changed.
     """
-    before, now = (dict(flatten(values)) for values in (checkpoint.config, to_plain(config)))
-    changed = check_unchanged(Path(config.output), before, now)
+    now = to_plain(config)
+    before = to_plain(from_plain(type(config), _known_fields(checkpoint.config, now)))  # fields added since: defaults
+    changed = check_unchanged(Path(config.output), dict(flatten(before)), dict(flatten(now)))
     records = checkpoint.info.get("records")  # not in checkpoints of earlier versions
     if records not in (None, digest):
         raise UserError(
@@ -637,6 +639,16 @@ def _check_resumed(config: RunConfig, train: str, checkpoint: Checkpoint, digest
     if info.is_main:
         for line in changed:
             print(f"changed since the run began: {line}", flush=True)
+
+
+def _known_fields(values: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of those fields that this version knows."""
+
+    def keep(name: str) -> Any:
+        both = isinstance(values[name], dict) and isinstance(known[name], dict)
+        return _known_fields(values[name], known[name]) if both else values[name]
+
+    return {name: keep(name) for name in values if name in known}
 
 
 def _checkpoint_to_resume(folder: Path, info: DistInfo) -> Checkpoint | None:

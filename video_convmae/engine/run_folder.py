@@ -21,6 +21,7 @@ from video_convmae.atomic import write_text
 from video_convmae.errors import UserError
 
 from .distributed import DistInfo, all_gather_object
+from .options import is_path_of_teacher
 
 try:
     import fcntl
@@ -47,7 +48,8 @@ TOLD = (
 def check_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Compare the configuration of a run with that of the command which resumes it: dotted names and plain values.
 
-    Fields that only one of them knows are left out: another version wrote the run.
+    Fields that only one of them knows are left out. Targets are compared field by field: what a target is stays, its
+    teacher's file may lie elsewhere.
 
     Returns:
         The fields that changed and may, each with both values.
@@ -55,10 +57,10 @@ def check_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
     Raises:
         UserError: a field differs that is fixed once the run has begun.
     """
-    old, new = (json.loads(json.dumps(each)) for each in (before, now))  # tuples become lists
+    old, new = (_split_targets(json.loads(json.dumps(each))) for each in (before, now))  # tuples become lists
     changed = [name for name in old if name in new and old[name] != new[name]]
     changed = [name for name in changed if not _is_in(name, FREE)]
-    if fixed := [name for name in changed if not _is_in(name, TOLD)]:
+    if fixed := [name for name in changed if not (_is_in(name, TOLD) or _is_place(name, old[name], new[name]))]:
         many = f" (and {len(fixed) - 5} more)" if len(fixed) > 5 else ""
         raise UserError(
             f"{folder} was begun with {_join(fixed, old)}{many}; this command has {_join(fixed, new)}. Weights, data "
@@ -66,6 +68,23 @@ def check_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
             f"(--init.weights {folder} starts it from these weights)"
         )
     return [f"{name}: {old[name]} -> {new[name]}" for name in changed]
+
+
+def _split_targets(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace the list `targets` by their names and `targets.NAME.FIELD`."""
+    targets = values.get("targets")
+    if not isinstance(targets, list):
+        return values
+    fields = {f"targets.{each['name']}.{field}": value for each in targets for field, value in each.items()}
+    return values | {"targets": [each["name"] for each in targets]} | fields
+
+
+def _is_place(name: str, *values: str | None) -> bool:
+    """Return whether a field says where a teacher's file lies, and not what the teacher is."""
+    if not name.startswith("targets."):
+        return False
+    field = name.rpartition(".")[2]
+    return field == "weights" or (field == "teacher" and all(map(is_path_of_teacher, values)))
 
 
 def write_config(folder: Path, config: dict[str, Any], step: int) -> None:
