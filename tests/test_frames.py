@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import video_convmae
-from video_convmae.data.decoding import DecodeError, open_frames, pyav_reader
+from video_convmae.data.decoding import DecodeError, open_frames, pyav_reader, rules
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.decoding.scan import Scan
 from video_convmae.data.records import Record
@@ -353,6 +353,30 @@ def test_pictures_of_8k_are_divided(tmp_path: Path) -> None:
         assert image.read([0]).shape == (1, 120, 320, 3)
     with pytest.raises(ValueError, match=r"data.max_side is 0; expected 1 pixel or more"):
         ReaderProcess("pyav", max_side=0)
+
+
+@pytest.mark.parametrize("name", ["torchcodec", "decord"])
+def test_large_pictures_are_read_by_pyav_with_a_word(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other libraries hold and return whole pictures, whatever `data.max_side`."""
+    pytest.importorskip(name)
+    path = clips.encode(tmp_path / "clip.mp4", 3, size=(240, 640), options={"bf": "0"})
+    try:
+        opened = open_frames(Record(str(path)), name, max_side=640)
+    except ImportError as error:  # no FFmpeg
+        pytest.skip(str(error))
+    with opened:
+        assert (opened.name, opened.note) == (name, None)
+    with ReaderProcess(name, max_side=256) as process, process.open(Record(str(path))) as reader:
+        assert reader.name == "pyav"
+        assert reader.note == f"pictures above data.max_side (256) are divided; PyAV reads them in place of {name}"
+        assert reader.read([0]).shape == (1, 80, 213, 3)
+    monkeypatch.setattr(rules, "has_pyav", lambda: False)
+    with open_frames(Record(str(path)), name, max_side=640) as opened:
+        assert opened.read([0]).shape == (1, 240, 640, 3)
+    with pytest.raises(DecodeError, match=rf"640x240 are above data.max_side \(256\), and {name} divides none"):
+        open_frames(Record(str(path)), name, max_side=256)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

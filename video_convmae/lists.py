@@ -56,6 +56,8 @@ def try_records(data: DataConfig, path: str, records: Records, info: DistInfo, c
                 try:
                     with process.open(records[int(place)]) as reader:
                         reader.read([0])
+                        if reader.note is not None:
+                            warnings.warn(Note(f"{records[int(place)].path}: {reader.note}"), stacklevel=2)
                     break
                 except DecodeError as met:
                     errors.append(str(met))

@@ -21,12 +21,12 @@ from video_convmae.data.records import Record
 from video_convmae.errors import Note, UserError
 
 from .decord_reader import DecordReader
-from .errors import decode_errors, error_line
+from .errors import DecodeError, decode_errors, error_line
 from .fallback import has_pyav
 from .orientation import orientation
 from .pictures import FolderReader, ImageReader, split_pattern
 from .pyav_reader import PyAVReader
-from .reader import FrameReader
+from .reader import FrameReader, smaller_size
 from .scan import Scan, check_first_bytes, is_fragmented
 from .torchcodec_reader import TorchcodecCudaReader, TorchcodecReader
 
@@ -164,9 +164,12 @@ def read_record(record: Record, indices: Sequence[int] | np.ndarray, reader: Rea
 def _open_video(path: str, reader: str, max_side: int | None) -> FrameReader:
     """Open with PyAV, which scans the file; then with the reader asked for, if it will read this file right."""
     if not has_pyav():
-        return _READERS[reader](path, None)
+        return _refuse_large(_READERS[reader](path, None), max_side)
     pyav = PyAVReader(path, max_side)
-    if reader == "pyav" or misread(reader, pyav.scan) or pyav.is_too_large():
+    if reader == "pyav" or misread(reader, pyav.scan):
+        return pyav
+    if pyav.is_too_large():
+        pyav.note = f"pictures above data.max_side ({max_side}) are divided; PyAV reads them in place of {reader}"
         return pyav
     try:
         if is_fragmented(path) or misshown(pyav.first_picture()):  # in fragments (DASH, MediaRecorder) they seek wrong
@@ -179,6 +182,18 @@ def _open_video(path: str, reader: str, max_side: int | None) -> FrameReader:
         return pyav
     pyav.close()
     return other
+
+
+def _refuse_large(opened: FrameReader, max_side: int | None) -> FrameReader:
+    """Return a reader that divides no pictures, if the first is within `max_side`."""
+    height, width = opened.read([0]).shape[1:3]
+    if smaller_size((width, height), max_side) != (width, height):
+        opened.close()
+        raise DecodeError(
+            f"{opened.path}: pictures of {width}x{height} are above data.max_side ({max_side}), and {opened.name} "
+            "divides none; expected PyAV: pip install av"
+        )
+    return opened
 
 
 def misread(reader: str, scan: Scan) -> str | None:
