@@ -203,6 +203,21 @@ def test_benchmark_counts_what_transformers_embeds() -> None:
     assert ours["embeddings"] == visible * 1536 * 192
 
 
+def test_masks_of_one_decoded_clip_save_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "videoconvmae_files"
+    folder.mkdir()
+    encode(folder / "0.mp4", 40, size=(64, 96))
+    (folder / "list.txt").write_text("0.mp4 0\n")
+    monkeypatch.setattr(benchmark_step, "make_files", lambda *_: folder / "list.txt")
+    monkeypatch.setattr(benchmark_step, "gettempdir", lambda: str(tmp_path))
+    args = benchmark.parse_arguments(["step", "--image-size=64", "--masks=3", "--ratio=0.75", "--loading"])
+    measured = benchmark_step.measure_loading(benchmark_step.resolve_step_options(args))
+    assert measured["masks"] == 3
+    assert measured["theirs"] > measured["ours"] > 0
+    with pytest.raises(ValueError, match="--loading with 1 masks and 16 frames; expected several of both"):
+        benchmark_step.run_step(benchmark.parse_arguments(["step", "--loading"]))
+
+
 def test_benchmark_scale_draws_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_scale, "SWEEPS", {"frames": ("frames", (2, 4)), "ratio": ("hidden", (0.5,))})
     monkeypatch.setattr(benchmark_scale, "measure_point", benchmark_scale._measure_here)  # a process starts slowly

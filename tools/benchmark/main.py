@@ -81,6 +81,11 @@ def _add_step_options(parser: argparse.ArgumentParser) -> None:
     _add_model_options(parser)
     parser.add_argument("--vs", default="dense", choices=STEP_SIDES, help="the other side")
     parser.add_argument("--repeats", type=within(int, least=1), default=5, help="pairs of steps")
+    parser.add_argument(
+        "--loading",
+        action="store_true",
+        help="with --masks: also time one process that loads a decoded clip with all its masks, against as many clips",
+    )
     parser.add_argument("--profile", action="store_true", help="first print where the time of our steps is spent")
 
 

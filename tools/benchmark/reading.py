@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,6 +52,8 @@ class ReadCase:
     augmentation: Augmentation
     reader: ReaderName
     clock: str  # wall, or cpu: processor seconds of this process and the reading one
+    ratio: float = MASK_RATIO
+    masks: int = 1  # of a clip
 
     @property
     def clips(self) -> int:
@@ -71,7 +72,10 @@ class ReadCase:
         if self.views is not None:
             return TestViewDataset(self.records, self.sampling, self.views, self.augmentation, size, reader)
         grid = (self.sampling.num_frames // 2, self.size // 16, self.size // 16)
-        draw_mask = partial(masking.draw, "tube", grid, MASK_RATIO, None)
+
+        def draw_mask(generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+            return masking.draw("tube", grid, self.ratio, None, generator, self.masks)
+
         return ClipDataset(self.records, self.sampling, self.augmentation, size, draw_mask, reader, self.repeats, seed)
 
     def key(self, turn: int) -> Any:

@@ -24,10 +24,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -35,15 +36,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from video_convmae import create_autoencoder, create_classifier, masking
+from video_convmae.data.records import read_list
+from video_convmae.data.sampling import Sampling
+from video_convmae.data.transforms import Augmentation
 from video_convmae.engine.distributed import DistInfo, keep_freed_memory
 from video_convmae.engine.parallel import parallelize
 from video_convmae.models.encoder import Encoder
 from video_convmae.models.sizes import size_named
 
 from .environment import describe_machine
+from .files import make_files
+from .reading import LoaderSide, ReadCase
 
 CLASSES = 400
 PROFILED_STEPS = 4
+LOADED_FILES = 8
 # For --vs, models of ours: size and arguments of the other model, from those of the first.
 RIVALS: dict[str, Callable[[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = {
     "dense": lambda size, arguments: (size, arguments | {"implementation": "dense"}),
@@ -71,9 +78,13 @@ class StepSide:
 def run_step(args: argparse.Namespace) -> dict[str, Any]:
     """Measure a pair of sides and print the result; returns it."""
     args = resolve_step_options(args)
+    if args.loading and (args.masks == 1 or args.frames == 1):
+        raise ValueError(f"--loading with {args.masks} masks and {args.frames} frames; expected several of both")
     if args.profile:
         print(*profile_steps(args), sep="\n", flush=True)
     result = measure_step(args) | describe_machine(args.device)
+    if args.loading:
+        result["loading"] = measure_loading(args)
     print(*report_step(result), sep="\n")
     return result
 
@@ -448,6 +459,30 @@ def profile_steps(args: argparse.Namespace) -> Iterator[str]:
     yield f"{PROFILED_STEPS} steps; masked depthwise convolution: {own / total:.1%} of them"
 
 
+def measure_loading(args: argparse.Namespace) -> dict[str, Any]:
+    """Time what one process does for all masks of one decoded clip, and for as many clips of one mask, in turns.
+
+    The clips are of Kinetics-like files, 16 frames 4 apart or as many as asked for, each of another file.
+    """
+    folder = Path(gettempdir()) / "videoconvmae_files"
+    records = read_list(make_files(folder, "kinetics", LOADED_FILES), root=folder)
+    sampling = Sampling("dense", args.frames, 4)
+    case = ReadCase(
+        "kinetics-like", records, sampling, args.image_size, 1, None, Augmentation(), "pyav", args.clock, args.ratio
+    )
+    together, apart = LoaderSide(replace(case, masks=args.masks)), LoaderSide(case)
+    for side in (together, apart):
+        side(0)
+    seconds = [
+        [together(turn), sum(apart(turn * args.masks + each) for each in range(args.masks))]
+        for turn in range(LOADED_FILES)
+    ]
+    for side in (together, apart):
+        side.reader.close()
+    first, second = (statistics.median(each) for each in zip(*seconds))
+    return {"masks": args.masks, "pairs": seconds, "ours": first, "theirs": second, "ratio": second / first}
+
+
 def report_step(result: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of a result for a reader."""
     rate = result["matrix_multiply_adds_per_second"] / 1e9
@@ -469,3 +504,10 @@ def report_step(result: dict[str, Any]) -> Iterator[str]:
             yield f"    convolutional stages move {side['conv_stage_bytes_per_clip'] / 1e9:.2g} GB in it"
     ratios = ", ".join(f"{second / first:.2f}" for first, second in result["pairs"])
     yield f"ratio {result['ratio']:.2f} (median of {ratios})"
+    if "loading" in result:
+        loading, batch = result["loading"], result["batch"]
+        saved = batch * (loading["theirs"] - loading["ours"])
+        yield (
+            f"loading, one process: {loading['masks']} masks of a decoded clip {loading['ours']:.3f} s, as many clips "
+            f"{loading['theirs']:.3f} s: {saved:.2f} s less for a step of {batch}"
+        )
