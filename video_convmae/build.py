@@ -58,6 +58,7 @@ from video_convmae.errors import UserError
 from video_convmae.lists import read_class_names, read_records, try_records
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
+from video_convmae.models.encoder import EncoderParts
 from video_convmae.models.probe import Probe
 from video_convmae.models.sizes import ClassifierConfig, EncoderConfig
 from video_convmae.weights.arguments import encoder_arguments
@@ -100,8 +101,8 @@ class InitialWeights:
 
 def load_initial_weights(
     config: InitConfig,
-    model: Autoencoder | Classifier | Probe,
-    data: DataConfig,
+    model: Autoencoder | Classifier | Probe | EncoderParts,
+    data: SourceConfig,
     initial: InitialWeights | None = None,
 ) -> LoadReport | None:
     """Load the weights of `init.weights`, if any, and report what was loaded.
@@ -151,7 +152,7 @@ def resolve_model(config: FinetuneConfig, initial: InitialWeights) -> FinetuneCo
     return replace(config, model=config.model.with_encoder(encoder))
 
 
-def _check_pixels(weights: Weights, data: DataConfig) -> None:
+def _check_pixels(weights: Weights, data: SourceConfig) -> None:
     """Raise a UserError if weights state another normalisation of pixels than a run has."""
     stated = {name: weights.preprocessing.get(f"data.{name}") for name in ("mean", "std")}
     if all(value is None or np.allclose(value, getattr(data, name), atol=1e-3) for name, value in stated.items()):

@@ -6,22 +6,47 @@ What both kinds of build need (the assembling of a trainer, optimizer, initial w
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from video_convmae.build import Parts
-from video_convmae.config import SourceConfig
+from video_convmae.build import (
+    Parts,
+    build_normalizer,
+    build_trainer,
+    cap_workers,
+    load_initial_weights,
+)
+from video_convmae.config import DetectionDataConfig, SourceConfig, TrainDetectionConfig
+from video_convmae.data.coco import CocoRecords, read_coco
 from video_convmae.data.datasets import SampleKey
 from video_convmae.data.decoding import DecodeError
+from video_convmae.data.decoding.memory import MemoryReader
+from video_convmae.data.decoding.process import ReaderProcess
+from video_convmae.data.detection import DetectionDataset, DetectionTestDataset
 from video_convmae.data.loader import collate_pictures
+from video_convmae.data.options import JitterConfig
 from video_convmae.data.records import ListError
+from video_convmae.dense.detection import Detector
+from video_convmae.engine.dense_tasks import Detection
+from video_convmae.engine.detection import DetectionInference, judge_detector
 from video_convmae.engine.distributed import DistInfo, all_gather_object
+from video_convmae.engine.evaluation import write_bad_records
+from video_convmae.engine.metrics import Values
 from video_convmae.engine.optim import Optimization
+from video_convmae.engine.options import Precision
 from video_convmae.engine.tasks import Task
+from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
 from video_convmae.weights.load import LoadReport
+
+COARSEST = 64  # stride of the coarsest level that anchors lie on
+
+# What both tasks need
 
 
 class PictureRecords(Protocol):
@@ -70,3 +95,114 @@ def try_pictures(data: SourceConfig, dataset: Dataset[Any], info: DistInfo) -> N
             error = f"{data.train}: {met}; check data.root, which is {data.root!r}, and the files"
     if (error := all_gather_object(error)[0]) is not None:
         raise ListError(error)
+
+
+def picture_reader(data: SourceConfig) -> ReaderProcess | MemoryReader:
+    """Build the reader of training pictures; they keep their size, to which boxes and masks belong."""
+    reader = ReaderProcess("pyav", data.decode_timeout, max_side=None)
+    return MemoryReader(reader, data.memory) if data.memory else reader
+
+
+# Detection
+
+
+def resolve_detection(
+    config: TrainDetectionConfig, info: DistInfo
+) -> tuple[TrainDetectionConfig, CocoRecords, CocoRecords | None]:
+    """Read the data sets, and decide once what the configuration leaves open: loading processes, precision, classes.
+
+    Returns:
+        The configuration with the classes, the training pictures, and those of the validation.
+
+    Raises:
+        ListError: a data set cannot be used, or the classes of the two differ.
+        ValueError: masks are to be predicted, and the data have none.
+    """
+    data = config.data
+    records = read_coco(data.train, data.root, training=True)
+    validation = None if data.validation is None else read_coco(data.validation, data.root)
+    if validation is not None and validation.categories != records.categories:
+        raise ListError(
+            f"the categories of {data.train} ({len(records.categories)}) and of {data.validation} "
+            f"({len(validation.categories)}) differ; expected the same ids and names in both"
+        )
+    if config.model.masks and not any(each.segmentation for record in records for each in record.objects):
+        raise ListError(f"{data.train} has no masks: set --model.masks false for a detector of boxes alone")
+    ids, names = zip(*records.categories)
+    data = replace(data, workers=cap_workers(data.workers, info), labels=names, category_ids=ids)
+    test = replace(config.validate, precision=config.validate.precision or config.train.precision)
+    return replace(config, data=data, validate=test), records, validation
+
+
+def build_detection(
+    config: TrainDetectionConfig, info: DistInfo, records: CocoRecords, validation: CocoRecords | None
+) -> Trainer:
+    """Build the trainer of a detector, new or resumed; the arguments are those that `resolve_detection` returns."""
+    torch.manual_seed(config.seed)
+    model = Detector(config.model, len(config.data.labels))
+    data = config.data
+    dataset = DetectionDataset(records, data.augmentation, picture_reader(data), config.seed)
+    size = padded_size(data.augmentation.size)
+
+    def task(wrapped: nn.Module) -> Detection:
+        return Detection(wrapped, build_normalizer(data, info.device), size, config.seed)
+
+    def load_weights() -> LoadReport | None:
+        return load_initial_weights(config.init, model.backbone, data)
+
+    measured = None if validation is None else build_detection_validation(config, info, validation)
+    parts = picture_parts(data, info, model, dataset, records, task, lambda *_: measured, load_weights)
+    return build_trainer(config, info, parts)
+
+
+def build_detection_validation(config: TrainDetectionConfig, info: DistInfo, records: CocoRecords) -> Validation:
+    """Build the validation of a detector: COCO's numbers, and what cannot be read."""
+    folder, test = Path(config.output) / "validation", config.validate
+    precision = test.precision or config.train.precision
+    inference = build_detection_inference(config.data, records, test.batch_size, precision, info)
+
+    def measure(model: nn.Module) -> Values:
+        metrics, _, bad_records = inference.evaluate(model)
+        if info.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_bad_records(bad_records, folder)
+        return metrics | judge_detector(metrics)
+
+    def build_model() -> nn.Module:
+        return Detector(config.model, len(config.data.labels)).to(info.device)
+
+    return Validation(measure, build_model, test.every, every_steps=test.every_steps, best="box_ap")
+
+
+def build_detection_inference(
+    data: DetectionDataConfig,
+    records: CocoRecords,
+    batch_size: int,
+    precision: Precision,
+    info: DistInfo,
+    show: bool = False,
+) -> DetectionInference:
+    """Build the inference of a detector over a data set."""
+    reader = ReaderProcess("pyav", data.decode_timeout, max_side=None)
+    return DetectionInference(
+        DetectionTestDataset(records, data.augmentation, reader),
+        build_normalizer(data, info.device),
+        test_size(data.augmentation),
+        batch_size,
+        precision,
+        info,
+        data.workers,
+        data.start_method,
+        show,
+    )
+
+
+def padded_size(side: int) -> tuple[int, int]:
+    """Return the height and width that pictures of up to `side` pixels are padded to: whole cells of every level."""
+    padded = -(-side // COARSEST) * COARSEST
+    return padded, padded
+
+
+def test_size(augmentation: JitterConfig) -> tuple[int, int]:
+    """Return the height and width that test pictures are padded to; all have the same."""
+    return padded_size(max(augmentation.test_longest, augmentation.size if augmentation.pad else 0))

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from jsonargparse import ArgumentParser
 
 from video_convmae.bounds import Bounds, check_bounds
-from video_convmae.data.options import AugmentationConfig, ListFormat, MixingConfig, ReaderName
+from video_convmae.data.options import AugmentationConfig, JitterConfig, ListFormat, MixingConfig, ReaderName
+from video_convmae.dense.options import DetectorConfig
 from video_convmae.engine.options import (
     HANG_TIMEOUT,
     FeatureKind,
@@ -228,6 +229,51 @@ class FinetuneConfig(RunConfig):
                 f"train.batch_size x data.repeats is {clips}; mixup and cutmix take pairs: make it even, or set "
                 "mixing.mixup and mixing.cutmix to 0"
             )
+
+
+@dataclass(frozen=True)
+class DetectionDataConfig(SourceConfig):
+    """Data sets in COCO's format: a JSON file, or the folder of a split's pictures."""
+
+    validation: str | None = None
+    """Data set to validate and test on, with the same root; none: no validation."""
+    augmentation: JitterConfig = field(default_factory=JitterConfig)
+    """Pictures of training and of tests."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes; a run writes those of its data here."""
+    category_ids: tuple[int, ...] = ()
+    """Ids of the categories that results are written with; a run writes those of its data here."""
+
+
+@dataclass(frozen=True)
+class DetectionTestConfig:
+    """Validation while a detector is trained, and its tests."""
+
+    every: Annotated[float, Bounds(above=0)] = 1.0
+    """Epochs between two validations; the last step is always followed by one."""
+    every_steps: Annotated[int | None, Bounds(least=1)] = None
+    """Optimizer steps between two validations; replaces every."""
+    batch_size: Annotated[int, Bounds(least=1)] = 1
+    """Pictures that go through the model together; a score may depend on it in the last bits."""
+    precision: Precision | None = None
+    """Autocast type; none: that of the training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDetectionConfig(RunConfig):
+    """A training run of a detector."""
+
+    data: DetectionDataConfig
+    """The data sets, and how pictures are made of them."""
+    model: DetectorConfig  # no default, as above
+    """The detector."""
+    validate: DetectionTestConfig = field(default_factory=DetectionTestConfig)
+    """Validation during training, and tests."""
+
+    @property
+    def categories(self) -> tuple[tuple[int, str], ...]:
+        """(id, name) of each class, from class 1 on."""
+        return tuple(zip(self.data.category_ids, self.data.labels))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from video_convmae.bounds import Bounds
 from video_convmae.models.sizes import EncoderConfig
 
 RelativePositions = Literal["none", "shared", "decomposed", "block"]
+HeadNorm = Literal["batch", "channel"]
 Pyramid = Literal["none", "max_pool", "simple", "convolution"]
 
 
@@ -75,3 +76,30 @@ class BackboneConfig(EncoderConfig):
     def window_of(self, block: int) -> int:
         """Return the side of an attention block's windows in tokens; 0: it attends to the whole image."""
         return 0 if block in self.global_blocks else self.window
+
+
+@dataclass(frozen=True)
+class DetectorConfig(BackboneConfig):
+    """Options of Mask R-CNN. A simple pyramid is read as it is; other pyramids go through a feature pyramid network.
+
+    Raises:
+        ValueError: see BackboneConfig; a pyramid without the four levels that the heads read.
+    """
+
+    head_norm: HeadNorm = "batch"
+    """Norm of the feature pyramid network and the heads: batch, over all processes (DET), or channel, a LayerNorm
+    (ViTDet)."""
+    proposals: Annotated[int, Bounds(least=4)] = 512
+    """Proposals of a training picture that the box head learns from; a quarter of them also teach masks."""
+    masks: bool = True
+    """Predict masks; off for data with boxes alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pyramid not in ("max_pool", "simple") or self.stage_strides[-1] != 16:
+            raise ValueError(
+                f"pyramid is {self.pyramid} and a token covers {self.stage_strides[-1]} pixels; expected max_pool or "
+                "simple, and 16: the heads read levels of strides 4 to 32"
+            )
+        if self.head_norm not in get_args(HeadNorm):
+            raise ValueError(f"head_norm is {self.head_norm!r}; expected batch or channel")

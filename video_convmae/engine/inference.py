@@ -171,12 +171,14 @@ class Progress:
         total: records of the list.
         done: records that need no work.
         show: otherwise nothing is printed.
+        unit: what records are, in words.
     """
 
     EVERY = 10.0  # seconds between two lines
 
-    def __init__(self, total: int, done: int, show: bool) -> None:
-        self._bar = tqdm(total=total, initial=done, unit="video", disable=None if show else True)
+    def __init__(self, total: int, done: int, show: bool, unit: str = "videos") -> None:
+        self._unit = unit
+        self._bar = tqdm(total=total, initial=done, unit=unit.removesuffix("s"), disable=None if show else True)
         self._prints = show and self._bar.disable
         self._total, self._first, self._done = total, done, done
         self._started = self._printed = time.perf_counter()
@@ -189,7 +191,7 @@ class Progress:
         now = time.perf_counter()
         if self._prints and now >= self._printed + self.EVERY:
             rate = (self._done - self._first) / (now - self._started)
-            print(f"{self._done}/{self._total} videos, {rate:.1f} videos/s", flush=True)
+            print(f"{self._done}/{self._total} {self._unit}, {rate:.1f} {self._unit}/s", flush=True)
             self._printed = now
 
     def close(self) -> None:
