@@ -34,7 +34,18 @@ ALLOWED = {
     "prepare": {"data"},
     "visualize": {"build", "runs", "predictor", "config", *PARTS},
     "benchmark": {"build", "runs", "config", "prepare", *PARTS},
-    "cli": {"lists", "build", "runs", "predictor", "prepare", "visualize", "benchmark", "config", *PARTS},
+    "cli": {
+        "lists",
+        "build",
+        "build_dense",
+        "runs",
+        "predictor",
+        "prepare",
+        "visualize",
+        "benchmark",
+        "config",
+        *PARTS,
+    },
     "__main__": {"cli"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

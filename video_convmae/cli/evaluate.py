@@ -6,6 +6,9 @@
 
 writes predictions.csv, scores.npz and metrics.json into the folder, and bad_records.jsonl if a record could not be
 read. An image is a record with one view. An interrupted test resumes with the same command.
+
+A detector is tested on data in COCO's format (--list instances_val2017.json): metrics.json has COCO's twelve numbers of
+boxes and of masks, detections.json the results in COCO's format; --plot draws some pictures (DETECTION.md).
 """
 
 from __future__ import annotations
@@ -37,13 +40,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ValueError: the model is no classifier.
     """
     from video_convmae import build, lists
+    from video_convmae.cli.detection import evaluate_detector
     from video_convmae.data.labels import check_labels
     from video_convmae.engine.baselines import compare
+    from video_convmae.engine.checkpoint import find_weights
     from video_convmae.engine.distributed import barrier, init_distributed
     from video_convmae.engine.evaluation import evaluate_list, write_evaluation
     from video_convmae.engine.inference import chunk_folder
+    from video_convmae.runs import run_kind
 
     folder = output_folder(config)
+    if run_kind(find_weights(config.weights)) == "detection":
+        return evaluate_detector(config, folder)
     if config.plot:
         import matplotlib.figure  # noqa: F401  # where it is not installed, this is known before the test
     with init_distributed(config.device) as info:

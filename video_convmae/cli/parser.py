@@ -266,7 +266,7 @@ class _FieldParser(jsonargparse.ArgumentParser):
             super().__init__(**options)
             self._fields: dict[str, Field] = {}
             return
-        command = kind.__name__.removesuffix("Config").lower()
+        command = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.__name__.removesuffix("Config")).lower()
         super().__init__(
             prog=f"video-convmae {command}",
             usage="%(prog)s [--config NAME] [--FIELD VALUE ...]",

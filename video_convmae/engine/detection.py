@@ -68,7 +68,8 @@ class DetectionInference:
             NonFiniteOutput: a score or a box is not finite.
         """
         records = self.pictures.records
-        results, bad = [], []
+        results: list[dict[str, Any]] = []
+        bad: list[BadRecord] = []
         for index, entries, bad_records in self.run(model, entries_of(records.categories)):
             bad += bad_records
             if not any(record.index == index for record in bad_records):

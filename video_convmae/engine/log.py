@@ -20,6 +20,8 @@ from video_convmae.errors import UserError
 from .checkpoint import BEST, checkpoint_name
 from .metrics import Values
 
+SCORES = {"top1": "top-1", "box_ap": "box AP", "miou": "mIoU"}  # by which checkpoints are compared, and their names
+
 
 class TooManyBadRecords(UserError, RuntimeError):
     """More records cannot be read than `data.max_bad_fraction` allows."""
@@ -122,6 +124,9 @@ def _progress_line(values: Values) -> str:
         largest = values.get("val_largest_class")
         beside = "" if largest is None else f" (largest class: {largest:.4f})"
         parts.append(f"validation top-1 {values['val_top1']:.4f}{beside}")
+    for name, words in SCORES.items():
+        if name != "top1" and values.get(f"val_{name}") is not None:
+            parts.append(f"validation {words} {values[f'val_{name}']:.4f}")
     if values.get("probe_knn_top1") is not None:
         parts += [
             f"probe: nearest neighbours {values['probe_knn_top1']:.4f}",
@@ -241,11 +246,12 @@ def write_run_metrics(folder: Path, seconds: float) -> None:
     lines = read_json_lines(folder / "log.jsonl")
     metrics = {name: value for line in lines if line["step"] == lines[-1]["step"] for name, value in line.items()}
     metrics["last"] = {"path": f"checkpoints/{checkpoint_name(metrics['step'])}", "step": metrics["step"]}
-    validated = [line for line in lines if line.get("val_top1") is not None]
-    if validated:
-        best = max(validated, key=lambda line: line["val_top1"])  # the first of equals, as checkpoints/best
-        metrics["last"]["top1"] = metrics.get("val_top1")
-        metrics["best"] = {"path": f"checkpoints/{BEST}", "step": best["step"], "top1": best["val_top1"]}
+    for name in SCORES:
+        validated = [line for line in lines if line.get(f"val_{name}") is not None]
+        if validated:
+            best = max(validated, key=lambda line: line[f"val_{name}"])  # the first of equals
+            metrics["last"][name] = metrics.get(f"val_{name}")
+            metrics["best"] = {"path": f"checkpoints/{BEST}", "step": best["step"], name: best[f"val_{name}"]}
     if "loss_nothing" in metrics:
         probes = [line for line in lines if line.get("probe_rank") is not None]
         metrics |= judge_pretraining(metrics.get("loss_pixels", metrics["loss"]), metrics["loss_nothing"], probes)
@@ -297,6 +303,6 @@ def _final_checkpoints(folder: Path, metrics: Values) -> str:
     parts = []
     for name in ("last", "best"):
         if (entry := metrics.get(name)) is not None:
-            top1 = "" if entry.get("top1") is None else f", validation top-1 {entry['top1']:.4f}"
-            parts.append(f"{name} checkpoint {folder / entry['path']} (step {entry['step']}{top1})")
+            scores = [f", validation {words} {entry[n]:.4f}" for n, words in SCORES.items() if entry.get(n) is not None]
+            parts.append(f"{name} checkpoint {folder / entry['path']} (step {entry['step']}{''.join(scores)})")
     return "; ".join(parts)

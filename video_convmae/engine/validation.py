@@ -10,7 +10,7 @@ from torch import nn
 
 from .checkpoint import Saver
 from .distributed import all_gather_object
-from .log import NullLog
+from .log import SCORES, NullLog
 from .metrics import Values
 
 
@@ -60,7 +60,7 @@ class Validator:
         names = [f"{validation.prefix}{name}" for name in ("scored", validation.best) if name]
         measured, *known = all_gather_object([log.values(name) for name in names])[0]
         self._measured = set(measured)
-        self._best = max((top1 for values in known for top1 in values.values() if top1 is not None), default=-math.inf)
+        self._best = max((each for values in known for each in values.values() if each is not None), default=-math.inf)
 
     def is_due(self, step: int) -> bool:
         """Return True if the step is one to measure after."""
@@ -84,9 +84,10 @@ class Validator:
             model = self.validation.build_model()
             model.load_state_dict(weights())
         values = self.validation.measure(model)
-        top1 = None if self.validation.best is None else values.get(self.validation.best)
-        if top1 is not None and top1 > self._best:
-            self._best = top1
+        best = self.validation.best
+        score = None if best is None else values.get(best)
+        if best is not None and score is not None and score > self._best:
+            self._best = score
             self._saver.mark_best(step)
-            self._log.print(f"step {step}: best top-1 so far, {top1:.4f}")
+            self._log.print(f"step {step}: best {SCORES.get(best, best)} so far, {score:.4f}")
         return {f"{self.validation.prefix}{name}": value for name, value in values.items()}
