@@ -30,10 +30,12 @@ from video_convmae.config import (
     FinetuneConfig,
     PretrainConfig,
     TargetConfig,
+    TrainDetectionConfig,
     from_plain,
     to_plain,
 )
 from video_convmae.data.records import ListError, Record, Records
+from video_convmae.dense.detection import Detector
 from video_convmae.engine import checkpoint
 from video_convmae.lists import count_classes
 from video_convmae.models.autoencoder import Autoencoder
@@ -44,7 +46,8 @@ from video_convmae.weights.formats import to_format
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 FINETUNING = [path for path in CONFIGS if path.name.startswith(("finetune", "probe"))]
-PRETRAINING = [path for path in CONFIGS if path not in FINETUNING]
+DETECTION = [path for path in CONFIGS if "detection" in (path.parent.name, path.stem)]
+PRETRAINING = [path for path in CONFIGS if path not in [*FINETUNING, *DETECTION]]
 
 
 def name(path: Path) -> str:
@@ -53,6 +56,12 @@ def name(path: Path) -> str:
 
 def shipped_name(path: Path) -> str:
     return str(path.relative_to(ROOT / "configs").with_suffix(""))
+
+
+def kind_of(path: Path) -> type:
+    if path in DETECTION:
+        return TrainDetectionConfig
+    return FinetuneConfig if path in FINETUNING else PretrainConfig
 
 
 def load(path: Path, *arguments: str) -> PretrainConfig:
@@ -73,7 +82,8 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_opens_with_the_command_that_runs_it(path: Path) -> None:
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    command = "finetune" if path in FINETUNING else "pretrain"
+    kinds = {FinetuneConfig: "finetune", PretrainConfig: "pretrain", TrainDetectionConfig: "train-detection"}
+    command = kinds[kind_of(path)]
     assert re.search(rf"(video-convmae|-m video_convmae) {command} ", " ".join(head[:3]))
     assert f"--config {shipped_name(path)} " in " ".join([*head, ""])
 
@@ -100,7 +110,7 @@ def test_states_what_it_stated_when_it_was_written_out_whole(path: Path) -> None
     whole = json.loads((ROOT / "tests" / "data" / "configurations.json").read_text())[shipped_name(path)]
     inherited = INHERITED.get(shipped_name(path), {})
     assert dict(flatten(read_config(path))) == whole | inherited
-    kind = FinetuneConfig if path in FINETUNING else PretrainConfig
+    kind = kind_of(path)
     defaults = dict(flatten(to_plain(parse(kind, ["--output=x", "--data.train=x"]))))
     assert {field: defaults[field] for field in inherited} == inherited
 
@@ -537,3 +547,29 @@ def test_a_video_run_starts_from_image_weights(videos: Path, tmp_path: Path, cap
     assert torch.equal(video[name], image.state_dict()[name])
     shutil.rmtree(tmp_path / "step_00000001")  # a resumed run does not need its initial weights
     assert pretrain(config) == 4
+
+
+def test_the_numbers_of_detection_are_the_recipes() -> None:
+    """shared/reference/convmae_family.md section 3; steps on the 117,266 pictures with objects of COCO's train2017."""
+    recipes = {
+        "det_base": (8e-5, 1.0, 32, 92_187, 461, "shared", 16, (0, 3, 6, 10), "max_pool", "batch", True),
+        "vitdet_base": (1e-4, 0.8, 16, 184_375, 250, "decomposed", 14, (1, 4, 7, 10), "simple", "channel", False),
+    }
+    for stem, expected in recipes.items():
+        path = ROOT / "configs" / "detection" / f"{stem}.yaml"
+        config = parse(TrainDetectionConfig, [f"--config={path}"])
+        optim, model, augmentation = config.optim, config.model, config.data.augmentation
+        batch = effective_batch(config, path.read_text())
+        per_epoch = 117_266 // batch
+        steps, warmup = round(config.train.epochs * per_epoch), round(optim.warmup_epochs * per_epoch)
+        form = (model.relative_positions, model.window, model.global_blocks, model.pyramid, model.head_norm)
+        assert (optim.lr, optim.layer_decay, batch, steps, warmup, *form, augmentation.pad) == expected
+        assert (optim.weight_decay, optim.betas, model.drop_path) == (0.1, (0.9, 0.999), 0.1)
+        assert (model.relative_size, model.pyramid_width, model.proposals) == (1024, 256, 512)
+        assert (augmentation.size, augmentation.scales, augmentation.flip) == (1024, (0.1, 2.0), True)
+        assert (augmentation.test_shortest, augmentation.test_longest) == (1024, 1024)
+        drops = [round(share * steps) for share in optim.milestones]
+        assert drops == ([163_889, 177_546] if stem == "vitdet_base" else [])
+        with torch.device("meta"):
+            detector = Detector(model, 80)
+        assert 106e6 < sum(p.numel() for p in detector.parameters()) < 110e6  # published: 104 M

@@ -133,10 +133,10 @@ def test_two_processes_take_the_steps_of_one(data: Path, tmp_path: Path, config:
         runs.append(tmp_path / str(count))
         arguments = [*options(data, runs[-1]), f"--train.batch_size={4 // count}", *edits]
         command("train-detection", *arguments, processes=count)
-    for ours, theirs in zip(*map(log, runs), strict=True):
-        for name in ours:
-            if name.startswith("loss") or name == "grad_norm":
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    for step, (ours, theirs) in enumerate(zip(*map(log, runs), strict=True)):
+        for name in ours:  # later: AdamW makes whole steps of the rounding of gradients that are zero
+            if name.startswith("loss") or (name == "grad_norm" and step == 0):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3 if step else 1e-5), name
     tests = []
     for count in (1, 2):
         tests.append(tmp_path / f"test{count}")

@@ -86,6 +86,9 @@ class DetectorConfig(BackboneConfig):
         ValueError: see BackboneConfig; a pyramid without the four levels that the heads read.
     """
 
+    pyramid: Pyramid = "max_pool"
+    """Levels: max_pool, the stages' outputs and a coarser one (DET), or simple, four levels from the last output alone
+    (ViTDet)."""
     head_norm: HeadNorm = "batch"
     """Norm of the feature pyramid network and the heads: batch, over all processes (DET), or channel, a LayerNorm
     (ViTDet)."""
