@@ -16,6 +16,7 @@ from coco_files import rewrite, write_coco
 from states import load_state
 from test_pretrain import ENVIRONMENT
 
+from video_convmae import create_classifier
 from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.parser import parse
 from video_convmae.cli.predict import main as predict
@@ -24,6 +25,7 @@ from video_convmae.config import EvaluateConfig, TrainDetectionConfig
 from video_convmae.data.records import ListError
 from video_convmae.engine.coco import NUMBERS
 from video_convmae.runs import load_detector, run_kind
+from video_convmae.weights.formats import to_format
 
 
 def train(data: Path, output: Path, *edits: str) -> int:
@@ -119,6 +121,18 @@ def test_wrong_data_are_refused_in_one_line(trained: Path, data: Path, tmp_path:
     boxes = rewrite(tmp_path, content)
     with pytest.raises(ListError, match=r"set --model\.masks false"):
         train(boxes, tmp_path / "y", f"--data.root={data.parent / 'pictures'}", "--data.validation=null")
+
+
+def test_a_checkpoint_in_the_released_layout_starts_a_run(data: Path, tmp_path: Path, capsys: Any) -> None:
+    classifier = create_classifier("tiny", num_classes=5, num_frames=1, image_size=32)
+    torch.nn.init.normal_(classifier.encoder.positions)
+    torch.save({"model": to_format(classifier, "convmae")}, tmp_path / "convvit.pth")
+    edits = ("--optim.lr=0", "--train.max_steps=1", "--data.validation=null")
+    assert train(data, tmp_path / "run", f"--init.weights={tmp_path / 'convvit.pth'}", *edits) == 1
+    assert "tensors loaded" in capsys.readouterr().out
+    model, _ = load_detector(tmp_path / "run")
+    name = "attention_blocks.2.mlp.fc1.weight"
+    assert torch.equal(model.backbone.state_dict()[name], classifier.encoder.state_dict()[name])
 
 
 @pytest.mark.slow
