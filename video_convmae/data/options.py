@@ -111,6 +111,33 @@ class JitterConfig:
 
 
 @dataclass(frozen=True)
+class CropConfig:
+    """Pictures of segmentation. In training: resize, crop, flip, distort; in tests: resize to ratio 1."""
+
+    crop: Annotated[int, Bounds(least=1)] = 512
+    """Side of the crop in pixels; smaller pictures are padded with grey, which is ignored."""
+    shortest: Annotated[int, Bounds(least=1)] = 512
+    """Shorter side of a picture at ratio 1, where the longer one allows."""
+    longest: Annotated[int, Bounds(least=1)] = 2048
+    """Longer side of a picture at ratio 1, at most."""
+    ratios: Annotated[tuple[float, float], Bounds(above=0)] = (0.5, 2.0)
+    """Range of the ratio in training."""
+    cat_max: Annotated[float, Bounds(above=0, most=1)] = 0.75
+    """Largest share of a class in a crop, which is else drawn again, at most ten times; 1: any."""
+    flip: bool = True
+    """Mirror half of the pictures."""
+    distortion: bool = True
+    """Distort brightness, contrast, saturation and hue, each of half of the pictures."""
+
+    def __post_init__(self) -> None:
+        least, most = self.ratios
+        if not 0 < least <= most:
+            raise ValueError(
+                f"augmentation.ratios is {list(self.ratios)}; expected numbers above 0, the smaller one first"
+            )
+
+
+@dataclass(frozen=True)
 class ViewConfig:
     """Test views of a record: clips in time x crops in space."""
 

@@ -106,3 +106,19 @@ class DetectorConfig(BackboneConfig):
             )
         if self.head_norm not in get_args(HeadNorm):
             raise ValueError(f"head_norm is {self.head_norm!r}; expected batch or channel")
+
+
+@dataclass(frozen=True)
+class SegmenterConfig(BackboneConfig):
+    """Options of a segmenter: a backbone with UperNet. Defaults of the heads are those of ConvMAE's recipe."""
+
+    head_width: Annotated[int, Bounds(least=1)] = 768
+    """Channels of UperNet."""
+    pools: Annotated[tuple[int, ...], Bounds(least=1)] = (1, 2, 3, 6)
+    """Sides of the grids that UperNet pools the last level to."""
+    head_dropout: Annotated[float, Bounds(least=0, below=1)] = 0.1
+    """Dropout rate of whole channels before the classifiers."""
+    auxiliary_width: Annotated[int, Bounds(least=1)] = 256
+    """Channels of the auxiliary head."""
+    auxiliary_weight: Annotated[float, Bounds(least=0)] = 0.4
+    """Weight of its loss."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from video_convmae.data.datasets import PROPOSALS, sample_generator
 from video_convmae.data.loader import PictureBatch
+from video_convmae.data.segmentation import IGNORED
 
 from .distributed import all_reduce_mean
 from .tasks import Normalizer, Task
@@ -70,3 +71,42 @@ class Detection(Task):
         counts = all_reduce_mean(torch.stack(list(counts.values())))
         losses = torch.stack(list(sums.values())).float() / counts.clamp(min=1e-6)
         return losses.sum(), {f"loss_{name}": loss for name, loss in zip(sums, losses.detach())}
+
+
+class Segmentation(Task):
+    """Semantic segmentation: cross-entropy of both heads, each a mean over the pixels of the batch of all processes.
+
+    Args:
+        model: a `Segmenter`, wrapped or not.
+        normalizer: bytes -> the model's input.
+        losses: logits `(B, K, h, w)`, labels `(B, H, W)` -> the sum over pixels, and their number.
+        auxiliary_weight: of the auxiliary head's loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        normalizer: Normalizer,
+        losses: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        auxiliary_weight: float,
+    ) -> None:
+        self.model = model
+        self.normalizer = normalizer
+        self.losses = losses
+        self.auxiliary_weight = auxiliary_weight
+
+    def __call__(self, batch: PictureBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of the losses, each of them, and the share of pixels that are right."""
+        images = self.normalizer.normalise(torch.stack(batch.images)[:, :, None])[:, :, 0]
+        labels = torch.stack(batch.targets).to(images.device, non_blocking=True)
+        logits, auxiliary = self.model(images)
+        (main, pixels), (second, _) = (self.losses(each, labels) for each in (logits, auxiliary))
+        count = all_reduce_mean(pixels.float()).clamp(min=1)  # a mean of each process's own would weigh its pixels
+        main, second = main / count, second / count
+        with torch.no_grad():
+            small = labels[:, :: images.shape[2] // logits.shape[2], :: images.shape[3] // logits.shape[3]]
+            small = small[:, : logits.shape[2], : logits.shape[3]]
+            seen = small != IGNORED
+            right = ((logits.argmax(dim=1) == small) & seen).sum() / seen.sum().clamp(min=1)
+        values = {"loss_decode": main.detach(), "loss_auxiliary": second.detach(), "train_aacc": right}
+        return main + self.auxiliary_weight * second, values
