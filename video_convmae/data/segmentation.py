@@ -244,7 +244,8 @@ class SegmentationDataset(Dataset[SegmentationSample]):
             return image, torch.from_numpy(target), transform
 
         sample, index, bad_records = read_or_replace(self.records, key, self.seed, self.attempts, read)
-        return SegmentationSample(*sample, index, bad_records)
+        image, target, transform = sample
+        return SegmentationSample(image, target, transform, index, bad_records)
 
 
 @dataclass(eq=False)
@@ -278,7 +279,7 @@ class SegmentationTestDataset(Dataset[SegmentationSample]):
             pixels = np.full((side, side, 3), PADDING, dtype=np.uint8)
             labels = np.full((side, side), IGNORED, dtype=np.uint8)
             bad_records = (BadRecord(index, record.path, str(error)),)
-        transform = whole_picture(*pixels.shape[:2], self.augmentation)
+        transform = whole_picture(pixels.shape[0], pixels.shape[1], self.augmentation)
         target = torch.from_numpy(labels.astype(np.int64))
         return SegmentationSample(transform.picture(pixels), target, transform, index, bad_records)
 
