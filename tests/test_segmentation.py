@@ -138,8 +138,6 @@ def test_ignored_pixels_have_no_loss() -> None:
 class Means(nn.Module):
     """A segmenter whose logits at a pixel are its window's mean and the pixel."""
 
-    classes = 2
-
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
         pixel = images[:, :1]
         return torch.cat([pixel.mean(dim=(2, 3), keepdim=True).expand_as(pixel), pixel], dim=1), None
@@ -148,7 +146,7 @@ class Means(nn.Module):
 @pytest.mark.parametrize("size", [(10, 10), (10, 23), (17, 11), (4, 30), (5, 6)])
 def test_windows_cover_the_picture_and_are_averaged(size: tuple[int, int]) -> None:
     images = torch.randn(2, 3, *size)
-    logits = slide(Means(), images, 10, 7)
+    logits = slide(Means(), images, 10, 7, 2)
     torch.testing.assert_close(logits[:, 1], images[:, 0])
     total, seen = torch.zeros(2, *size), torch.zeros(*size)
     for top in {min(place, max(0, size[0] - 10)) for place in range(0, max(1, size[0] - 10 + 7), 7)}:
@@ -308,7 +306,7 @@ def test_evaluation_does_not_depend_on_the_processes(folder: Path, monkeypatch: 
             model,
             pictures,
             Normalizer((0.5, 0.5, 0.5), (0.2, 0.2, 0.2), device),
-            lambda model, images: slide(model, images, 32, 21),
+            lambda model, images: slide(model, images, 32, 21, 2),
             2,
             DistInfo(rank, ranks, device),
         ).run()

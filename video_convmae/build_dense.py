@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from video_convmae.build import (
@@ -21,27 +21,46 @@ from video_convmae.build import (
     cap_workers,
     load_initial_weights,
 )
-from video_convmae.config import DetectionDataConfig, SourceConfig, TrainDetectionConfig
+from video_convmae.config import (
+    DetectionDataConfig,
+    SegmentationDataConfig,
+    SegmentationTestConfig,
+    SourceConfig,
+    TrainDetectionConfig,
+    TrainSegmentationConfig,
+)
 from video_convmae.data.coco import CocoRecords, read_coco
 from video_convmae.data.datasets import SampleKey
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.decoding.memory import MemoryReader
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.detection import DetectionDataset, DetectionTestDataset
+from video_convmae.data.labels import read_names
 from video_convmae.data.loader import collate_pictures
 from video_convmae.data.options import JitterConfig
 from video_convmae.data.records import ListError
+from video_convmae.data.segmentation import (
+    Labels,
+    SegmentationDataset,
+    SegmentationRecords,
+    SegmentationTestDataset,
+    read_pairs,
+)
 from video_convmae.dense.detection import Detector
-from video_convmae.engine.dense_tasks import Detection
+from video_convmae.dense.segmentation import Segmenter, pixel_losses, slide
+from video_convmae.engine.dense_tasks import Detection, Segmentation
 from video_convmae.engine.detection import DetectionInference, judge_detector
 from video_convmae.engine.distributed import DistInfo, all_gather_object
 from video_convmae.engine.evaluation import write_bad_records
 from video_convmae.engine.metrics import Values
 from video_convmae.engine.optim import Optimization
 from video_convmae.engine.options import Precision
+from video_convmae.engine.segmentation import SegmentationInference
 from video_convmae.engine.tasks import Task
 from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
+from video_convmae.errors import UserError
+from video_convmae.shipped import find_labels
 from video_convmae.weights.load import LoadReport
 
 COARSEST = 64  # stride of the coarsest level that anchors lie on
@@ -206,3 +225,115 @@ def padded_size(side: int) -> tuple[int, int]:
 def test_size(augmentation: JitterConfig) -> tuple[int, int]:
     """Return the height and width that test pictures are padded to; all have the same."""
     return padded_size(max(augmentation.test_longest, augmentation.size if augmentation.pad else 0))
+
+
+# Segmentation
+
+
+def resolve_segmentation(
+    config: TrainSegmentationConfig, info: DistInfo
+) -> tuple[TrainSegmentationConfig, SegmentationRecords, SegmentationRecords | None]:
+    """Read the folders, and decide once what the configuration leaves open: loading processes, precision, classes.
+
+    Returns:
+        The configuration with the classes, the training pictures, and those of the validation.
+
+    Raises:
+        ListError: a folder cannot be used, or the number of classes is not known.
+    """
+    data = config.data
+    records = read_pairs(data.train, data.root, data.train_maps)
+    validation = None
+    if data.validation is not None:
+        validation = read_pairs(data.validation, data.root, data.validation_maps)
+    names = data.labels if isinstance(data.labels, tuple) else None
+    if isinstance(data.labels, str):
+        names = tuple(read_names(find_labels(data.labels)))
+    count = data.num_classes or (None if names is None else len(names))
+    if count is None:
+        raise ListError(
+            "the number of classes is not known: expected data.num_classes (ADE20K: 150), or a file of names, "
+            "data.labels"
+        )
+    if names is not None and len(names) != count:
+        raise ListError(f"data.num_classes is {count} and data.labels has {len(names)} names; expected as many")
+    workers = cap_workers(data.workers, info)
+    data = replace(data, workers=workers, labels=names, num_classes=count)
+    test = replace(config.validate, precision=config.validate.precision or config.train.precision)
+    return replace(config, data=data, validate=test), records, validation
+
+
+def build_segmentation(
+    config: TrainSegmentationConfig,
+    info: DistInfo,
+    records: SegmentationRecords,
+    validation: SegmentationRecords | None,
+) -> Trainer:
+    """Build the trainer of a segmenter, new or resumed; arguments are those that `resolve_segmentation` returns."""
+    torch.manual_seed(config.seed)
+    data = config.data
+    model = Segmenter(config.model, labels_of(data).classes)
+    dataset = SegmentationDataset(records, labels_of(data), data.augmentation, picture_reader(data), config.seed)
+
+    def task(wrapped: nn.Module) -> Segmentation:
+        normalizer = build_normalizer(data, info.device)
+        return Segmentation(wrapped, normalizer, pixel_losses, config.model.auxiliary_weight)
+
+    def load_weights() -> LoadReport | None:
+        return load_initial_weights(config.init, model.backbone, data)
+
+    measured = None if validation is None else build_segmentation_validation(config, info, validation)
+    parts = picture_parts(data, info, model, dataset, records, task, lambda *_: measured, load_weights)
+    return build_trainer(config, info, parts)
+
+
+def build_segmentation_validation(
+    config: TrainSegmentationConfig, info: DistInfo, records: SegmentationRecords
+) -> Validation:
+    """Build the validation of a segmenter by sliding windows: mIoU, mAcc, aAcc, and what cannot be read."""
+    folder, test = Path(config.output) / "validation", config.validate
+
+    def measure(model: nn.Module) -> Values:
+        result = build_segmentation_inference(model, config.data, records, test, info).run()
+        if info.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_bad_records(result.bad_records, folder)
+        return result.metrics() | result.judge()
+
+    def build_model() -> nn.Module:
+        return Segmenter(config.model, labels_of(config.data).classes).to(info.device)
+
+    return Validation(measure, build_model, test.every, every_steps=test.every_steps, best="miou")
+
+
+def build_segmentation_inference(
+    model: nn.Module,
+    data: SegmentationDataConfig,
+    records: SegmentationRecords,
+    test: SegmentationTestConfig,
+    info: DistInfo,
+) -> SegmentationInference:
+    """Build the inference of a segmenter over pictures with label maps."""
+    labels, reader = labels_of(data), ReaderProcess("pyav", data.decode_timeout, max_side=None)
+
+    def logits(model: nn.Module, images: Tensor) -> Tensor:
+        return slide(model, images, test.window, test.stride, labels.classes, test.batch_size)
+
+    return SegmentationInference(
+        model,
+        SegmentationTestDataset(records, labels, data.augmentation, reader),
+        build_normalizer(data, info.device),
+        logits,
+        labels.classes,
+        info,
+        test.precision or "fp32",
+        data.workers,
+        data.start_method,
+    )
+
+
+def labels_of(data: SegmentationDataConfig) -> Labels:
+    """Return what the values of the data's label maps mean."""
+    if data.num_classes is None:
+        raise UserError("data.num_classes is none; expected the number that resolve_segmentation finds")
+    return Labels(data.num_classes, data.zero_is_ignored, data.ignored)

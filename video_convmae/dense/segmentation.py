@@ -128,16 +128,17 @@ def pixel_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def slide(model: Segmenter, images: Tensor, window: int, stride: int, batch: int = 4) -> Tensor:
+def slide(model: nn.Module, images: Tensor, window: int, stride: int, classes: int, batch: int = 4) -> Tensor:
     """Return the mean of the logits of overlapping windows, at the resolution of the images.
 
     Windows start every `stride` pixels, and the last one ends at the border; a smaller picture is one window. Each
     window's logits are resized to its pixels before they are added (mmsegmentation).
 
     Args:
-        model: in evaluation mode.
+        model: a `Segmenter` in evaluation mode.
         images: `(B, 3, H, W)`.
         window, stride: in pixels.
+        classes: K.
         batch: windows that go through the model together.
 
     Returns:
@@ -145,7 +146,7 @@ def slide(model: Segmenter, images: Tensor, window: int, stride: int, batch: int
     """
     count, _, height, width = images.shape
     places = list(product(_starts(height, window, stride), _starts(width, window, stride)))
-    total = torch.zeros(count, model.classes, height, width, device=images.device)
+    total = torch.zeros(count, classes, height, width, device=images.device)
     seen = torch.zeros(1, 1, height, width, device=images.device)
     for start in range(0, len(places), batch):
         some = places[start : start + batch]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from video_convmae.atomic import write_text
 from video_convmae.data.datasets import BadRecord
-from video_convmae.data.loader import PictureBatch, collate_pictures, iter_batches
+from video_convmae.data.loader import collate_pictures, iter_batches
 from video_convmae.data.segmentation import IGNORED, SegmentationTestDataset
 from video_convmae.errors import UserError
 
@@ -133,7 +133,9 @@ class SegmentationInference:
                     bad_records += batch.bad_records
                     if batch.bad_records:
                         continue
-                    predicted = self._predict(batch)
+                    height, width = batch.targets[0].shape
+                    name = self.pictures.records[int(batch.records[0])].path
+                    predicted = self.predict(batch.images[0], (height, width), name)
                     confusion += confusion_matrix(predicted, batch.targets[0], self.classes)
                     if show is not None:
                         show(int(batch.records[0]), batch.images[0], predicted)
@@ -144,15 +146,19 @@ class SegmentationInference:
         return SegmentationResult(sum(matrix for matrix, _ in everyone), count - len(all_bad), all_bad)
 
     @torch.inference_mode()
-    def _predict(self, batch: PictureBatch) -> Tensor:
-        """Return the labels of a picture, at the size of its label map, `(H, W)` int64 on the CPU."""
-        image = self.normalizer.normalise(batch.images[0][None, :, None])[:, :, 0]
-        with autocast(image.device, self.precision):
-            logits = self.logits(self.model, image)
+    def predict(self, image: Tensor, size: tuple[int, int], name: str) -> Tensor:
+        """Return the labels of a picture, `(H, W)` int64 on the CPU. The model is in evaluation mode.
+
+        Args:
+            image: `(3, h, w)` uint8.
+            size: (H, W).
+            name: of the picture, for an error.
+        """
+        pixels = self.normalizer.normalise(image[None, :, None])[:, :, 0]
+        with autocast(pixels.device, self.precision):
+            logits = self.logits(self.model, pixels)
         if not logits.isfinite().all():
-            record = self.pictures.records[int(batch.records[0])].path
-            raise UserError(f"{record}: logits are not finite; try precision bf16 or fp32 for {self.precision}")
-        size = batch.targets[0].shape
+            raise UserError(f"{name}: logits are not finite; try precision bf16 or fp32 for {self.precision}")
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(dim=1)[0].cpu()
 
 
