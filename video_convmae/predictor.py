@@ -179,8 +179,8 @@ def load(
     names: tuple[str, ...] | None = None
     model: Autoencoder | Classifier | Probe
     config: PretrainConfig | FinetuneConfig
-    if kind == "detection":
-        raise UserError(f"{path_or_run} is a detector; expected a classifier or a pretrained model")
+    if kind in ("detection", "segmentation"):
+        raise UserError(f"{path_or_run} is a run of {kind}; expected a classifier or a pretrained model")
     if kind == "pretrain":
         model, config = load_autoencoder(source, bool(ema))
     elif kind == "finetune":

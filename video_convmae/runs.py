@@ -10,8 +10,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from video_convmae.build import build_classifier
-from video_convmae.config import FinetuneConfig, PretrainConfig, TrainDetectionConfig, from_plain
+from video_convmae.config import (
+    FinetuneConfig,
+    PretrainConfig,
+    TrainDetectionConfig,
+    TrainSegmentationConfig,
+    from_plain,
+)
 from video_convmae.dense.detection import Detector
+from video_convmae.dense.segmentation import Segmenter
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
 from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import Autoencoder
@@ -22,7 +29,7 @@ from video_convmae.weights.files import check_finite, read_file, run_config
 Source = str | Path | Checkpoint
 
 
-def run_kind(source: Source) -> Literal["pretrain", "finetune", "detection"] | None:
+def run_kind(source: Source) -> Literal["pretrain", "finetune", "detection", "segmentation"] | None:
     """Return the kind of run that wrote a checkpoint or a file of weights; None: no run of ours."""
     try:
         config = source.config if isinstance(source, Checkpoint) else run_config(Path(source))
@@ -32,6 +39,8 @@ def run_kind(source: Source) -> Literal["pretrain", "finetune", "detection"] | N
         return None
     if "head_norm" in config["model"]:
         return "detection"
+    if "auxiliary_width" in config["model"]:
+        return "segmentation"
     return "finetune" if "mixing" in config else "pretrain"
 
 
@@ -98,6 +107,26 @@ def load_detector(source: Source, ema: bool | None = None) -> tuple[Detector, Tr
     weights, plain = _read(source, ema)
     config = from_plain(TrainDetectionConfig, plain)
     model = Detector(config.model, len(config.data.labels))
+    _fill(model, weights, _path_of(source))
+    return model.eval(), config
+
+
+def load_segmenter(source: Source, ema: bool | None = None) -> tuple[Segmenter, TrainSegmentationConfig]:
+    """Load a segmenter in evaluation mode, and the configuration of its run; the arguments are `load_classifier`'s.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the file is no checkpoint of a segmenter, or holds no average.
+    """
+    if not isinstance(source, Checkpoint):
+        source = find_weights(source)
+    if run_kind(source) != "segmentation":
+        raise UserError(f"{_path_of(source)} is not a checkpoint of `video-convmae train-segmentation`")
+    weights, plain = _read(source, ema)
+    config = from_plain(TrainSegmentationConfig, plain)
+    if config.data.num_classes is None:
+        raise UserError(f"{_path_of(source)} does not say its number of classes; expected data.num_classes in it")
+    model = Segmenter(config.model, config.data.num_classes)
     _fill(model, weights, _path_of(source))
     return model.eval(), config
 

@@ -19,8 +19,9 @@ COMMANDS = {
     "pretrain": "pretrain a masked autoencoder on videos or images",
     "finetune": "finetune or probe a pretrained encoder",
     "train-detection": "train a detector on data in COCO's format",
-    "evaluate": "test a classifier on a list, or a detector",
-    "predict": "print the most probable classes of files, or detect objects",
+    "train-segmentation": "train a segmenter on folders of pictures and label maps",
+    "evaluate": "test a classifier on a list, a detector or a segmenter",
+    "predict": "print the most probable classes of files, detect objects or segment pictures",
     "features": "write the features of every record of a list",
     "reconstruct": "draw masked and reconstructed clips",
     "show-features": "draw what a model computes for one file",
@@ -159,7 +160,7 @@ def _lacks_memory(error: Exception) -> bool:
 
 def help_text() -> str:
     """Return the help of the program: a line for each command."""
-    lines = [f"  {name:17s}{text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:20s}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: video-convmae COMMAND [options]\n",

@@ -9,6 +9,8 @@ read. An image is a record with one view. An interrupted test resumes with the s
 
 A detector is tested on data in COCO's format (--list instances_val2017.json): metrics.json has COCO's twelve numbers of
 boxes and of masks, detections.json the results in COCO's format; --plot draws some pictures (DETECTION.md).
+A segmenter is tested on a folder of pictures with label maps beside (--list images/validation): metrics.json has mIoU,
+mAcc and aAcc, classes.json those of each class; --plot draws the first pictures (SEGMENTATION.md).
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     from video_convmae import build, lists
     from video_convmae.cli.detection import evaluate_detector
+    from video_convmae.cli.segmentation import evaluate_segmenter
     from video_convmae.data.labels import check_labels
     from video_convmae.engine.baselines import compare
     from video_convmae.engine.checkpoint import find_weights
@@ -50,8 +53,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from video_convmae.runs import run_kind
 
     folder = output_folder(config)
-    if run_kind(find_weights(config.weights)) == "detection":
+    kind = run_kind(find_weights(config.weights))
+    if kind == "detection":
         return evaluate_detector(config, folder)
+    if kind == "segmentation":
+        return evaluate_segmenter(config, folder)
     if config.plot:
         import matplotlib.figure  # noqa: F401  # where it is not installed, this is known before the test
     with init_distributed(config.device) as info:

@@ -1,4 +1,4 @@
-"""Print the most probable classes of videos or images, or detect objects on pictures.
+"""Print the most probable classes of videos or images, or detect objects on pictures or segment them.
 
     video-convmae predict runs/k400 clip.mp4 other.webm
     video-convmae predict vit_b_k710.pth frames/ 'others/img_*' --labels kinetics400 --json
@@ -6,7 +6,8 @@
 
 A file may be a video, an image, a folder of frames, or one of several series in a folder (between quotes). The views of
 the run's own test protocol are averaged. A file that cannot be read is reported on stderr; the others are still
-predicted, and the exit status is 1. A detector takes pictures and folders of them, and draws what it finds.
+predicted, and the exit status is 1. A detector or a segmenter takes
+pictures and folders of them, and draws what it finds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from video_convmae.cli.detection import predict_detections
 from video_convmae.cli.parser import CommandLine, within
+from video_convmae.cli.segmentation import predict_segments
 from video_convmae.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--top", type=within(int, least=1), default=5, help="number of classes (default 5)")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each file: file, predictions")
     parser.add_argument("--device", default="auto", help="auto (CUDA if available), cpu, cuda")
-    parser.add_argument("--output", help="of a detector: folder of its pictures and detections.json")
+    parser.add_argument("--output", help="of a detector or a segmenter: folder of its pictures")
     parser.add_argument("--least", type=within(float, least=0, most=1), default=0.5, help="of a detector: score from "
                         "which an object counts (default 0.5)")  # fmt: skip
     args = parser.parse_args(arguments)
@@ -47,9 +49,12 @@ def main(arguments: Sequence[str]) -> int:
     from video_convmae.predictor import load
     from video_convmae.runs import run_kind
 
-    if run_kind(find_weights(args.weights)) == "detection":
-        if args.output is None:
-            raise UserError(f"{args.weights} is a detector: --output DIR names the folder of its pictures")
+    kind = run_kind(find_weights(args.weights))
+    if kind in ("detection", "segmentation") and args.output is None:
+        raise UserError(f"{args.weights} is a run of {kind}: --output DIR names the folder of its pictures")
+    if kind == "segmentation":
+        return predict_segments(args.weights, args.files, Path(args.output), args.device)
+    if kind == "detection":
         return predict_detections(args.weights, args.files, Path(args.output), args.least, args.device)
 
     predictor = load(args.weights, labels=args.labels)
