@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from weight_cases import TINY, scrambled
+from weight_cases import TINY, golden, scrambled
 
+from video_convmae.cli import evaluate, predict, train_segmentation
 from video_convmae.data.datasets import SampleKey
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.decoding.process import ReaderProcess
@@ -31,6 +34,8 @@ from video_convmae.dense.segmentation import IGNORED, AuxiliaryHead, Segmenter, 
 from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.segmentation import SegmentationInference, SegmentationResult, confusion_matrix
 from video_convmae.engine.tasks import Normalizer
+from video_convmae.runs import load_segmenter
+from video_convmae.visualize.segments import overlay, palette
 
 SIZES = {name: value for name, value in TINY.items() if name != "decoder"}
 LEVELS = (6, 8, 10, 10)
@@ -185,7 +190,7 @@ ADE = Labels(2, zero_is_ignored=True)
 
 def dataset(folder: Path, config: CropConfig = SMALL, labels: Labels = ADE, **options: object) -> SegmentationDataset:
     records = read_pairs(folder / "images/training")
-    return SegmentationDataset(records, labels, config, ReaderProcess(), **options)
+    return SegmentationDataset(records, labels, config, ReaderProcess("pyav"), **options)
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_record(folder: Path) -> None:
@@ -261,7 +266,7 @@ def test_a_bad_map_is_replaced_and_named(folder: Path) -> None:
     assert sample.index != 0
     assert "has the value 9" in sample.bad_records[0].error
     records = read_pairs(folder / "images/training")
-    tested = SegmentationTestDataset(records, ADE, SMALL, ReaderProcess())[0]
+    tested = SegmentationTestDataset(records, ADE, SMALL, ReaderProcess("pyav"))[0]
     assert (tested.target == IGNORED).all()
     assert tested.bad_records[0].index == 0
 
@@ -297,7 +302,7 @@ def test_evaluation_does_not_depend_on_the_processes(folder: Path, monkeypatch: 
     """What two ranks compute, added, is what one computes; a bad picture is reported and not scored."""
     (folder / "images/validation/1.png").write_bytes(b"no picture")
     records = read_pairs(folder / "images/validation")
-    pictures = SegmentationTestDataset(records, ADE, SMALL, ReaderProcess())
+    pictures = SegmentationTestDataset(records, ADE, SMALL, ReaderProcess("pyav"))
     device = torch.device("cpu")
     model = segmenter(2).train()
 
@@ -319,3 +324,60 @@ def test_evaluation_does_not_depend_on_the_processes(folder: Path, monkeypatch: 
     assert [record.index for record in whole.bad_records] == [1]
     assert whole.confusion.sum() == 40 * 64 - 64 + 48 * 58 - 58
     assert model.training
+
+
+# Runs
+
+
+def test_overlays_show_the_picture_under_colours() -> None:
+    labels = np.array([[0, 1], [IGNORED, 1]])
+    drawn = np.asarray(overlay(np.full((2, 2, 3), 200, np.uint8), labels, 2))
+    assert (drawn[1, 0] == 200).all()
+    assert (drawn[0, 1] == drawn[1, 1]).all()
+    assert (drawn[0, 0] != drawn[0, 1]).any()
+    assert len(np.unique(palette(150), axis=0)) == 150
+
+
+def test_a_run_from_released_weights_is_tested_and_predicts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Train a few steps from the released layout, evaluate, predict, and resume to the same weights."""
+    weights = golden("convmae")
+    torch.save({"model": weights}, folder / "convmae.pth")
+    widths = [len(weights[f"blocks{stage}.0.norm1.weight"]) for stage in (1, 2, 3)]
+    depths = [len({name.split(".")[1] for name in weights if name.startswith(f"blocks{s}.")}) for s in (1, 2, 3)]
+    ratio = len(weights["blocks3.0.mlp.fc1.bias"]) / widths[2]
+    arguments = [
+        *("--config", "debug/segmentation", "--data.root", str(folder), "--data.train", "images/training"),
+        *("--data.validation", "images/validation", "--data.num_classes", "2", "--data.zero_is_ignored", "true"),
+        *("--data.workers", "0", "--data.augmentation.crop", "32", "--data.augmentation.shortest", "32"),
+        *("--validate.window", "32", "--validate.stride", "21", "--train.epochs", "1", "--train.save_every", "0.4"),
+        *("--model.widths", str(widths), "--model.depths", str(depths), "--model.heads", "2"),
+        *("--model.mlp_ratio", str(ratio), "--init.weights", str(folder / "convmae.pth")),
+    ]
+    run = folder / "run"
+    assert train_segmentation.main([*arguments, "--output", str(run)]) == 0
+    assert "tensors loaded" in capsys.readouterr().out
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert 0 <= last["val_miou"] <= 1
+    before = load_segmenter(run)[0].state_dict()
+    shutil.rmtree(run / "checkpoints" / "step_00000003")
+    assert train_segmentation.main([*arguments, "--output", str(run)]) == 0
+    after = load_segmenter(run)[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    assert evaluate.main(["--weights", str(run), "--output", str(folder / "test"), "--plot"]) == 0
+    metrics = json.loads((folder / "test/metrics.json").read_text())
+    assert metrics["miou"] == last["val_miou"]
+    assert metrics["scored"] == 3
+    assert len(list((folder / "test/pictures").glob("*.png"))) == 3
+    assert len(json.loads((folder / "test/classes.json").read_text())) == 2
+    out = folder / "predicted"
+    assert predict.main([str(run), str(folder / "images/validation"), "--output", str(out)]) == 0
+    label_map = np.asarray(Image.open(out / "00000_0.png"))
+    assert label_map.shape == (40, 64)
+    assert set(np.unique(label_map)) <= {1, 2}
+
+
+def test_the_number_of_classes_must_be_known(folder: Path) -> None:
+    arguments = ["--config", "debug/segmentation", "--data.root", str(folder), "--output", str(folder / "run")]
+    with pytest.raises(ListError, match=r"expected data\.num_classes \(ADE20K: 150\)"):
+        train_segmentation.main(arguments)

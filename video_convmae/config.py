@@ -285,8 +285,12 @@ class TrainDetectionConfig(RunConfig):
 
 @dataclass(frozen=True)
 class SegmentationDataConfig(SourceConfig):
-    """Folders of pictures, and of label maps of the same names: `train` is that of the training pictures."""
+    """Folders of pictures, and of label maps of the same names."""
 
+    train: str
+    """Folder of the training pictures."""
+    root: str = ""
+    """Folder that relative ones are joined to."""
     train_maps: str | None = None
     """Folder of the training label maps; none: the usual one beside (images/training: annotations/training)."""
     validation: str | None = None
