@@ -31,6 +31,7 @@ from video_convmae.config import (
     PretrainConfig,
     TargetConfig,
     TrainDetectionConfig,
+    TrainSegmentationConfig,
     from_plain,
     to_plain,
 )
@@ -47,7 +48,8 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 FINETUNING = [path for path in CONFIGS if path.name.startswith(("finetune", "probe"))]
 DETECTION = [path for path in CONFIGS if "detection" in (path.parent.name, path.stem)]
-PRETRAINING = [path for path in CONFIGS if path not in [*FINETUNING, *DETECTION]]
+SEGMENTATION = [path for path in CONFIGS if "segmentation" in (path.parent.name, path.stem)]
+PRETRAINING = [path for path in CONFIGS if path not in [*FINETUNING, *DETECTION, *SEGMENTATION]]
 
 
 def name(path: Path) -> str:
@@ -61,6 +63,8 @@ def shipped_name(path: Path) -> str:
 def kind_of(path: Path) -> type:
     if path in DETECTION:
         return TrainDetectionConfig
+    if path in SEGMENTATION:
+        return TrainSegmentationConfig
     return FinetuneConfig if path in FINETUNING else PretrainConfig
 
 
@@ -83,6 +87,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_opens_with_the_command_that_runs_it(path: Path) -> None:
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     kinds = {FinetuneConfig: "finetune", PretrainConfig: "pretrain", TrainDetectionConfig: "train-detection"}
+    kinds |= {TrainSegmentationConfig: "train-segmentation"}
     command = kinds[kind_of(path)]
     assert re.search(rf"(video-convmae|-m video_convmae) {command} ", " ".join(head[:3]))
     assert f"--config {shipped_name(path)} " in " ".join([*head, ""])

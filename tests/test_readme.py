@@ -28,13 +28,29 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     *(
         ROOT / f"{name}.md"
-        for name in ("README", "VIDEO", "DETECTION", "PRETRAIN", "FINETUNE", "CONTRIBUTING", "CHANGELOG")
+        for name in (
+            "README",
+            "VIDEO",
+            "DETECTION",
+            "SEGMENTATION",
+            "PRETRAIN",
+            "FINETUNE",
+            "CONTRIBUTING",
+            "CHANGELOG",
+        )
     ),
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "data_lists" / "README.md",
     ROOT / ".github" / "pull_request_template.md",
 ]
-CONFIGURED = ("pretrain", "finetune", "train-detection", "evaluate", "features")  # commands with --help-all
+CONFIGURED = (
+    "pretrain",
+    "finetune",
+    "train-detection",
+    "train-segmentation",
+    "evaluate",
+    "features",
+)  # commands with --help-all
 SUBCOMMANDS = ("make-list", "benchmark")
 
 
@@ -125,7 +141,7 @@ def test_every_configuration_and_key_exists(document: Path) -> None:
         was_renamed = document.name == "CHANGELOG.md" and f"(was `{key}`)" in " ".join(text.split())
         exists = f"--{key}" in known or any(option.startswith(f"--{key}.") for option in known)
         assert is_file or is_code or was_renamed or exists, f"there is no key {key}"
-    for name in re.findall(r"`((?:debug|image|video|detection)/\w+)`", text):
+    for name in re.findall(r"`((?:debug|image|video|detection|segmentation)/\w+)`", text):
         assert find_config(name)
     for name in re.findall(r"`((?:finetune|pretrain|probe)_(?!knn_top1|linear_top1|rank|std)\w+)`", text):
         raise AssertionError(f"write {name} with its folder, as --config takes it")
