@@ -26,31 +26,14 @@ from video_convmae.shipped import find_config, find_labels
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
-    *(
-        ROOT / f"{name}.md"
-        for name in (
-            "README",
-            "VIDEO",
-            "DETECTION",
-            "SEGMENTATION",
-            "PRETRAIN",
-            "FINETUNE",
-            "CONTRIBUTING",
-            "CHANGELOG",
-        )
-    ),
+    *(ROOT / f"{name}.md" for name in ("README", "VIDEO", "DETECTION", "SEGMENTATION", "PRETRAIN", "FINETUNE")),
+    *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG")),
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "data_lists" / "README.md",
     ROOT / ".github" / "pull_request_template.md",
 ]
-CONFIGURED = (
-    "pretrain",
-    "finetune",
-    "train-detection",
-    "train-segmentation",
-    "evaluate",
-    "features",
-)  # commands with --help-all
+# Commands with --help-all.
+CONFIGURED = ("pretrain", "finetune", "train-detection", "train-segmentation", "evaluate", "features")
 SUBCOMMANDS = ("make-list", "benchmark")
 
 
