@@ -108,13 +108,19 @@ def remove_outdated_runs(output: Path) -> None:
     write_text(known, json.dumps(settings, indent=2) + "\n")
 
 
+def pretrain_digits(run: Path, data: Path, seed: int) -> None:
+    """Pretrain on the digits in `data`, unless that is done; an interrupted run resumes."""
+    if is_finished(run):
+        return
+    print(f"\nSeed {seed}, pretraining:", flush=True)
+    edits = [f"--output={run}", f"--seed={seed}", f"--data.train={data / 'train'}"]
+    pretrain(parse(PretrainConfig, [f"--config={CONFIGS['pretrain']}", *edits]))
+    require_finished(run)
+
+
 def train_and_test(folder: Path, data: Path, seed: int) -> dict[str, float]:
     """Carry out all runs of one seed; returns the top-1 of each model on the validation digits."""
-    common = [f"--seed={seed}", f"--data.train={data / 'train'}"]
-    print(f"\nSeed {seed}, pretraining:", flush=True)
-    if not is_finished(folder / "pretrain"):
-        pretrain(parse(PretrainConfig, [f"--config={CONFIGS['pretrain']}", f"--output={folder / 'pretrain'}", *common]))
-        require_finished(folder / "pretrain")
+    pretrain_digits(folder / "pretrain", data, seed)
     common = [f"--seed={seed}", f"--data.train={data / 'labelled'}", f"--data.validation={data / 'validation'}"]
     top1 = {}
     for name, kind in MODELS.items():
