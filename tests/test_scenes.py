@@ -36,7 +36,7 @@ def test_pictures_objects_and_label_maps_agree(folder: Path) -> None:
         for record in records:
             with Image.open(record.path) as picture:
                 assert picture.size == (record.width, record.height)
-            labels = np.asarray(Image.open(folder / "label_maps" / split / f"{Path(record.path).stem}.png"))
+            labels = np.asarray(Image.open(folder / "labels" / split / f"{Path(record.path).stem}.png"))
             drawn = np.zeros_like(labels)
             for each in record.objects:
                 mask = draw_mask(each.segmentation, record.height, record.width) > 0

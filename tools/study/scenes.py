@@ -11,7 +11,7 @@ scenes. Half of the scenes are wider than high, half higher than wide.
 Output, the same bytes for the same settings (with the same versions of the libraries on the same kind of machine):
 `images/SPLIT/*.jpg`; `annotations/instances_SPLIT.json` in COCO's format, with ids of categories that have gaps, the
 masks of whole objects as polygons and those of hidden and handwritten ones as run lengths, always of the visible part;
-`label_maps/SPLIT/*.png`, a grey value a pixel, 0 where no object is, else its class; and, last of all,
+`labels/SPLIT/*.png`, a grey value a pixel, 0 where no object is, else its class; and, last of all,
 `settings.json`: a folder that holds it is complete.
 """
 
@@ -178,13 +178,13 @@ def _make_split(output: Path, split: str, count: int, seed: int) -> dict[str, An
     """Make the pictures and label maps of a split; returns the contents of its COCO file."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for kind in ("images", "label_maps"):
+    for kind in ("images", "labels"):
         (output / kind / split).mkdir(parents=True, exist_ok=True)
     for index in range(count):
         pixels, objects = draw_scene(split, index, seed)
         name = f"{index:05d}"
         Image.fromarray(pixels).save(output / "images" / split / f"{name}.jpg", quality=95)
-        Image.fromarray(label_map(objects, pixels.shape[:2])).save(output / "label_maps" / split / f"{name}.png")
+        Image.fromarray(label_map(objects, pixels.shape[:2])).save(output / "labels" / split / f"{name}.png")
         height, width = pixels.shape[:2]
         images.append({"id": index + 1, "file_name": f"{name}.jpg", "height": height, "width": width})
         annotations += [_annotation(each, index + 1) for each in objects]
