@@ -13,8 +13,8 @@ a detector that finds every object exactly and calls each by the most frequent c
 photograph.
 
 It writes to runs/demo-dense: metrics.json, detections.png and segmentation.png, the scenes in data/, the runs in
-pretrain/, detection/ and segmentation/. An interrupted demo resumes; a finished one is repeated. It exits with an error if a
-detector or a segmenter has learned nothing.
+pretrain/, detection/ and segmentation/. An interrupted demo resumes; a finished one is repeated. It exits with an error
+if a detector or a segmenter has learned nothing.
 """
 
 from __future__ import annotations
