@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: test test-faults test-slow demo demo-image study lint wheel clean
+.PHONY: test test-faults test-slow demo demo-image demo-dense study lint wheel clean
 
 test: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -25,6 +25,9 @@ demo: $(VENV)/.demo
 demo-image: $(VENV)/.demo
 	$(BIN)/python -m tools.study.demo_image --output runs/demo-image
 
+demo-dense: $(VENV)/.dense
+	$(BIN)/python -m tools.study.demo_dense --output runs/demo-dense
+
 study: $(VENV)/.demo
 	$(BIN)/python -m tools.study --output runs/study
 
@@ -32,7 +35,7 @@ wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf $(VENV) dist runs/demo runs/demo-image
+	rm -rf $(VENV) dist runs/demo runs/demo-image runs/demo-dense
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +47,10 @@ $(VENV)/.demo: $(VENV)/.base
 	$(PIP_INSTALL) -e ".[demo]"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.demo
+$(VENV)/.dense: $(VENV)/.demo
+	$(PIP_INSTALL) -e ".[dense]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.dense
 	$(PIP_INSTALL) -e ".[dev,demo,dense,torchcodec,slurm]"
 	touch $@

@@ -47,8 +47,8 @@ from video_convmae.weights.formats import to_format
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 FINETUNING = [path for path in CONFIGS if path.name.startswith(("finetune", "probe"))]
-DETECTION = [path for path in CONFIGS if "detection" in (path.parent.name, path.stem)]
-SEGMENTATION = [path for path in CONFIGS if "segmentation" in (path.parent.name, path.stem)]
+DETECTION = [path for path in CONFIGS if "detection" in (path.parent.name, path.stem.removesuffix("_scenes"))]
+SEGMENTATION = [path for path in CONFIGS if "segmentation" in (path.parent.name, path.stem.removesuffix("_scenes"))]
 PRETRAINING = [path for path in CONFIGS if path not in [*FINETUNING, *DETECTION, *SEGMENTATION]]
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 import time
@@ -31,7 +30,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tools.study.training import is_finished, require_finished
+from tools.study.training import is_finished, remove_runs_of_other_settings, require_finished
 from video_convmae.atomic import write_text
 from video_convmae.cli import run_tool
 from video_convmae.cli.evaluate import evaluate
@@ -100,21 +99,22 @@ def make_digits(folder: Path) -> None:
 def remove_outdated_runs(output: Path) -> None:
     """Remove the runs of a finished demo or of other settings; those of an interrupted one stay and are resumed."""
     settings = {kind: path.read_text(encoding="utf-8") for kind, path in CONFIGS.items()}
-    known, metrics = output / "settings.json", output / "metrics.json"
-    if metrics.exists() or not known.exists() or json.loads(known.read_text(encoding="utf-8")) != settings:
-        for seed in SEEDS:
-            shutil.rmtree(output / f"seed{seed}", ignore_errors=True)
-        metrics.unlink(missing_ok=True)
-    write_text(known, json.dumps(settings, indent=2) + "\n")
+    remove_runs_of_other_settings(output, settings, [f"seed{seed}" for seed in SEEDS])
+
+
+def pretrain_digits(run: Path, data: Path, seed: int, *edits: str) -> None:
+    """Pretrain on the digits in `data`, with edits of the configuration, unless that is done; resume if interrupted."""
+    if is_finished(run):
+        return
+    print(f"\nSeed {seed}, pretraining:", flush=True)
+    common = [f"--output={run}", f"--seed={seed}", f"--data.train={data / 'train'}"]
+    pretrain(parse(PretrainConfig, [f"--config={CONFIGS['pretrain']}", *common, *edits]))
+    require_finished(run)
 
 
 def train_and_test(folder: Path, data: Path, seed: int) -> dict[str, float]:
     """Carry out all runs of one seed; returns the top-1 of each model on the validation digits."""
-    common = [f"--seed={seed}", f"--data.train={data / 'train'}"]
-    print(f"\nSeed {seed}, pretraining:", flush=True)
-    if not is_finished(folder / "pretrain"):
-        pretrain(parse(PretrainConfig, [f"--config={CONFIGS['pretrain']}", f"--output={folder / 'pretrain'}", *common]))
-        require_finished(folder / "pretrain")
+    pretrain_digits(folder / "pretrain", data, seed)
     common = [f"--seed={seed}", f"--data.train={data / 'labelled'}", f"--data.validation={data / 'validation'}"]
     top1 = {}
     for name, kind in MODELS.items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,22 @@ def require_finished(run: Path) -> None:
     """Exit if a signal ended the run: half a run must not be measured."""
     if not is_finished(run):
         sys.exit(f"{run} was interrupted; the same command resumes it")
+
+
+def remove_runs_of_other_settings(output: Path, settings: dict[str, str], runs: Sequence[str]) -> None:
+    """Remove the runs of a finished demo, or of other settings; those of an interrupted one stay and are resumed.
+
+    Args:
+        output: folder of the demo.
+        settings: all that the runs depend on.
+        runs: folders in `output`.
+    """
+    known, metrics = output / "settings.json", output / "metrics.json"
+    if metrics.exists() or not known.exists() or json.loads(known.read_text(encoding="utf-8")) != settings:
+        for run in runs:
+            shutil.rmtree(output / run, ignore_errors=True)
+        metrics.unlink(missing_ok=True)
+    write_text(known, json.dumps(settings, indent=2) + "\n")
 
 
 def pretrain_on(data: Path, run: Path, *edits: str) -> None:
