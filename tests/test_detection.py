@@ -73,6 +73,19 @@ def test_every_parameter_learns(norm: str, pyramid: str) -> None:
         assert parameter.grad.abs().max() > 0, name
 
 
+def test_anchors_are_exact_whatever_the_precision() -> None:
+    """bfloat16, the type of the maps under autocast, has 8 bits: anchors would be off by 4 pixels of 1,024."""
+    model, made = detector(head_norm="batch"), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        hook = model.rpn.anchor_generator.register_forward_hook(lambda *call, d=dtype: made.__setitem__(d, call[2]))
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            model(PICTURES, SIZES, TARGETS, [1, 2])
+        hook.remove()
+    for exact, given in zip(made[torch.float32], made[torch.bfloat16], strict=True):
+        assert torch.equal(exact, given)
+        assert given.dtype == torch.float32
+
+
 def test_losses_of_a_picture_do_not_depend_on_those_beside_it() -> None:
     model = detector(head_norm="channel")
     together, counts = model(PICTURES, SIZES, TARGETS, [1, 2])

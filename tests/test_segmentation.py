@@ -23,6 +23,7 @@ from video_convmae.data.segmentation import (
     Labels,
     SegmentationDataset,
     SegmentationTestDataset,
+    classes_seen,
     distort,
     draw_crop,
     fitted_size,
@@ -34,6 +35,7 @@ from video_convmae.dense.segmentation import IGNORED, AuxiliaryHead, Segmenter, 
 from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.segmentation import SegmentationInference, SegmentationResult, confusion_matrix
 from video_convmae.engine.tasks import Normalizer
+from video_convmae.errors import UserError
 from video_convmae.runs import load_segmenter
 from video_convmae.visualize.segments import overlay, palette
 
@@ -260,6 +262,17 @@ def test_label_maps_are_checked(folder: Path) -> None:
         ADE.read(str(folder / "images/training/0.png"), size)
 
 
+def test_values_that_mean_nothing_are_said(folder: Path) -> None:
+    for classes, zero_is_ignored, ignored in ((3, False, 2), (255, True, 255)):
+        with pytest.raises(ListError, match=rf"data\.ignored is {ignored}, the value of a class"):
+            Labels(classes, zero_is_ignored, ignored)
+    records = read_pairs(folder / "images/training")
+    assert classes_seen(records, ADE) == {0, 1}
+    for path in (folder / "annotations/training").iterdir():  # a binary mask
+        Image.fromarray(np.where(np.arange(64) < 30, 0, 255).astype(np.uint8)[None].repeat(40, 0)).save(path)
+    assert classes_seen(records, Labels(2)) == {0}
+
+
 def test_a_bad_map_is_replaced_and_named(folder: Path) -> None:
     Image.fromarray(np.full((40, 64), 9, np.uint8)).save(folder / "annotations/training/0.png")
     sample = dataset(folder)[SampleKey(0, 0)]
@@ -276,6 +289,9 @@ def test_folders_that_do_not_match_are_errors(folder: Path) -> None:
     assert len(read_pairs("images/validation", folder, "annotations/training")) == 3
     (folder / "annotations/validation/1.png").unlink()
     with pytest.raises(ListError, match=r"1 of the 3 pictures .* have no label map in .*, the first: 1\.png"):
+        read_pairs(folder / "images/validation")
+    shutil.copy(folder / "images/validation/0.png", folder / "images/validation/0.tif")
+    with pytest.raises(ListError, match=r"images/validation holds 2 files named 0; expected one"):
         read_pairs(folder / "images/validation")
     with pytest.raises(ListError, match=r"no label maps were found .*data\.train_maps"):
         read_pairs(folder / "annotations/training")
@@ -367,6 +383,11 @@ def test_a_run_from_released_weights_is_tested_and_predicts(folder: Path, capsys
     assert evaluate.main(["--weights", str(run), "--output", str(folder / "test"), "--plot"]) == 0
     metrics = json.loads((folder / "test/metrics.json").read_text())
     assert metrics["miou"] == last["val_miou"]
+    elsewhere = ["--list", "images/validation", "--maps", "annotations/training"]
+    assert evaluate.main(["--weights", str(run), "--output", str(folder / "other"), *elsewhere]) == 0
+    assert json.loads((folder / "other/metrics.json").read_text())["aacc"] == metrics["aacc"]
+    with pytest.raises(UserError, match=r"needs two or more .* raise train\.batch_size"):
+        train_segmentation.main([*arguments, "--output", str(folder / "one"), "--train.batch_size", "1"])
     assert metrics["scored"] == 3
     assert len(list((folder / "test/pictures").glob("*.png"))) == 3
     assert len(json.loads((folder / "test/classes.json").read_text())) == 2

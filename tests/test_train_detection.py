@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from coco_files import rewrite, write_coco
+from PIL import ExifTags, Image
 from states import load_state
 from test_pretrain import ENVIRONMENT
 
@@ -24,6 +25,7 @@ from video_convmae.cli.train_detection import train_detection
 from video_convmae.config import EvaluateConfig, TrainDetectionConfig
 from video_convmae.data.records import ListError
 from video_convmae.engine.coco import NUMBERS
+from video_convmae.errors import UserError
 from video_convmae.runs import load_detector, run_kind
 from video_convmae.weights.formats import to_format
 
@@ -104,6 +106,13 @@ def test_a_folder_of_pictures_is_predicted(trained: Path, data: Path, tmp_path: 
     assert predict(arguments) == 0
     assert len(list(found.glob("*.png"))) == 4
     assert isinstance(json.loads((found / "detections.json").read_text()), list)
+    turned = Image.new("RGB", (64, 48))
+    turned.getexif()[ExifTags.Base.Orientation] = 6
+    turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
+    assert predict([str(trained), str(tmp_path / "turned.jpg"), "--output", str(found), "--device", "cpu"]) == 0
+    assert Image.open(found / "00000_turned.png").size == (48, 64)
+    with pytest.raises(UserError, match="no --top, --json"):
+        predict([str(trained), str(pictures), "--output", str(found), "--top", "3", "--json"])
     (tmp_path / "broken.png").write_bytes(b"no picture")
     assert predict([str(trained), str(tmp_path / "broken.png"), "--output", str(found), "--device", "cpu"]) == 1
     assert "cannot be read" in capsys.readouterr().err

@@ -569,10 +569,11 @@ def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
     plan = plan_batches(config, info, None if resume_from is None else resume_from.config)
     config = replace(config, train=replace(config.train, effective_batch=plan.global_batch))
     together = plan.per_device * parts.repeats * plan.ranks
-    if together < 2 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+    if together < 2 and any(map(_gives_one_value, model.modules())):
         raise UserError(
-            f"the probe's BatchNorm needs two clips or more in a forward pass of all devices; train.batch_size "
-            f"{config.train.batch_size} on {plan.ranks} devices gives {together}: raise train.batch_size"
+            "BatchNorm over one value of each clip or picture needs two or more of them in a forward pass of all "
+            f"devices; train.batch_size {config.train.batch_size} on {plan.ranks} devices gives {together}: raise "
+            "train.batch_size"
         )
     steps_per_epoch = ResumableBatchSampler(count, plan, config.seed, 0, 0).steps_per_epoch
     wrapped = parallelize(
@@ -619,6 +620,11 @@ def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
         validation=parts.validation(optimization, plan.global_batch),
         resume_from=resume_from,
     )
+
+
+def _gives_one_value(module: nn.Module) -> bool:
+    """Return whether a module gives BatchNorm one value of each sample: a probe's norm, UperNet's coarsest pooling."""
+    return isinstance(module, nn.BatchNorm1d) or (isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size == 1)
 
 
 def _check_resumed(config: RunConfig, train: str, checkpoint: Checkpoint, digest: str, info: DistInfo) -> None:

@@ -44,6 +44,7 @@ from video_convmae.data.segmentation import (
     SegmentationDataset,
     SegmentationRecords,
     SegmentationTestDataset,
+    classes_seen,
     read_pairs,
 )
 from video_convmae.dense.detection import Detector
@@ -259,6 +260,12 @@ def resolve_segmentation(
         raise ListError(f"data.num_classes is {count} and data.labels has {len(names)} names; expected as many")
     workers = cap_workers(data.workers, info)
     data = replace(data, workers=workers, labels=names, num_classes=count)
+    if info.is_main and count > 1 and len(seen := classes_seen(records, labels_of(data))) < 2:
+        print(
+            f"label maps: those looked at in {records.maps} hold the class {min(seen, default='none')} alone; value "
+            f"{data.ignored} is ignored (data.ignored): masks of 0 and 255 need other values",
+            flush=True,
+        )
     test = replace(config.validate, precision=config.validate.precision or config.train.precision)
     return replace(config, data=data, validate=test), records, validation
 

@@ -391,6 +391,8 @@ class EvaluateConfig(InferenceConfig):
     """The list to test on; none: the run's data.validation."""
     labels: str | None = None
     """Class names, for pictures and printed names alone: kinetics400, something_something_v2, or a file."""
+    maps: str | None = None
+    """Of a segmenter: folder of the label maps of list; none: the usual one beside."""
     plot: bool = False
     """Also write confusion.png and classes.png, the accuracy of each class."""
     baselines: bool = False

@@ -38,7 +38,7 @@ def evaluate_detector(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     from video_convmae.engine.evaluation import write_bad_records
     from video_convmae.runs import load_detector
 
-    if given := [name for name in FROM_CLASSIFIERS if getattr(config, name) not in (None, False)]:
+    if given := [name for name in (*FROM_CLASSIFIERS, "maps") if getattr(config, name) not in (None, False)]:
         raise UserError(f"{config.weights} is a detector, which has no {', '.join(given)}; leave it out")
     with init_distributed(config.device) as info:
         model, run = load_detector(config.weights, config.ema)
@@ -109,7 +109,7 @@ def predict_detections(weights: str, files: Sequence[str], output: Path, least: 
     Returns:
         The exit status: 1 if a picture could not be read.
     """
-    from PIL import Image
+    from PIL import ExifTags, Image
 
     from video_convmae.atomic import write_text
     from video_convmae.build_dense import build_detection_inference
@@ -129,6 +129,8 @@ def predict_detections(weights: str, files: Sequence[str], output: Path, least: 
         try:
             with Image.open(file) as picture:
                 width, height = picture.size
+                if picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # turned by 90 degrees when it is read
+                    width, height = height, width
         except (OSError, ValueError) as error:
             failed += 1
             print(f"cannot be read: {file}: {error}", file=sys.stderr, flush=True)

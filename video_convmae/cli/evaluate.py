@@ -58,6 +58,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         return evaluate_detector(config, folder)
     if kind == "segmentation":
         return evaluate_segmenter(config, folder)
+    if config.maps is not None:
+        raise UserError(f"{config.weights} is a classifier, which has no maps; leave it out")
     if config.plot:
         import matplotlib.figure  # noqa: F401  # where it is not installed, this is known before the test
     with init_distributed(config.device) as info:

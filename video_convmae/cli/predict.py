@@ -6,8 +6,8 @@
 
 A file may be a video, an image, a folder of frames, or one of several series in a folder (between quotes). The views of
 the run's own test protocol are averaged. A file that cannot be read is reported on stderr; the others are still
-predicted, and the exit status is 1. A detector or a segmenter takes
-pictures and folders of them, and draws what it finds.
+predicted, and the exit status is 1. A detector or a segmenter takes pictures and folders of them, and draws what it
+finds.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("files", nargs="+", help="videos, images, folders of frames or 'FOLDER/img_*'")
     parser.add_argument("--labels", help="class names: kinetics400, something_something_v2, or a file whose line n "
                         "names class n; default: the run's own")  # fmt: skip
-    parser.add_argument("--top", type=within(int, least=1), default=5, help="number of classes (default 5)")
+    parser.add_argument("--top", type=within(int, least=1), help="number of classes (default 5)")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each file: file, predictions")
     parser.add_argument("--device", default="auto", help="auto (CUDA if available), cpu, cuda")
     parser.add_argument("--output", help="of a detector or a segmenter: folder of its pictures")
-    parser.add_argument("--least", type=within(float, least=0, most=1), default=0.5, help="of a detector: score from "
+    parser.add_argument("--least", type=within(float, least=0, most=1), help="of a detector: score from "
                         "which an object counts (default 0.5)")  # fmt: skip
     args = parser.parse_args(arguments)
 
@@ -50,12 +50,19 @@ def main(arguments: Sequence[str]) -> int:
     from video_convmae.runs import run_kind
 
     kind = run_kind(find_weights(args.weights))
-    if kind in ("detection", "segmentation") and args.output is None:
+    dense = kind in ("detection", "segmentation")
+    foreign = {"labels": dense, "top": dense, "json": dense, "output": not dense, "least": kind != "detection"}
+    if given := [f"--{name}" for name, is_foreign in foreign.items() if is_foreign and getattr(args, name)]:
+        raise UserError(
+            f"{args.weights} is a run of {kind or 'finetune'}, which has no {', '.join(given)}; leave it out"
+        )
+    if dense and args.output is None:
         raise UserError(f"{args.weights} is a run of {kind}: --output DIR names the folder of its pictures")
     if kind == "segmentation":
         return predict_segments(args.weights, args.files, Path(args.output), args.device)
     if kind == "detection":
-        return predict_detections(args.weights, args.files, Path(args.output), args.least, args.device)
+        least = 0.5 if args.least is None else args.least
+        return predict_detections(args.weights, args.files, Path(args.output), least, args.device)
 
     predictor = load(args.weights, labels=args.labels)
     if isinstance(predictor.model, Autoencoder):
@@ -65,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
         predictor.model.to(info.device)
         for file in args.files:
             try:
-                predictions = predictor(file, args.top)
+                predictions = predictor(file, args.top or 5)
             except DecodeError as error:
                 failed += 1
                 print(f"cannot be read: {error}", file=sys.stderr, flush=True)

@@ -45,7 +45,8 @@ def evaluate_segmenter(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         path = config.list or data.validation
         if path is None:
             raise ListError("the run has no data.validation; expected --list: a folder of pictures with label maps")
-        records = read_pairs(path, data.root, None if config.list else data.validation_maps)
+        maps = data.validation_maps if path == data.validation else None
+        records = read_pairs(path, data.root, config.maps or maps)
         precision = config.precision or run.validate.precision or run.train.precision
         test = replace(run.validate, precision=precision)
         inference = build_dense.build_segmentation_inference(model.to(info.device), data, records, test, info)

@@ -7,6 +7,7 @@ folders are found by themselves: the maps of `images/training` lie in `annotatio
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,12 @@ def read_pairs(pictures: str | Path, root: str | Path = "", maps: str | Path | N
         raise ListError(f"{map_folder} is no folder; expected that of the label maps")
     by_stem = {_stem(path, map_folder): str(path.relative_to(map_folder)) for path in _files(map_folder, MAPS)}
     found = _files(folder, PICTURES)
+    for place, files in ((map_folder, _files(map_folder, MAPS)), (folder, found)):
+        if len({_stem(path, place) for path in files}) < len(files):
+            stem, count = Counter(_stem(path, place) for path in files).most_common(1)[0]
+            raise ListError(
+                f"{place} holds {count} files named {stem}; expected one: pictures and maps go by their names"
+            )
     if not found:
         raise ListError(f"{folder} holds no picture; expected files that end with {', '.join(PICTURES)}")
     missing = [path for path in found if _stem(path, folder) not in by_stem]
@@ -146,7 +153,10 @@ def _usual_maps(folder: Path) -> Path:
                 if tried[-1].is_dir():
                     return tried[-1]
     looked = f"looked for {', '.join(map(str, tried))}; " if tried else ""
-    raise ListError(f"no label maps were found for {folder}; {looked}name their folder (data.train_maps)")
+    raise ListError(
+        f"no label maps were found for {folder}; {looked}name their folder: data.train_maps, "
+        "data.validation_maps, or --maps of evaluate"
+    )
 
 
 # Reading
@@ -164,6 +174,14 @@ class Labels:
     classes: int
     zero_is_ignored: bool = False
     ignored: int = IGNORED
+
+    def __post_init__(self) -> None:
+        shift = int(self.zero_is_ignored)
+        if shift <= self.ignored < self.classes + shift:
+            raise ListError(
+                f"data.ignored is {self.ignored}, the value of a class; expected one outside of {shift} to "
+                f"{self.classes - 1 + shift}"
+            )
 
     def read(self, path: str, size: tuple[int, int]) -> np.ndarray:
         """Read a label map: uint8 `(H, W)`, classes and IGNORED.
@@ -194,6 +212,19 @@ class Labels:
                 "ignored pixels: check data.num_classes and data.zero_is_ignored"
             )
         return np.where(ignored, IGNORED, values).astype(np.uint8)
+
+
+def classes_seen(records: SegmentationRecords, labels: Labels, count: int = 32) -> set[int]:
+    """Return the classes of some label maps, evenly chosen; those that cannot be read are left out."""
+    seen: set[int] = set()
+    for index in np.unique(np.linspace(0, len(records) - 1, count).round().astype(int)):
+        try:
+            with decode_errors(records[index].path), Image.open(records[index].map) as image:
+                size = image.size[::-1]
+            seen |= set(np.unique(labels.read(records[index].map, size)).tolist()) - {IGNORED}
+        except DecodeError:
+            continue  # of training: replaced and reported when it is drawn
+    return seen
 
 
 def read_picture(path: str, reader: ReaderProcess | MemoryReader) -> np.ndarray:

@@ -232,13 +232,21 @@ class ProposalHead(RPNHead):
         return [each.float() for each in logits], [each.float() for each in deltas]
 
 
+class Anchors(AnchorGenerator):
+    """torchvision's anchors, always float32: it gives them the type of the maps, and bfloat16 is off by 4 pixels."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Return the anchors of each picture, `(A, 4)`."""
+        return super().forward(image_list, [each.new_empty(each.shape, dtype=torch.float32) for each in feature_maps])
+
+
 class ProposalNetwork(RegionProposalNetwork):
     """torchvision's, with detectron2's settings; its losses are sums."""
 
     fg_bg_sampler: SeededSampler
 
     def __init__(self, channels: int) -> None:
-        anchors = AnchorGenerator(tuple((size,) for size in ANCHORS), ((0.5, 1.0, 2.0),) * len(ANCHORS))
+        anchors = Anchors(tuple((size,) for size in ANCHORS), ((0.5, 1.0, 2.0),) * len(ANCHORS))
         super().__init__(
             anchors,
             ProposalHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2),
