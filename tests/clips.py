@@ -71,6 +71,9 @@ def encode(
                 file.mux(stream.encode(frame))
         for stream in streams:
             file.mux(stream.encode())
+    if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):
+        # The AV1 encoder gives root's process real-time priority: its children would starve all others of the machine.
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 
