@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -27,9 +27,19 @@ from video_convmae.models.probe import Probe
 from video_convmae.weights.files import check_finite, read_file, run_config
 
 Source = str | Path | Checkpoint
+RunKind = Literal["pretrain", "finetune", "detection", "segmentation"]
+Config = TypeVar("Config")
+Model = TypeVar("Model", bound=nn.Module)
+
+COMMANDS: dict[RunKind, str] = {  # that make a run of each kind
+    "pretrain": "pretrain",
+    "finetune": "finetune",
+    "detection": "train-detection",
+    "segmentation": "train-segmentation",
+}
 
 
-def run_kind(source: Source) -> Literal["pretrain", "finetune", "detection", "segmentation"] | None:
+def run_kind(source: Source) -> RunKind | None:
     """Return the kind of run that wrote a checkpoint or a file of weights; None: no run of ours."""
     try:
         config = source.config if isinstance(source, Checkpoint) else run_config(Path(source))
@@ -56,16 +66,9 @@ def load_autoencoder(source: Source, ema: bool = False) -> tuple[Autoencoder, Pr
         FileNotFoundError: there is no checkpoint.
         ValueError: the file is no checkpoint of a pretraining run, or holds no average.
     """
-    if not isinstance(source, Checkpoint):
-        source = find_weights(source)
-    if run_kind(source) != "pretrain":
-        raise UserError(f"{_path_of(source)} is not a checkpoint of `video-convmae pretrain`")
-    weights, plain = _read(source, ema)
-    config = from_plain(PretrainConfig, plain)
-    model = Autoencoder(config.model)
+    weights, config, path = _read_run(source, "pretrain", PretrainConfig, ema)
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("feature_heads.")}
-    _fill(model, weights, _path_of(source))
-    return model.eval(), config
+    return _filled(Autoencoder(config.model), weights, path), config
 
 
 def load_classifier(source: Source, ema: bool | None = None) -> tuple[Classifier | Probe, FinetuneConfig]:
@@ -80,17 +83,8 @@ def load_classifier(source: Source, ema: bool | None = None) -> tuple[Classifier
         FileNotFoundError: there is no checkpoint.
         ValueError: the file is no checkpoint of a finetuning run, or holds no average.
     """
-    if not isinstance(source, Checkpoint):
-        source = find_weights(source)
-    if run_kind(source) != "finetune":
-        raise UserError(f"{_path_of(source)} is not a checkpoint of `video-convmae finetune`")
-    weights, plain = _read(source, ema)
-    config = from_plain(FinetuneConfig, plain)
-    if config.data.num_classes is None:
-        raise UserError(f"{_path_of(source)} does not say its number of classes; expected data.num_classes in it")
-    model = build_classifier(config.model, config.data.num_classes)
-    _fill(model, weights, _path_of(source))
-    return model.eval(), config
+    weights, config, path = _read_run(source, "finetune", FinetuneConfig, ema)
+    return _filled(build_classifier(config.model, _num_classes(config, path)), weights, path), config
 
 
 def load_detector(source: Source, ema: bool | None = None) -> tuple[Detector, TrainDetectionConfig]:
@@ -100,15 +94,8 @@ def load_detector(source: Source, ema: bool | None = None) -> tuple[Detector, Tr
         FileNotFoundError: there is no checkpoint.
         ValueError: the file is no checkpoint of a detector, or holds no average.
     """
-    if not isinstance(source, Checkpoint):
-        source = find_weights(source)
-    if run_kind(source) != "detection":
-        raise UserError(f"{_path_of(source)} is not a checkpoint of `video-convmae train-detection`")
-    weights, plain = _read(source, ema)
-    config = from_plain(TrainDetectionConfig, plain)
-    model = Detector(config.model, len(config.data.labels))
-    _fill(model, weights, _path_of(source))
-    return model.eval(), config
+    weights, config, path = _read_run(source, "detection", TrainDetectionConfig, ema)
+    return _filled(Detector(config.model, len(config.data.labels)), weights, path), config
 
 
 def load_segmenter(source: Source, ema: bool | None = None) -> tuple[Segmenter, TrainSegmentationConfig]:
@@ -118,31 +105,38 @@ def load_segmenter(source: Source, ema: bool | None = None) -> tuple[Segmenter, 
         FileNotFoundError: there is no checkpoint.
         ValueError: the file is no checkpoint of a segmenter, or holds no average.
     """
+    weights, config, path = _read_run(source, "segmentation", TrainSegmentationConfig, ema)
+    return _filled(Segmenter(config.model, _num_classes(config, path)), weights, path), config
+
+
+def _read_run(
+    source: Source, kind: RunKind, config: type[Config], ema: bool | None
+) -> tuple[dict[str, Tensor], Config, Path]:
+    """Read weights, configuration and path of a run of one kind. Raises as `load_classifier` does."""
     if not isinstance(source, Checkpoint):
         source = find_weights(source)
-    if run_kind(source) != "segmentation":
-        raise UserError(f"{_path_of(source)} is not a checkpoint of `video-convmae train-segmentation`")
+    path = source.path if isinstance(source, Checkpoint) else source
+    if run_kind(source) != kind:
+        raise UserError(f"{path} is not a checkpoint of `video-convmae {COMMANDS[kind]}`")
     weights, plain = _read(source, ema)
-    config = from_plain(TrainSegmentationConfig, plain)
+    return weights, from_plain(config, plain), path
+
+
+def _num_classes(config: FinetuneConfig | TrainSegmentationConfig, path: Path) -> int:
     if config.data.num_classes is None:
-        raise UserError(f"{_path_of(source)} does not say its number of classes; expected data.num_classes in it")
-    model = Segmenter(config.model, config.data.num_classes)
-    _fill(model, weights, _path_of(source))
-    return model.eval(), config
+        raise UserError(f"{path} does not say its number of classes; expected data.num_classes in it")
+    return config.data.num_classes
 
 
-def _path_of(source: Checkpoint | Path) -> Path:
-    return source.path if isinstance(source, Checkpoint) else source
-
-
-def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Load the weights of a run into the model of its configuration."""
+def _filled(model: Model, weights: dict[str, Tensor], path: Path) -> Model:
+    """Load the weights of a run into the model of its configuration; return it in evaluation mode."""
     try:
         check_finite(weights)
         model.load_state_dict(weights)
     except (UserError, RuntimeError) as error:
         reason = "" if isinstance(error, UserError) else "its tensors are not those of the configuration in it: "
         raise UserError(f"{path}: {reason}{error}") from error
+    return model.eval()
 
 
 def _read(source: Checkpoint | Path, ema: bool | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
