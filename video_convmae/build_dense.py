@@ -54,7 +54,6 @@ from video_convmae.engine.detection import DetectionInference, judge_detector
 from video_convmae.engine.distributed import DistInfo, all_gather_object
 from video_convmae.engine.evaluation import write_bad_records
 from video_convmae.engine.metrics import Values
-from video_convmae.engine.optim import Optimization
 from video_convmae.engine.options import Precision
 from video_convmae.engine.segmentation import SegmentationInference
 from video_convmae.engine.tasks import Task
@@ -62,7 +61,6 @@ from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
 from video_convmae.errors import UserError
 from video_convmae.shipped import find_labels
-from video_convmae.weights.load import LoadReport
 
 COARSEST = 64  # stride of the coarsest level that anchors lie on
 
@@ -78,25 +76,25 @@ class PictureRecords(Protocol):
 
 
 def picture_parts(
-    data: SourceConfig,
+    config: TrainDetectionConfig | TrainSegmentationConfig,
     info: DistInfo,
-    model: nn.Module,
+    model: Detector | Segmenter,
     dataset: Dataset[Any],
     records: PictureRecords,
     task: Callable[[nn.Module], Task],
-    validation: Callable[[Optimization, int], Validation | None],
-    load_weights: Callable[[], LoadReport | None],
+    validation: Validation | None,
 ) -> Parts:
-    """Return the parts of a run on pictures; the arguments are those of `Parts`."""
+    """Return the parts of a run on pictures, as `Parts` has them; initial weights are the backbone's."""
+    data = config.data
     return Parts(
         model=model,
         data=data,
         dataset=dataset,
         digest=records.digest(),
         task=task,
-        validation=validation,
+        validation=lambda *_: validation,
         try_records=lambda: try_pictures(data, dataset, info),
-        load_weights=load_weights,
+        load_weights=lambda: load_initial_weights(config.init, model.backbone, data),
         collate=collate_pictures,
     )
 
@@ -167,12 +165,8 @@ def build_detection(
     def task(wrapped: nn.Module) -> Detection:
         return Detection(wrapped, build_normalizer(data, info.device), size, config.seed)
 
-    def load_weights() -> LoadReport | None:
-        return load_initial_weights(config.init, model.backbone, data)
-
     measured = None if validation is None else build_detection_validation(config, info, validation)
-    parts = picture_parts(data, info, model, dataset, records, task, lambda *_: measured, load_weights)
-    return build_trainer(config, info, parts)
+    return build_trainer(config, info, picture_parts(config, info, model, dataset, records, task, measured))
 
 
 def build_detection_validation(config: TrainDetectionConfig, info: DistInfo, records: CocoRecords) -> Validation:
@@ -286,12 +280,8 @@ def build_segmentation(
         normalizer = build_normalizer(data, info.device)
         return Segmentation(wrapped, normalizer, pixel_losses, config.model.auxiliary_weight)
 
-    def load_weights() -> LoadReport | None:
-        return load_initial_weights(config.init, model.backbone, data)
-
     measured = None if validation is None else build_segmentation_validation(config, info, validation)
-    parts = picture_parts(data, info, model, dataset, records, task, lambda *_: measured, load_weights)
-    return build_trainer(config, info, parts)
+    return build_trainer(config, info, picture_parts(config, info, model, dataset, records, task, measured))
 
 
 def build_segmentation_validation(

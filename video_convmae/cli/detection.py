@@ -8,16 +8,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from video_convmae.cli.dense import PICTURES, merge_data, pictures_in, print_metrics, refuse_options
 from video_convmae.config import EvaluateConfig
-from video_convmae.errors import UserError
 
-if TYPE_CHECKING:
-    from video_convmae.engine.distributed import DistInfo
-
-PICTURES = "pictures"  # folder of drawn pictures
-FROM_CLASSIFIERS = ("format", "sampling", "stride", "segments", "crops", "crop_pct", "reader", "labels", "baselines")
+NAMES = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50"}
 
 
 def evaluate_detector(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
@@ -38,15 +34,10 @@ def evaluate_detector(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     from video_convmae.engine.evaluation import write_bad_records
     from video_convmae.runs import load_detector
 
-    if given := [name for name in (*FROM_CLASSIFIERS, "maps") if getattr(config, name) not in (None, False)]:
-        raise UserError(f"{config.weights} is a detector, which has no {', '.join(given)}; leave it out")
+    refuse_options(config, "detector", "maps")
     with init_distributed(config.device) as info:
         model, run = load_detector(config.weights, config.ema)
-        data = replace(run.data, root=run.data.root if config.root is None else config.root)
-        data = replace(data, workers=workers_of(config, run.data.workers, info))
-        path = config.list or data.validation
-        if path is None:
-            raise ListError("the run has no data.validation; expected --list: a data set in COCO's format")
+        data, path = merge_data(config, run.data, info, "a data set in COCO's format")
         records = read_coco(path, data.root)
         if records.categories != run.categories:
             raise ListError(
@@ -73,25 +64,8 @@ def evaluate_detector(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
             from video_convmae.visualize.detections import draw_results
 
             draw_results(records, results, folder / PICTURES)
-        print(metrics_line(metrics), flush=True)
-        if metrics["verdict"] is not None:
-            print(metrics["verdict"], flush=True)
+        print_metrics(metrics, NAMES, "no object to score")
         return metrics
-
-
-def workers_of(config: EvaluateConfig, workers: int, info: DistInfo) -> int:
-    """Return the loading processes: the command's, else the run's; no more than there are cores."""
-    from video_convmae.build import cap_workers
-
-    return cap_workers(workers if config.workers is None else config.workers, info)
-
-
-def metrics_line(metrics: dict[str, Any]) -> str:
-    """Format the metrics in a line."""
-    names = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50"}
-    values = [f"{words} {metrics[name]:.2%}" for name, words in names.items() if metrics.get(name) is not None]
-    counts = f"{metrics['scored']} pictures scored, {metrics['failed']} failed"
-    return f"{', '.join(values) or 'no object to score'}; {counts}; {metrics['pictures_per_second']:.2f} pictures/s"
 
 
 def predict_detections(weights: str, files: Sequence[str], output: Path, least: float, device: str) -> int:
@@ -174,16 +148,3 @@ def predict_detections(weights: str, files: Sequence[str], output: Path, least: 
     write_text(output / "detections.json", json.dumps(entries) + "\n")
     print(f"pictures and detections.json are in {output}", flush=True)
     return 1 if failed else 0
-
-
-def pictures_in(files: Sequence[str]) -> list[Path]:
-    """Return pictures, in folders by their names. Raises UserError: there is none."""
-    from video_convmae.data.options import IMAGE_SUFFIXES
-
-    found: list[Path] = []
-    for file in map(Path, files):
-        inside = sorted(file.iterdir()) if file.is_dir() else [file]
-        found += [each for each in inside if not file.is_dir() or each.suffix.lower() in IMAGE_SUFFIXES]
-    if not found:
-        raise UserError(f"{', '.join(files)}: no pictures there; expected files, or a folder with some")
-    return found

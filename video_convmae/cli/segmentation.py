@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from video_convmae.cli.detection import FROM_CLASSIFIERS, PICTURES, pictures_in, workers_of
+from video_convmae.cli.dense import PICTURES, merge_data, pictures_in, print_metrics, refuse_options
 from video_convmae.config import EvaluateConfig
-from video_convmae.errors import UserError
 
 DRAWN = 20  # pictures that `evaluate --plot` draws
+NAMES = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "largest_class_miou": "largest class alone: mIoU"}
 
 
 def evaluate_segmenter(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
@@ -26,25 +26,16 @@ def evaluate_segmenter(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         UserError: an option of classifiers is given.
     """
     from video_convmae import build_dense
-    from video_convmae.data.records import ListError
     from video_convmae.data.segmentation import read_pairs
     from video_convmae.engine.distributed import init_distributed
     from video_convmae.engine.segmentation import write_segmentation
     from video_convmae.runs import load_segmenter
     from video_convmae.visualize.segments import overlay
 
-    given = [name for name in FROM_CLASSIFIERS if getattr(config, name) not in (None, False)]
-    if config.batch_size is not None:
-        given.append("batch_size")
-    if given:
-        raise UserError(f"{config.weights} is a segmenter, which has no {', '.join(given)}; leave it out")
+    refuse_options(config, "segmenter", "batch_size")
     with init_distributed(config.device) as info:
         model, run = load_segmenter(config.weights, config.ema)
-        data = replace(run.data, root=run.data.root if config.root is None else config.root)
-        data = replace(data, workers=workers_of(config, run.data.workers, info))
-        path = config.list or data.validation
-        if path is None:
-            raise ListError("the run has no data.validation; expected --list: a folder of pictures with label maps")
+        data, path = merge_data(config, run.data, info, "a folder of pictures with label maps")
         maps = data.validation_maps if path == data.validation else None
         records = read_pairs(path, data.root, config.maps or maps)
         precision = config.precision or run.validate.precision or run.train.precision
@@ -69,18 +60,8 @@ def evaluate_segmenter(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         names = data.labels if isinstance(data.labels, tuple) else None
         speed = {"seconds": seconds, "pictures_per_second": len(records) / seconds}
         metrics = write_segmentation(result, folder, names, {"weights": config.weights, **speed})
-        print(metrics_line(metrics), flush=True)
-        if metrics["verdict"] is not None:
-            print(metrics["verdict"], flush=True)
+        print_metrics(metrics, NAMES, "no pixel has a class")
         return metrics
-
-
-def metrics_line(metrics: dict[str, Any]) -> str:
-    """Format the metrics in a line."""
-    names = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "largest_class_miou": "largest class alone: mIoU"}
-    values = [f"{words} {metrics[name]:.2%}" for name, words in names.items() if metrics[name] is not None]
-    counts = f"{metrics['scored']} pictures scored, {metrics['failed']} failed"
-    return f"{', '.join(values) or 'no pixel has a class'}; {counts}; {metrics['pictures_per_second']:.2f} pictures/s"
 
 
 def predict_segments(weights: str, files: Sequence[str], output: Path, device: str) -> int:
