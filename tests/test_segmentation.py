@@ -18,6 +18,7 @@ from video_convmae.cli import evaluate, predict, train_segmentation
 from video_convmae.data.datasets import SampleKey
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.decoding.process import ReaderProcess
+from video_convmae.data.dense_transforms import fit
 from video_convmae.data.options import CropConfig
 from video_convmae.data.segmentation import (
     Labels,
@@ -26,7 +27,6 @@ from video_convmae.data.segmentation import (
     classes_seen,
     distort,
     draw_crop,
-    fitted_size,
     read_pairs,
 )
 from video_convmae.data.text import ListError
@@ -233,9 +233,9 @@ def test_a_crop_is_drawn_again_where_one_class_covers_it() -> None:
 
 def test_ratio_one_fits_both_sides() -> None:
     config = CropConfig()
-    assert fitted_size(480, 640, config) == (512, 683)
-    assert fitted_size(100, 1000, config) == (205, 2048)
-    assert fitted_size(480, 640, config, 0.5) == (256, 341)
+    assert fit(480, 640, config.shortest, config.longest) == (512, 683)
+    assert fit(100, 1000, config.shortest, config.longest) == (205, 2048)
+    assert fit(480, 640, 0.5 * config.shortest, 0.5 * config.longest) == (256, 341)
 
 
 def test_distortion_keeps_grey_grey_but_for_brightness() -> None:

@@ -81,8 +81,9 @@ def predict_segments(weights: str, files: Sequence[str], output: Path, device: s
     from PIL import Image
 
     from video_convmae import build_dense
+    from video_convmae.data.datasets import read_picture
     from video_convmae.data.decoding import DecodeError
-    from video_convmae.data.segmentation import SegmentationRecords, read_picture, whole_picture
+    from video_convmae.data.segmentation import SegmentationRecords, whole_picture
     from video_convmae.engine.distributed import init_distributed
     from video_convmae.runs import load_segmenter
     from video_convmae.visualize.segments import overlay

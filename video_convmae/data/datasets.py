@@ -128,6 +128,12 @@ def read_or_replace(
     )
 
 
+def read_picture(path: str, reader: ReaderProcess | MemoryReader) -> np.ndarray:
+    """Return a picture, uint8 `(H, W, 3)`. Raises DecodeError: it cannot be read."""
+    with reader.open(Record(path, format="image")) as opened:
+        return opened.read([0])[0]
+
+
 @dataclass(eq=False)
 class ClipDataset(Dataset[Sample]):
     """Training clips, with masks where a task hides tokens.

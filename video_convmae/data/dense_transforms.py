@@ -120,12 +120,17 @@ def draw_jitter(
     return PictureTransform((height, width), resized, crop, frame, top, left, config.flip and numbers[0] < 0.5)
 
 
+def fit(height: int, width: int, shortest: float, longest: float) -> tuple[int, int]:
+    """Return (height, width) of a picture whose shorter side is `shortest`, or less where the longer would be above."""
+    scale = min(shortest / min(height, width), longest / max(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
 def resize_for_test(height: int, width: int, config: JitterConfig) -> PictureTransform:
     """Return the transform of a test picture: shorter side to `test_shortest`, longer to `test_longest` at most.
 
     Where training pads, a picture that fits into the training size is padded to it too.
     """
-    scale = min(config.test_shortest / min(height, width), config.test_longest / max(height, width))
-    resized = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    resized = fit(height, width, config.test_shortest, config.test_longest)
     pads = config.pad and max(resized) <= config.size
     return PictureTransform((height, width), resized, resized, (config.size, config.size) if pads else resized)

@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .coco import CocoRecord, CocoRecords
-from .datasets import BadRecord, SampleKey, read_or_replace
+from .datasets import BadRecord, SampleKey, read_or_replace, read_picture
 from .decoding import DecodeError
 from .decoding.memory import MemoryReader
 from .decoding.process import ReaderProcess
 from .dense_transforms import PADDING, PictureTransform, draw_jitter, resize_for_test
 from .masks import Segmentation, draw_mask, tight_box
 from .options import JitterConfig
-from .records import Record
 
 
 class DetectionSample(NamedTuple):
@@ -110,8 +109,7 @@ class DetectionTestDataset(Dataset[DetectionSample]):
 
 def read_pixels(record: CocoRecord, reader: ReaderProcess | MemoryReader) -> np.ndarray:
     """Return a picture, uint8 `(H, W, 3)`. Raises DecodeError: it cannot be read, or has not the size of the JSON."""
-    with reader.open(Record(record.path, format="image")) as opened:
-        pixels = opened.read([0])[0]
+    pixels = read_picture(record.path, reader)
     if pixels.shape[:2] != (record.height, record.width):
         height, width = pixels.shape[:2]
         turned = " (turned as its EXIF data says)" if (width, height) == (record.height, record.width) else ""

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from video_convmae.bounds import Bounds
+from video_convmae.bounds import Bounds, check_bounds
 
 ListFormat = Literal["video", "frames", "image"]
 ReaderName = Literal["auto", "torchcodec", "pyav", "decord", "torchcodec_cuda"]
@@ -64,10 +64,7 @@ class AugmentationConfig:
             raise ValueError(f"augmentation.crop is {self.crop!r}; expected 'multi_scale', 'random_resized' or 'whole'")
         if not all(0 < scale <= 1 for scale in self.scales) or not self.scales:
             raise ValueError(f"augmentation.scales is {self.scales}; expected numbers above 0 and up to 1")
-        for name in ("area", "aspect"):
-            least, most = getattr(self, name)
-            if least > most:
-                raise ValueError(f"augmentation.{name} is {[least, most]}; expected the smaller number first")
+        _check_order(self, "area", "aspect")
         if not 0 <= self.reprob <= 1:
             raise ValueError(f"augmentation.reprob is {self.reprob}; expected a probability, from 0 to 1")
         if self.rand_augment is not None and not _RAND_AUGMENT.fullmatch(self.rand_augment):
@@ -100,14 +97,8 @@ class JitterConfig:
     """Longer side of a test picture in pixels, at most."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "test_shortest", "test_longest"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"augmentation.{name} is {getattr(self, name)}; expected pixels, 1 or more")
-        least, most = self.scales
-        if not 0 < least <= most:
-            raise ValueError(
-                f"augmentation.scales is {list(self.scales)}; expected numbers above 0, the smaller one first"
-            )
+        check_bounds(self, "augmentation.{}")
+        _check_order(self, "scales")
 
 
 @dataclass(frozen=True)
@@ -130,11 +121,16 @@ class CropConfig:
     """Distort brightness, contrast, saturation and hue, each of half of the pictures."""
 
     def __post_init__(self) -> None:
-        least, most = self.ratios
-        if not 0 < least <= most:
-            raise ValueError(
-                f"augmentation.ratios is {list(self.ratios)}; expected numbers above 0, the smaller one first"
-            )
+        check_bounds(self, "augmentation.{}")
+        _check_order(self, "ratios")
+
+
+def _check_order(augmentation: object, *names: str) -> None:
+    """Raise a ValueError if a range of an augmentation begins with the larger number."""
+    for name in names:
+        least, most = getattr(augmentation, name)
+        if least > most:
+            raise ValueError(f"augmentation.{name} is {[least, most]}; expected the smaller number first")
 
 
 @dataclass(frozen=True)

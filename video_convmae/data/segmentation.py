@@ -19,14 +19,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .datasets import BadRecord, SampleKey, read_or_replace
+from .datasets import BadRecord, SampleKey, read_or_replace, read_picture
 from .decoding import DecodeError
 from .decoding.errors import decode_errors
 from .decoding.memory import MemoryReader
 from .decoding.process import ReaderProcess
-from .dense_transforms import PADDING, PictureTransform
+from .dense_transforms import PADDING, PictureTransform, fit
 from .options import CropConfig
-from .records import Record
 from .text import ListError
 
 IGNORED = 255  # as in dense/segmentation.py, which data does not import
@@ -114,14 +113,12 @@ def read_pairs(pictures: str | Path, root: str | Path = "", maps: str | Path | N
     map_folder = _usual_maps(folder) if maps is None else Path(root, maps)
     if not map_folder.is_dir():
         raise ListError(f"{map_folder} is no folder; expected that of the label maps")
-    by_stem = {_stem(path, map_folder): str(path.relative_to(map_folder)) for path in _files(map_folder, MAPS)}
-    found = _files(folder, PICTURES)
-    for place, files in ((map_folder, _files(map_folder, MAPS)), (folder, found)):
-        if len({_stem(path, place) for path in files}) < len(files):
-            stem, count = Counter(_stem(path, place) for path in files).most_common(1)[0]
-            raise ListError(
-                f"{place} holds {count} files named {stem}; expected one: pictures and maps go by their names"
-            )
+    maps_found, found = _files(map_folder, MAPS), _files(folder, PICTURES)
+    for place, files in ((map_folder, maps_found), (folder, found)):
+        stem, count = Counter(_stem(path, place) for path in files).most_common(1)[0] if files else ("", 0)
+        if count > 1:
+            raise ListError(f"{place} holds {count} files named {stem}; expected one: maps are found by name")
+    by_stem = {_stem(path, map_folder): str(path.relative_to(map_folder)) for path in maps_found}
     if not found:
         raise ListError(f"{folder} holds no picture; expected files that end with {', '.join(PICTURES)}")
     missing = [path for path in found if _stem(path, folder) not in by_stem]
@@ -183,8 +180,12 @@ class Labels:
                 f"{self.classes - 1 + shift}"
             )
 
-    def read(self, path: str, size: tuple[int, int]) -> np.ndarray:
+    def read(self, path: str, size: tuple[int, int] | None = None) -> np.ndarray:
         """Read a label map: uint8 `(H, W)`, classes and IGNORED.
+
+        Args:
+            path: of the map.
+            size: (H, W) of its picture; None: not known.
 
         Raises:
             DecodeError: it cannot be read, is no map, has another size than its picture, or a value that is no class.
@@ -195,7 +196,7 @@ class Labels:
                     f"{path}: has the channels {image.mode}; expected a label map of one, whose values are classes"
                 )
             values = np.asarray(image).astype(np.int64)
-        if values.shape != size:
+        if size is not None and values.shape != size:
             raise DecodeError(
                 f"{path}: is {values.shape[1]}x{values.shape[0]} and its picture {size[1]}x{size[0]}; expected equal"
             )
@@ -219,18 +220,10 @@ def classes_seen(records: SegmentationRecords, labels: Labels, count: int = 32) 
     seen: set[int] = set()
     for index in np.unique(np.linspace(0, len(records) - 1, count).round().astype(int)):
         try:
-            with decode_errors(records[index].path), Image.open(records[index].map) as image:
-                size = image.size[::-1]
-            seen |= set(np.unique(labels.read(records[index].map, size)).tolist()) - {IGNORED}
+            seen |= set(np.unique(labels.read(records[index].map)).tolist()) - {IGNORED}
         except DecodeError:
             continue  # of training: replaced and reported when it is drawn
     return seen
-
-
-def read_picture(path: str, reader: ReaderProcess | MemoryReader) -> np.ndarray:
-    """Return a picture, uint8 `(H, W, 3)`."""
-    with reader.open(Record(path, format="image")) as opened:
-        return opened.read([0])[0]
 
 
 # Data sets
@@ -318,15 +311,9 @@ class SegmentationTestDataset(Dataset[SegmentationSample]):
 # Transforms
 
 
-def fitted_size(height: int, width: int, config: CropConfig, ratio: float = 1.0) -> tuple[int, int]:
-    """Return the size of a picture whose shorter and longer side are at most `config.shortest`, `longest` x ratio."""
-    scale = min(config.shortest * ratio / min(height, width), config.longest * ratio / max(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-
-
 def whole_picture(height: int, width: int, config: CropConfig) -> PictureTransform:
     """Return the transform of a test picture: resized as at ratio 1."""
-    size = fitted_size(height, width, config)
+    size = fit(height, width, config.shortest, config.longest)
     return PictureTransform((height, width), size, size, size)
 
 
@@ -341,7 +328,8 @@ def draw_crop(labels: np.ndarray, config: CropConfig, generator: torch.Generator
     numbers = torch.rand(2 + 2 * CROP_ATTEMPTS, generator=generator, dtype=torch.float64).tolist()
     height, width = labels.shape
     least, most = config.ratios
-    resized = fitted_size(height, width, config, least + numbers[1] * (most - least))
+    ratio = least + numbers[1] * (most - least)
+    resized = fit(height, width, config.shortest * ratio, config.longest * ratio)
     crop = min(resized[0], config.crop), min(resized[1], config.crop)
     frame = (config.crop, config.crop)
     flip = config.flip and numbers[0] < 0.5
