@@ -253,17 +253,23 @@ class DetectionDataConfig(SourceConfig):
 
 
 @dataclass(frozen=True)
-class DetectionTestConfig:
-    """Validation while a detector is trained, and its tests."""
+class PictureTestConfig:
+    """Validation while a detector or a segmenter is trained, and its tests."""
 
     every: Annotated[float, Bounds(above=0)] = 1.0
     """Epochs between two validations; the last step is always followed by one."""
     every_steps: Annotated[int | None, Bounds(least=1)] = None
     """Optimizer steps between two validations; replaces every."""
-    batch_size: Annotated[int, Bounds(least=1)] = 1
-    """Pictures that go through the model together; a score may depend on it in the last bits."""
     precision: Precision | None = None
     """Autocast type; none: that of the training."""
+
+
+@dataclass(frozen=True)
+class DetectionTestConfig(PictureTestConfig):
+    """Validation while a detector is trained, and its tests."""
+
+    batch_size: Annotated[int, Bounds(least=1)] = 1
+    """Pictures that go through the model together; a score may depend on it in the last bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,21 +316,15 @@ class SegmentationDataConfig(SourceConfig):
 
 
 @dataclass(frozen=True)
-class SegmentationTestConfig:
+class SegmentationTestConfig(PictureTestConfig):
     """Validation while a segmenter is trained, and its tests."""
 
-    every: Annotated[float, Bounds(above=0)] = 1.0
-    """Epochs between two validations; the last step is always followed by one."""
-    every_steps: Annotated[int | None, Bounds(least=1)] = None
-    """Optimizer steps between two validations; replaces every."""
     window: Annotated[int, Bounds(least=1)] = 512
     """Side of the sliding window in pixels."""
     stride: Annotated[int, Bounds(least=1)] = 341
     """Pixels from one window to the next, at most the side."""
     batch_size: Annotated[int, Bounds(least=1)] = 4
     """Windows of a picture that go through the model together."""
-    precision: Precision | None = None
-    """Autocast type; none: that of the training."""
 
     def __post_init__(self) -> None:
         if self.stride > self.window:
