@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from video_convmae import create_autoencoder, create_classifier, masking
-from video_convmae.build import build_optimization
+from video_convmae.build_trainer import build_optimization
 from video_convmae.data.loader import Batch
 from video_convmae.data.mixing import Mixing
 from video_convmae.data.options import MixingConfig

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_state
 
-from video_convmae.build import plan_batches
+from video_convmae.build_trainer import plan_batches
 from video_convmae.config import DataConfig, FinetuneConfig, LabelledDataConfig, PretrainConfig
 from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.options import TrainConfig

@@ -20,7 +20,7 @@ from states import load_state
 from torch import Tensor, nn
 
 from video_convmae import create_autoencoder
-from video_convmae.build import build_optimization
+from video_convmae.build_trainer import build_optimization
 from video_convmae.data.datasets import BadRecord
 from video_convmae.data.loader import Batch
 from video_convmae.engine import checkpoint

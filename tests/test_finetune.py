@@ -17,7 +17,7 @@ from clips import encode
 from states import load_state
 
 from video_convmae import create_autoencoder, create_classifier
-from video_convmae.build import build_optimization
+from video_convmae.build_trainer import build_optimization
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.config import FinetuneConfig

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from video_convmae import create_autoencoder, create_classifier, masking
-from video_convmae.build import build_optimization
+from video_convmae.build_trainer import build_optimization
 from video_convmae.data.loader import Batch
 from video_convmae.data.mixing import Mixing
 from video_convmae.data.options import MixingConfig

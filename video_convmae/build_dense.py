@@ -1,6 +1,6 @@
 """A configuration of a dense task -> model, data, trainer: detection and segmentation, beside build.py.
 
-What both kinds of build need (the assembling of a trainer, optimizer, initial weights) is in build.py.
+What it shares with clips is in build.py (initial weights) and build_trainer.py.
 """
 
 from __future__ import annotations
@@ -14,13 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from video_convmae.build import (
-    Parts,
-    build_normalizer,
-    build_trainer,
-    cap_workers,
-    load_initial_weights,
-)
+from video_convmae.build import build_normalizer, cap_workers, load_initial_weights
+from video_convmae.build_trainer import Parts, build_trainer
 from video_convmae.config import (
     DetectionDataConfig,
     SegmentationDataConfig,
