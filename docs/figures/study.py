@@ -58,7 +58,8 @@ def draw_study(path: Path) -> None:
         x, y = axes.place(longest, mean)
         drawing.text(x + 12, y + 5, f"{label}: {mean:.0%}", 14, "start", fill=colour)
     spread = "one seed" if seeds == 1 else f"mean and standard deviation of {seeds} seeds"
-    commits = ", ".join(sorted({row["commit"] for row in few}))
+    drawn = {PRETRAINED, *(name for name, *_ in OTHERS)}
+    commits = ", ".join(sorted({row["commit"] for row in few if row["model"] in drawn}))
     note = f"Measured here ({spread}) at commit {commits}; digits and photographs of the test are in no training clip."
     drawing.text(14, 412, note, 13, "start")
     drawing.write(path)
