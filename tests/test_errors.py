@@ -316,6 +316,9 @@ def test_errors_of_the_system_say_what_to_do(error: Exception, message: str, cap
     assert message in error_of(capsys)
 
 
+WITH_CONFIGURATION = ("pretrain", "finetune", "train-detection", "train-segmentation", "evaluate", "features")
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_advice_where_memory_ran_out_names_options_of_the_command(command: str, capsys: pytest.CaptureFixture) -> None:
     def work() -> None:
@@ -325,7 +328,7 @@ def test_advice_where_memory_ran_out_names_options_of_the_command(command: str, 
     advice = error_of(capsys).partition("9 bytes; ")[2]
     assert advice
     with pytest.raises(SystemExit):
-        cli.run(command, ["--help-all" if command in ("pretrain", "finetune", "evaluate", "features") else "--help"])
+        cli.run(command, ["--help-all" if command in WITH_CONFIGURATION else "--help"])
     said = capsys.readouterr().out
     for option in re.findall(r"--\w+|\w+\.\w+", advice):
         assert option.lstrip("-") in said, option

@@ -51,9 +51,12 @@ TRAINING_ADVICE = (
     "expected a smaller train.batch_size, model.num_frames or model.image_size, fewer data.workers, or "
     "train.activation_checkpointing all"
 )
+DENSE_ADVICE = "expected a smaller train.batch_size or {}, fewer data.workers, or train.activation_checkpointing all"
 MEMORY_ADVICE = {  # by command
     "pretrain": TRAINING_ADVICE,
     "finetune": TRAINING_ADVICE,
+    "train-detection": DENSE_ADVICE.format("data.augmentation.size"),
+    "train-segmentation": DENSE_ADVICE.format("data.augmentation.crop"),
     "evaluate": "expected a smaller --batch_size, or fewer --workers, --segments or --crops",
     "features": "expected a smaller --batch_size, or fewer --workers, --segments or --crops",
     "check-videos": "expected fewer --workers",

@@ -25,12 +25,11 @@ from .decoding.errors import decode_errors
 from .decoding.memory import MemoryReader
 from .decoding.process import ReaderProcess
 from .dense_transforms import PADDING, PictureTransform, fit
-from .options import CropConfig
+from .options import IMAGE_SUFFIXES, CropConfig
 from .text import ListError
 
 IGNORED = 255  # as in dense/segmentation.py, which data does not import
 CROP_ATTEMPTS = 10  # draws of a crop in which one class covers too much (mmsegmentation)
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAPS = (".png", ".bmp", ".tif", ".tiff")
 # Folders of pictures and of maps that data sets use: ADE20K, mmsegmentation, others.
 FOLDERS = (("images", "annotations"), ("img_dir", "ann_dir"), ("images", "labels"), ("images", "masks"))
@@ -113,14 +112,14 @@ def read_pairs(pictures: str | Path, root: str | Path = "", maps: str | Path | N
     map_folder = _usual_maps(folder) if maps is None else Path(root, maps)
     if not map_folder.is_dir():
         raise ListError(f"{map_folder} is no folder; expected that of the label maps")
-    maps_found, found = _files(map_folder, MAPS), _files(folder, PICTURES)
+    maps_found, found = _files(map_folder, MAPS), _files(folder, IMAGE_SUFFIXES)
     for place, files in ((map_folder, maps_found), (folder, found)):
         stem, count = Counter(_stem(path, place) for path in files).most_common(1)[0] if files else ("", 0)
         if count > 1:
             raise ListError(f"{place} holds {count} files named {stem}; expected one: maps are found by name")
     by_stem = {_stem(path, map_folder): str(path.relative_to(map_folder)) for path in maps_found}
     if not found:
-        raise ListError(f"{folder} holds no picture; expected files that end with {', '.join(PICTURES)}")
+        raise ListError(f"{folder} holds no picture; expected files that end with {', '.join(IMAGE_SUFFIXES)}")
     missing = [path for path in found if _stem(path, folder) not in by_stem]
     if missing:
         raise ListError(
