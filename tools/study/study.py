@@ -159,7 +159,7 @@ FEW_LABELS = Measurement("how", "finetune", 200, 400)
 MEASUREMENTS = (
     FEW_LABELS,
     Measurement("how", "finetune", 1000, 400),
-    # With the mean over tokens *what* stays at chance: a digit is few of the 64 tokens. `motion` pools maxima as well.
+    # With the mean over tokens *what* stays at chance: a digit is few of the 64 tokens (docs/results.md).
     Measurement("what", "finetune", 10_000, 2000, (*UNMIXED, "--validate.every_steps=200", "--model.pool=motion")),
     Measurement("how", "attentive", 1000, 1000, (*PROBE, "--model.probe=attentive")),
     Measurement("how", "linear", 1000, 1000, (*PROBE, "--model.probe=linear", "--optim.lr=1e-2")),
