@@ -35,7 +35,7 @@ class Classifier(nn.Module):
         check_num_classes(num_classes)
         if config.probe is not None:
             raise ValueError(f"probe is {config.probe!r}; expected none in a Classifier: build a Probe")
-        self.config = config
+        self.config, self.num_classes = config, num_classes
         self.encoder = Encoder(config)
         width = pooled_width(config, config.pool)
         self.norm = nn.LayerNorm(width, eps=1e-6)

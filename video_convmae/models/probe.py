@@ -46,6 +46,7 @@ class Probe(FusedEncoder):
     def __init__(self, config: ClassifierConfig, num_classes: int) -> None:
         check_num_classes(num_classes)
         super().__init__(config, config.msd)
+        self.num_classes = num_classes
         self.requires_grad_(False)
         width, pooled = self.encoder.width, pooled_width(config, config.pool)
         self.head: LinearHead | AttentiveHead | KNNHead | LogisticHead
@@ -248,7 +249,7 @@ class KNNHead(nn.Module):
         if not len(self.features):
             raise RuntimeError("no features are stored yet: call fit(), or finetune with model.probe knn")
         with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 cannot tell near neighbours apart
-            cosines = self.embed(tokens) @ self.features.T
+            cosines = self.embed(tokens) @ self.features.float().T
             nearest = cosines.topk(min(self.neighbours, len(self.features)), dim=1)
             votes = torch.zeros(len(tokens), self.num_classes, device=tokens.device)
             votes.scatter_add_(1, self.labels[nearest.indices], (nearest.values / self.temperature).exp())
