@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from video_convmae.errors import UserError
 
 from .autoencoder import FusedEncoder
-from .classifier import check_num_classes, init_head
+from .classifier import PretrainedHead, check_num_classes, init_head
 from .encoder import Features, init_as_convolution, init_as_transformer
 from .pooling import pool_features, pooled_width
 from .sizes import ClassifierConfig, Pool, ProbeKind, apply_overrides
 
 
-class Probe(FusedEncoder):
+class Probe(FusedEncoder, PretrainedHead):
     """A head on pretrained features: encoder, fusion and norm stay frozen, only the head is trained.
 
     The features are an autoencoder's, after fusion and the norm over tokens; `load_weights` fills those parts by their
@@ -42,6 +42,8 @@ class Probe(FusedEncoder):
     Raises:
         ValueError: fewer than one class, or the options of a classifier.
     """
+
+    architecture = "Probe"
 
     def __init__(self, config: ClassifierConfig, num_classes: int) -> None:
         check_num_classes(num_classes)
