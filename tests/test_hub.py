@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -245,3 +246,18 @@ def test_the_configuration_stays_one_of_a_run(tmp_path: Path) -> None:
     assert isinstance(back, PretrainConfig)
     assert back.model == loaded.config.model
     assert (back.output, back.data.train, back.data.root) == ("", "", "")
+
+
+def test_the_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "interoperability.md").read_text("utf-8")
+    folder, of_timm = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    run_of("classifier", tmp_path).rename(tmp_path / "own")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "own").rename(tmp_path / "runs" / "own")
+    monkeypatch.chdir(tmp_path)
+    exec(folder, {})
+    exec(of_timm, {})
+    assert capsys.readouterr().out.splitlines() == [
+        f"True {METRICS}",
+        "[(48, 56, 80), (96, 28, 40), (192, 14, 20)]",
+    ]
