@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from math import prod
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -159,34 +158,34 @@ class EncoderConfig:
                 value = defaults[option.name]
             object.__setattr__(self, option.name, tuple(value) if isinstance(value, list) else value)
 
-    @cached_property
+    @property
     def patch(self) -> int:
         """Pixels along a token's side."""
         return prod(self.strides)
 
-    @cached_property
+    @property
     def grid(self) -> tuple[int, int, int]:
         """Token grid (t, h, w)."""
         _, frames, height, width = self.clip_shape
         return frames // self.tubelet, height // self.patch, width // self.patch
 
-    @cached_property
+    @property
     def kernel(self) -> tuple[int, int, int]:
         """Depthwise kernel size (kt, kh, kw)."""
         return self.temporal_kernel, self.spatial_kernel, self.spatial_kernel
 
-    @cached_property
+    @property
     def clip_shape(self) -> tuple[int, int, int, int]:
         """Shape (C, T, H, W) of one clip."""
         assert isinstance(self.image_size, tuple)  # since __post_init__
         return (self.channels, self.num_frames, *self.image_size)
 
-    @cached_property
+    @property
     def mlp_ratios(self) -> tuple[float, ...]:
         """MLP ratio of each stage."""
         return self.mlp_ratio if isinstance(self.mlp_ratio, tuple) else (self.mlp_ratio,) * len(self.widths)
 
-    @cached_property
+    @property
     def later_strides(self) -> tuple[tuple[int, ...], ...]:
         """For each stage, the strides of the stages after it: the nesting of its cells in a token."""
         return tuple(self.strides[stage + 1 :] for stage in range(len(self.strides)))
