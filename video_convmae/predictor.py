@@ -38,6 +38,7 @@ from video_convmae.lists import read_class_names
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
+from video_convmae.models.pytorchvideo import LibraryClassifier
 from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
 from video_convmae.runs import load_autoencoder, load_classifier, run_kind
 from video_convmae.weights.formats import read_weights
@@ -66,7 +67,7 @@ class Predictor:
     class_names: None if nothing names them.
     """
 
-    model: Autoencoder | Classifier | Probe
+    model: Autoencoder | Classifier | Probe | LibraryClassifier
     config: PretrainConfig | FinetuneConfig
     class_names: tuple[str, ...] | None
 
@@ -102,6 +103,8 @@ class Predictor:
         Raises:
             DecodeError: the file cannot be read.
         """
+        if isinstance(self.model, LibraryClassifier):
+            raise TypeError(f"the model is {self.model.config.size}; expected one of ours: it has no tokens")
         with torch.inference_mode():
             return self.model.encode(self.clips(path, views or self.middle))
 
@@ -132,7 +135,7 @@ class Predictor:
         Raises:
             DecodeError: the file cannot be read.
         """
-        data, encoder = self.config.data, self.model.encoder.config
+        data, encoder = self.config.data, self.model.config
         record = record_at(path)
         records, size = Records([record], record.format), encoder.clip_shape[2:]
         sampling, augmentation = build_sampling(data, encoder), Augmentation(data.augmentation)
@@ -177,7 +180,7 @@ def load(
     source = path_or_run if isinstance(path_or_run, Checkpoint) else find_weights(path_or_run)
     kind = run_kind(source)
     names: tuple[str, ...] | None = None
-    model: Autoencoder | Classifier | Probe
+    model: Autoencoder | Classifier | Probe | LibraryClassifier
     config: PretrainConfig | FinetuneConfig
     if kind in ("detection", "segmentation"):
         raise UserError(f"{path_or_run} is a run of {kind}; expected a classifier or a pretrained model")
@@ -211,7 +214,7 @@ def _working_reader(reader: ReaderName) -> ReaderName:
         return substitute
 
 
-def _load_published(path: Path) -> tuple[Autoencoder | Classifier, PretrainConfig | FinetuneConfig]:
+def _load_published(path: Path) -> tuple[Autoencoder | Classifier | LibraryClassifier, PretrainConfig | FinetuneConfig]:
     """Load a published file. Only parts that the file holds are built and read.
 
     The settings are those that its configuration states, else the usual ones of its kind, with a note.
@@ -257,9 +260,9 @@ def _assumed_settings(weights: Weights, config: PretrainConfig | FinetuneConfig)
     return assumed
 
 
-def _usual_settings(model: Autoencoder | Classifier) -> PretrainConfig | FinetuneConfig:
+def _usual_settings(model: Autoencoder | Classifier | LibraryClassifier) -> PretrainConfig | FinetuneConfig:
     """Return the usual settings: images resized to 256 and cropped to 224, bicubic; videos dense, stride 4."""
-    encoder = model.encoder.config
+    encoder = model.config
     is_image = encoder.num_frames == 1
     augmentation = AugmentationConfig(interpolation="bicubic" if is_image else "bilinear")
     list_format: ListFormat = "image" if is_image else "video"
@@ -267,12 +270,15 @@ def _usual_settings(model: Autoencoder | Classifier) -> PretrainConfig | Finetun
         data = DataConfig(train="", format=list_format, augmentation=augmentation)
         shape = AutoencoderConfig(num_frames=encoder.num_frames, image_size=encoder.image_size)
         return PretrainConfig(output="", data=data, model=shape)
+    if isinstance(model, LibraryClassifier):
+        classifier, classes = model.config, model.num_classes
+    else:
+        classifier = ClassifierConfig(num_frames=encoder.num_frames, image_size=encoder.image_size)
+        classes = model.head.out_features
     test = ProtocolConfig(crop_pct=0.875) if is_image else ProtocolConfig(segments=5, crops=3)
     return FinetuneConfig(
         output="",
-        data=LabelledDataConfig(
-            train="", format=list_format, augmentation=augmentation, num_classes=model.head.out_features
-        ),
-        model=ClassifierConfig(num_frames=encoder.num_frames, image_size=encoder.image_size),
+        data=LabelledDataConfig(train="", format=list_format, augmentation=augmentation, num_classes=classes),
+        model=classifier,
         test=test,
     )
