@@ -31,11 +31,12 @@ from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
+from video_convmae.models.pytorchvideo import LibraryClassifier
 from video_convmae.predictor import load
 from video_convmae.runs import load_segmenter, run_kind
 
 Format = Literal["onnx", "torch"]
-Model: TypeAlias = "Autoencoder | Classifier | Probe | Segmenter"
+Model: TypeAlias = "Autoencoder | Classifier | Probe | LibraryClassifier | Segmenter"
 ClipModel = TypeVar("ClipModel", bound=Autoencoder | Classifier | Probe)
 Runner: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -142,8 +143,13 @@ def _load(
         size = _pair(config.validate.window if image_size is None else image_size)
         return segmenter, (3, *size), _about(config.data, labels)
     loaded = load(found, ema=ema)
+    about = _about(loaded.config.data, loaded.class_names)
+    if isinstance(loaded.model, LibraryClassifier):
+        if num_frames is not None or image_size is not None:
+            raise UserError(f"{source} is a model of pytorchvideo, for its own clips; leave out the size of a clip")
+        return loaded.model.eval(), loaded.model.config.clip_shape, about
     model: Autoencoder | Classifier | Probe = with_clip(loaded.model, num_frames, image_size)
-    return model, model.encoder.config.clip_shape, _about(loaded.config.data, loaded.class_names)
+    return model, model.encoder.config.clip_shape, about
 
 
 def _about(data: SourceConfig, class_names: Sequence[str] | None) -> dict[str, Any]:
@@ -192,7 +198,7 @@ def _with_plain_operators(model: Model) -> Model:
 
     With nothing hidden `dense` computes what `packed` does.
     """
-    return model if isinstance(model, Segmenter) else with_clip(model, implementation="dense")
+    return model if isinstance(model, Segmenter | LibraryClassifier) else with_clip(model, implementation="dense")
 
 
 def _trace(model: Exportable, shape: tuple[int, ...]) -> ExportedProgram:
