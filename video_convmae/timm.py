@@ -71,7 +71,7 @@ class ConvMAE(nn.Module):
         super().__init__()
         config = BackboneConfig(
             size=size,
-            image_size=img_size if isinstance(img_size, int) else tuple(img_size),
+            image_size=img_size if isinstance(img_size, int) else (img_size[0], img_size[1]),
             channels=in_chans,
             drop_path=drop_path_rate,
             **options,
