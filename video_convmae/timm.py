@@ -19,11 +19,11 @@ from itertools import accumulate
 from operator import mul
 from typing import Any
 
-import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -72,7 +72,7 @@ class ConvMAE(nn.Module):
         super().__init__()
         config = BackboneConfig(
             size=size,
-            image_size=img_size if isinstance(img_size, int) else tuple(img_size),
+            image_size=img_size if isinstance(img_size, int) else (img_size[0], img_size[1]),
             channels=in_chans,
             drop_path=drop_path_rate,
             **options,
@@ -80,7 +80,8 @@ class ConvMAE(nn.Module):
         self.encoder = Backbone(config)
         self.in_chans, self.head_init_std = in_chans, head_init_std
         self.num_features = self.head_hidden_size = self.encoder.width
-        self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.global_pool: nn.Module = nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         strides = accumulate(config.strides, mul)
         modules = [*(f"encoder.conv_stages.{i}" for i in range(len(config.widths) - 1)), "encoder.attention_blocks"]
@@ -184,14 +185,16 @@ class ConvMAE(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Make a new classifier; 0 classes: none."""
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-            width = self.num_features * self.global_pool.feat_mult()
+            pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            width = self.num_features * pool.feat_mult()
             if width != self.head_hidden_size:
-                self.norm, self.head_hidden_size = nn.LayerNorm(width, eps=1e-6).to(self.norm.weight), width
+                norm = nn.LayerNorm(width, eps=1e-6).to(next(self.encoder.parameters()))
+                self.norm, self.head_hidden_size = norm, width
+            self.global_pool = pool
         self.num_classes = num_classes
         self.head: nn.Module = nn.Identity()
         if num_classes:
-            self.head = nn.Linear(self.head_hidden_size, num_classes).to(self.norm.weight)
+            self.head = nn.Linear(self.head_hidden_size, num_classes).to(next(self.encoder.parameters()))
             init_head(self.head, self.head_init_std)
 
     def prune_intermediate_layers(
@@ -246,7 +249,8 @@ class ConvMAE(nn.Module):
 
 
 def _taken(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
-    return timm.models._features.feature_take_indices(count, list(indices) if isinstance(indices, tuple) else indices)
+    given = indices if indices is None or isinstance(indices, int) else list(indices)
+    return feature_take_indices(count, given)
 
 
 def _register(name: str, size: str) -> None:

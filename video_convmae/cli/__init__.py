@@ -25,7 +25,7 @@ COMMANDS = {
     "features": "write the features of every record of a list",
     "reconstruct": "draw masked and reconstructed clips",
     "show-features": "draw what a model computes for one file",
-    "export": "write a model for other programs: ONNX or torch.export, compared with the model first",
+    "export": "write a model as ONNX or torch.export, compared with it first",
     "convert": "convert weights between formats",
     "inflate": "turn image weights into video weights",
     "make-list": "make a data list from an annotation file or a folder",
