@@ -438,6 +438,19 @@ class FeaturesConfig(InferenceConfig):
     """The list, or a folder of class folders."""
     kind: FeatureKind = "pooled"
     """pooled: one vector a record, the mean over all views; tokens: all of them, of one view."""
+    window: Annotated[int | None, Bounds(least=1)] = None
+    """Features of windows over whole videos of any length: frames that a window shows, as many as the model takes,
+    `stride` frames of the file apart; none: one row a record."""
+    hop: Annotated[int | None, Bounds(least=1)] = None
+    """Frames of the file between the starts of two windows; none: window x stride."""
+
+    def __post_init__(self) -> None:
+        if self.hop is not None and self.window is None:
+            raise ValueError(f"hop is {self.hop} and window none; expected the frames of a window, for example 16")
+        if self.window is not None and self.segments not in (None, 1):
+            raise ValueError(
+                f"segments is {self.segments} and window {self.window}; expected no segments, or no window"
+            )
 
 
 Config = TypeVar("Config")

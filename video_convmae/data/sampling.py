@@ -89,6 +89,35 @@ class Sampling:
             return uniform_views(count, self.num_frames, segments)
         return dense_views(count, self.num_frames, self.stride, segments)
 
+    def window_starts(self, count: int, hop: int, times: np.ndarray | None = None) -> np.ndarray:
+        """Return the first frames of the windows over a whole video: every `hop`-th, to the first that reaches its end.
+
+        4 frames at stride 2 span 7; a video of 12 frames with a hop of 3 has the starts 0, 3 and 6: the last window
+        does not fit, and repeats frame 11.
+
+        Args:
+            count: frames of the video, 1 or more.
+            hop: frames of the file between the starts of two windows.
+            times: as for `clip`.
+
+        Returns:
+            `(W,)` int64.
+        """
+        starts = np.arange(0, count, hop)
+        at_end = np.flatnonzero(self._from(starts, np.array([self.num_frames - 1]), count, times)[:, 0] == count - 1)
+        return starts[: at_end[0] + 1] if len(at_end) else starts  # none where the hop is longer than a window
+
+    def windows(self, starts: np.ndarray, count: int, times: np.ndarray | None = None) -> np.ndarray:
+        """Return the frames of windows: `(n, T)` int64 indices; a window that does not fit repeats the last frame."""
+        return self._from(starts, np.arange(self.num_frames), count, times)
+
+    def _from(self, starts: np.ndarray, places: np.ndarray, count: int, times: np.ndarray | None) -> np.ndarray:
+        """Return the `places`-th frames of dense clips that begin at `starts`: `(n, places)` indices."""
+        if self.fps is not None:
+            times = _known(times)
+            return nearest_frames(times, times[starts][:, None] + places / self.fps)
+        return np.minimum(starts[:, None] + self.stride * places, count - 1)
+
 
 def dense_clip(count: int, num_frames: int, stride: int, generator: torch.Generator | None = None) -> np.ndarray:
     """Draw a start among all that fit: `(num_frames,)` int64 indices into a video of `count` frames, 1 or more.
