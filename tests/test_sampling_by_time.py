@@ -12,8 +12,7 @@ from clips import encode, save_series
 from hypothesis import given
 from hypothesis import strategies as st
 
-from video_convmae.cli.evaluate import replace_options
-from video_convmae.config import DataConfig
+from video_convmae.config import DataConfig, replace_options
 from video_convmae.data import datasets
 from video_convmae.data.datasets import ClipDataset, SampleKey, sample_generator
 from video_convmae.data.decoding import DecodeError, open_frames, record_at

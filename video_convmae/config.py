@@ -11,7 +11,7 @@ are defined beside that part. Nothing here imports torch, so that `--help` is fa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from jsonargparse import ArgumentParser
@@ -454,6 +454,7 @@ class FeaturesConfig(InferenceConfig):
 
 
 Config = TypeVar("Config")
+Data = TypeVar("Data", bound=DataConfig)
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -479,6 +480,25 @@ def from_plain(kind: type[Config], values: dict[str, Any]) -> Config:
         return kind(**parser.instantiate(parser.parse_object(values)).as_dict())
     except Exception as error:
         raise UserError(f"no {kind.__name__} of this version: {error}") from error
+
+
+def replace_options(data: Data, given: dict[str, Any]) -> Data:
+    """Return the data of a run with options in their place; --stride and --sampling uniform replace a run's fps.
+
+    Raises:
+        UserError: the options contradict one another, or the run.
+    """
+    if {"stride", "fps"} <= given.keys():
+        raise UserError(
+            f"--stride {given['stride']} and --fps {given['fps']:g} are both given; expected one: frames of the file, "
+            "or frames a second"
+        )
+    if "stride" in given or given.get("sampling") == "uniform":
+        given = {"fps": None} | given
+    try:
+        return replace(data, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from video_convmae.cli.parser import run_command
-from video_convmae.config import EvaluateConfig, InferenceConfig, LabelledDataConfig, to_plain
+from video_convmae.config import EvaluateConfig, InferenceConfig, LabelledDataConfig, replace_options, to_plain
 from video_convmae.engine.options import ProtocolConfig
 from video_convmae.errors import UserError
 
@@ -196,25 +196,6 @@ def merge_options(config: InferenceConfig, loaded: Predictor, info: DistInfo) ->
     fields = {name: options[name] for name in ProtocolConfig.__dataclass_fields__ if options[name] is not None}
     fields.setdefault("precision", protocol.precision or run.train.precision)
     return data, replace(protocol, **fields)
-
-
-def replace_options(data: DataConfig, given: dict[str, Any]) -> DataConfig:
-    """Return the data of a run with options in their place; --stride and --sampling uniform replace a run's fps.
-
-    Raises:
-        UserError: the options contradict one another, or the run.
-    """
-    if {"stride", "fps"} <= given.keys():
-        raise UserError(
-            f"--stride {given['stride']} and --fps {given['fps']:g} are both given; expected one: frames of the file, "
-            "or frames a second"
-        )
-    if "stride" in given or given.get("sampling") == "uniform":
-        given = {"fps": None} | given
-    try:
-        return replace(data, **given)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def metrics_line(metrics: dict[str, Any]) -> str:

@@ -208,9 +208,7 @@ class Progress:
         now = time.perf_counter()
         if self._prints and now >= self._printed + self.EVERY:
             rate = (self._done - self._first) / (now - self._started)
-            print(
-                f"{self._done}/{self._total} {self._unit}, {rate:.1f} {self._unit}/s{note and f'; {note}'}", flush=True
-            )
+            print(f"{self._done}/{self._total} {self._unit}, {note or f'{rate:.1f} {self._unit}/s'}", flush=True)
             self._printed = now
 
     def close(self) -> None:
