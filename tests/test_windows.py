@@ -352,24 +352,24 @@ def test_names_of_videos() -> None:
 @pytest.mark.faults
 def test_a_kill_in_a_long_video_and_the_same_command_again(run: Path, tmp_path: Path) -> None:
     """The bytes are those of a run that nobody disturbed, and no window that was stored is computed again."""
-    encode(tmp_path / "long.mp4", 2500, options={"g": "50", "bf": "0"})
+    encode(tmp_path / "long.mp4", 500, options={"g": "50", "bf": "0"})
 
     def arguments(name: str) -> list[str]:
-        given = {"weights": run, "list": tmp_path / "long.mp4", "output": tmp_path / name, "window": 4, "hop": 2}
+        given = {"weights": run, "list": tmp_path / "long.mp4", "output": tmp_path / name, "window": 4, "hop": 4}
         return ["features", *(f"--{key}={value}" for key, value in given.items()), "--device=cpu", "--precision=fp32"]
 
     command = [sys.executable, "-m", "video_convmae"]
     process = subprocess.Popen([*command, *arguments("killed")], env=ENVIRONMENT)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not (sizes := [path.stat().st_size for path in tmp_path.glob("killed/partial/*/*.rows")]) or not sizes[0]:
         assert time.monotonic() < end
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     (rows,) = tmp_path.glob("killed/partial/*/*.rows")
-    assert 0 < rows.stat().st_size // (8 + 8 + 32 + 4 * 192) < 1248
+    assert 0 < rows.stat().st_size // (8 + 8 + 32 + 4 * 192) < 125
     for name in ("killed", "undisturbed"):
-        subprocess.run([*command, *arguments(name)], env=ENVIRONMENT, check=True, timeout=120)
+        subprocess.run([*command, *arguments(name)], env=ENVIRONMENT, check=True, timeout=300)
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
 
 
