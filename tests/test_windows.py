@@ -240,12 +240,12 @@ def _middle_crop(path: Path, frames: np.ndarray) -> torch.Tensor:
 def test_an_array_for_each_video_as_detectors_read_it(run: Path, videos: Path, tmp_path: Path) -> None:
     """ActionFormer puts a time t at (t * fps - num_frames / 2) / feat_stride, counted in rows of the array."""
     table = extracted(run, videos, tmp_path)
-    index = json.loads((tmp_path / "videos.json").read_text())
+    index = json.loads((tmp_path / "windows.json").read_text())
     assert (index["feat_stride"], index["num_frames"]) == (HOP, SPAN)
     assert list(index["database"]) == list(FRAMES)
     rows, first = rows_of(tmp_path / "windows.csv"), 0
     for name, facts in index["database"].items():
-        array = np.load(tmp_path / "videos" / f"{name}.npy")
+        array = np.load(tmp_path / "windows" / f"{name}.npy")
         assert array.dtype == np.float32
         assert np.array_equal(array, table.features[first : first + len(array)])
         assert (facts["frame"], facts["fps"], facts["windows"]) == (FRAMES[name], 25, len(array))
@@ -256,16 +256,30 @@ def test_an_array_for_each_video_as_detectors_read_it(run: Path, videos: Path, t
         first += len(array)
 
 
+def test_another_list_replaces_the_arrays_of_the_first_and_nothing_else(
+    run: Path, videos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "windows").mkdir()
+    (tmp_path / "windows" / "mine.npy").write_text("mine")
+    (tmp_path / "windows.json").write_text(json.dumps({"database": {"before": {}}}))
+    (tmp_path / "windows" / "before.npy").write_text("of an earlier run")
+    (tmp_path / "one.txt").write_text("c.mp4 0\n")
+    given = options(run, videos, tmp_path)
+    given[1] = f"--list={tmp_path / 'one.txt'}"
+    extract_features(parse(FeaturesConfig, given))
+    assert {path.name for path in (tmp_path / "windows").iterdir()} == {"c.npy", "mine.npy"}
+
+
 def test_a_broken_video_keeps_the_windows_before_and_is_reported(alone: Path, videos: Path) -> None:
     faults = [json.loads(line) for line in (alone / "bad_records.jsonl").read_text().splitlines()]
     assert [Path(fault["path"]).name for fault in faults] == ["bad.mp4", "breaks.mp4"]
     rows = [row for row in rows_of(alone / "windows.csv") if row["record"] == faults[1]["path"]]
     assert 0 < len(rows) < 90 / HOP
     assert f"the {len(rows)} windows of 11 before that are kept" in faults[1]["error"]
-    assert set(json.loads((alone / "videos.json").read_text())["database"]) == set(FRAMES)
-    assert {path.name for path in (alone / "videos").rglob("*.npy")} == {"a.npy", "long.npy", "c.npy"}
+    assert set(json.loads((alone / "windows.json").read_text())["database"]) == set(FRAMES)
+    assert {path.name for path in (alone / "windows").rglob("*.npy")} == {"a.npy", "long.npy", "c.npy"}
     assert {path.name for path in alone.iterdir()} == {
-        *("features.npz", "windows.csv", "videos", "videos.json", "bad_records.jsonl")
+        *("features.npz", "windows.csv", "windows", "windows.json", "bad_records.jsonl")
     }
 
 
@@ -310,7 +324,7 @@ def test_tokens_and_frames_a_second_and_a_single_video(run: Path, videos: Path, 
     assert table.features.shape == (5, 8, 192)  # 4 frames at 5 a second are 0.6 s, of 2 s
     rows = rows_of(tmp_path / "windows.csv")
     assert [(int(row["start_frame"]), int(row["end_frame"])) for row in rows][:2] == [(0, 16), (10, 26)]
-    assert json.loads((tmp_path / "videos.json").read_text())["num_frames"] is None
+    assert json.loads((tmp_path / "windows.json").read_text())["num_frames"] is None
 
 
 def test_windows_of_frames_without_times(run: Path, tmp_path: Path) -> None:
@@ -394,20 +408,18 @@ def test_windows_of_one_class_are_a_stretch_and_every_moment_has_one() -> None:
 
 
 def test_the_picture_of_a_timeline(tmp_path: Path) -> None:
-    """Of any length, and with more classes than there are lanes."""
+    """With more classes than there are lanes."""
     pytest.importorskip("matplotlib")
-    for name, windows in {"one": answers(1), "many": answers(*(n % 3 for n in range(40)))}.items():
-        timeline = Timeline()
+    timeline = Timeline()
 
-        def read(windows: Iterator[WindowPrediction] = windows, timeline: Timeline = timeline) -> Iterator:
-            for number, window in enumerate(windows):
-                best = window.predictions[0]._replace(label=number)
-                timeline.add(window)
-                yield window._replace(predictions=[best])
+    def read() -> Iterator[WindowPrediction]:
+        for window in answers(*(number % 3 for number in range(40))):
+            timeline.add(window)
+            yield window._replace(predictions=[window.predictions[0]._replace(label=window.number)])
 
-        timeline.stretches = list(merge_windows(read()))
-        draw_timeline(timeline, "a $ b.mp4", tmp_path / f"{name}.png")
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    timeline.stretches = list(merge_windows(read()))
+    draw_timeline(timeline, "a $ b.mp4", tmp_path / "many.png")
+    assert (tmp_path / "many.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_predict_prints_and_draws_a_timeline(
@@ -451,8 +463,8 @@ def test_a_window_that_spans_the_video_has_the_answer_of_its_middle_view(run: Pa
     ("edits", "message"),
     [
         (["--window=16"], "--window is 16, and the model takes 4 frames; expected 4"),
-        (["--hop=16"], "has no --hop without --window; leave it out, or give --window"),
-        (["--output=x"], "has no --output without --window"),
+        (["--hop=16", "--output=x"], "--output, --hop without --window, which prints a timeline; give it"),
+        (["--window=4", "--least=0.3"], "which has no --least; leave it out"),
     ],
 )
 def test_options_of_a_timeline_alone_are_errors(edits: list[str], message: str, run: Path, videos: Path) -> None:

@@ -14,7 +14,7 @@ writes features.npz into the folder, and bad_records.jsonl if a record could not
     video-convmae features --weights runs/k400 --list videos.txt --window 16 --stride 4 --hop 8 --output features
 
 reads videos of any length in windows, each video once and with a few frames in memory: a row of features.npz is a
-window, windows.csv says where it lies (row, record, start_frame, end_frame, start_seconds, end_seconds), and videos/
+window, windows.csv says where it lies (row, record, start_frame, end_frame, start_seconds, end_seconds), and windows/
 has an array for each video, as ActionFormer and OpenTAD read them (docs/evaluation.md, Long videos). --list may name a
 single video.
 

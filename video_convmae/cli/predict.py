@@ -17,6 +17,7 @@ finds.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from argparse import Namespace
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from video_convmae.atomic import refuse_overwriting
 from video_convmae.cli.detection import predict_detections
 from video_convmae.cli.parser import CommandLine, within
 from video_convmae.cli.segmentation import predict_segments
@@ -66,12 +68,14 @@ def main(arguments: Sequence[str]) -> int:
     kind = run_kind(find_weights(args.weights))
     dense = kind in ("detection", "segmentation")
     foreign = {"labels": dense, "top": dense, "json": dense, "window": dense, "least": kind != "detection"}
-    foreign |= dict.fromkeys(("stride", "fps", "hop"), args.window is None) | {"output": not dense and not args.window}
+    of_timelines = {"output": not dense, "stride": True, "fps": True, "hop": True}
     if given := [f"--{name}" for name, is_foreign in foreign.items() if is_foreign and getattr(args, name)]:
         raise UserError(
-            f"{args.weights} is a run of {kind or 'finetune'}, which has no {', '.join(given)}"
-            f"{'; leave it out' if dense or args.window else ' without --window; leave it out, or give --window'}"
+            f"{args.weights} is a run of {kind or 'finetune'}, which has no {', '.join(given)}; leave it out"
         )
+    given = [f"--{name}" for name, is_one in of_timelines.items() if is_one and getattr(args, name)]
+    if given and args.window is None:
+        raise UserError(f"{', '.join(given)} without --window, which prints a timeline; give it, or leave this out")
     if dense and args.output is None:
         raise UserError(f"{args.weights} is a run of {kind}: --output DIR names the folder of its pictures")
     if kind == "segmentation":
@@ -86,6 +90,9 @@ def main(arguments: Sequence[str]) -> int:
     if args.window not in (None, frames := predictor.model.encoder.config.num_frames):
         raise UserError(f"--window is {args.window}, and the model takes {frames} frames; expected {frames}")
     names = timeline_names(args.files)
+    if args.output is not None:
+        refuse_overwriting([Path(args.output, f"{name}.{end}") for name in names for end in ("csv", "png")], args.files)
+        importlib.import_module("matplotlib")  # where it is missing, that is said now, not after hours of prediction
     failed = 0
     with init_distributed(args.device) as info:
         predictor.model.to(info.device)

@@ -2,11 +2,11 @@
 
     features.npz    a row for each window, videos in the list's order (engine/features.py reads it)
     windows.csv     row, record, start_frame, end_frame, start_seconds, end_seconds
-    videos/*.npy    `(W, D)` of each video that was read to its end: what detectors of actions in time read
-    videos.json     of each video its file's name, seconds, frames a second, frames: in ActivityNet's form
+    windows/*.npy   `(W, D)` of each video that was read to its end: what detectors of actions in time read
+    windows.json    of each video its file's name, seconds, frames a second, frames: in ActivityNet's form
 
 Each video is decoded once. Finished windows are stored at once, so an interrupted run goes on within a video. The
-windows before the place where a video cannot be read are kept; it is reported, and has no file in videos/.
+windows before the place where a video cannot be read are kept; it is reported, and has no file in windows/.
 
 Letters: W windows of a video, D width of a feature.
 """
@@ -17,7 +17,6 @@ import csv
 import json
 import math
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from video_convmae.atomic import replacing, whole_lines, write_text
+from video_convmae.atomic import read_json, replacing, whole_lines, write_text
 from video_convmae.data.datasets import BadRecord
 from video_convmae.data.loader import iter_stream
 from video_convmae.data.records import Records
@@ -39,7 +38,7 @@ from .features import open_archive, write_npy, write_parts
 from .inference import ChunkStore, ListInference, Progress
 from .watchdog import heartbeat
 
-VIDEOS = "videos"
+ARRAYS, ABOUT_ARRAYS = "windows", "windows.json"
 _WRITTEN = 1024  # rows copied at a time
 
 
@@ -182,9 +181,9 @@ def write_windows(
     Args:
         store: of the windows; left unchanged.
         records: the list.
-        root: folder of the list's relative paths, for the names in videos/.
+        root: folder of the list's relative paths, for the names in windows/.
         plan: which windows there are.
-        folder: of the files; an earlier videos/ there is replaced.
+        folder: of the files; those of an earlier run there are replaced.
         about: model, list and views, as plain data.
 
     Returns:
@@ -280,14 +279,16 @@ def _write_videos(
     plan: WindowPlan,
     folder: Path,
 ) -> None:
-    """Write videos/ and videos.json, of the videos that were read to their end."""
-    shutil.rmtree(folder / VIDEOS, ignore_errors=True)
+    """Write windows/ and windows.json, of the videos that were read to their end."""
+    if (folder / ABOUT_ARRAYS).exists():  # of another list, or of a video that breaks now
+        for name in read_json(folder / ABOUT_ARRAYS)["database"]:
+            (folder / ARRAYS / f"{name}.npy").unlink(missing_ok=True)
     database: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(video_names(records, root)):
         end, rows = ends[index], values.rows_of(index)
         if end.error is not None:
             continue
-        path = folder / VIDEOS / f"{name}.npy"
+        path = folder / ARRAYS / f"{name}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, "wb") as file:
             write_npy(file, np.dtype("<f4"), (len(rows), *shape), values.read(rows, "values"))
@@ -296,7 +297,7 @@ def _write_videos(
         facts = {"duration": seconds, "fps": fps, "frame": end.frames, "windows": len(rows)}
         database[name] = {**facts, "record": records[index].path, "annotations": []}
     index_file = {"feat_stride": plan.hop, "num_frames": plan.span, "database": database}
-    write_text(folder / f"{VIDEOS}.json", json.dumps(index_file, indent=1) + "\n")
+    write_text(folder / ABOUT_ARRAYS, json.dumps(index_file, indent=1) + "\n")
 
 
 def video_names(records: Records, root: str) -> list[str]:
