@@ -37,6 +37,7 @@ from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import ListError, Records, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
+from video_convmae.data.windows import WindowPlan
 from video_convmae.engine.checkpoint import newest_config, read_found_weights
 from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.evaluation import evaluate_list, write_bad_records
@@ -180,7 +181,7 @@ def cap_workers(workers: int, info: DistInfo) -> int:
 
 def build_sampling(data: DataConfig, encoder: EncoderConfig) -> Sampling:
     """Build the frame sampling of clips that this encoder takes."""
-    return Sampling(data.sampling, encoder.num_frames, data.stride)
+    return Sampling(data.sampling, encoder.num_frames, data.stride, data.fps)
 
 
 def build_clips(
@@ -221,6 +222,34 @@ def build_views(data: DataConfig, records: Records, encoder: EncoderConfig, view
         encoder.clip_shape[2:],
         ReaderProcess(data.reader, data.decode_timeout, data.max_side),
     )
+
+
+def plan_windows(data: DataConfig, encoder: EncoderConfig, window: int, hop: int | None) -> WindowPlan:
+    """Plan the windows over whole videos.
+
+    Args:
+        data: their stride, or frames a second.
+        encoder: of the model.
+        window: frames of a window.
+        hop: frames of the file between the starts of two windows; None: window x stride.
+
+    Raises:
+        UserError: the model takes another number of frames, or nothing says how far apart they or the windows are.
+    """
+    if window != encoder.num_frames:
+        raise UserError(
+            f"--window is {window}, and the model takes {encoder.num_frames} frames; expected {encoder.num_frames}"
+        )
+    if data.sampling == "uniform" and window > 1:
+        raise UserError(
+            "the run takes its frames over the whole video (data.sampling uniform), which says nothing of windows; "
+            "expected --sampling dense with --stride or --fps"
+        )
+    if hop is None and data.fps is not None:
+        raise UserError(
+            f"--hop is none and the frames are taken at {data.fps:g} a second; expected --hop in file frames"
+        )
+    return WindowPlan(build_sampling(data, encoder), window * data.stride if hop is None else hop)
 
 
 def build_normalizer(data: SourceConfig, device: torch.device) -> Normalizer:

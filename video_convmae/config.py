@@ -11,13 +11,14 @@ are defined beside that part. Nothing here imports torch, so that `--help` is fa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from jsonargparse import ArgumentParser
 
 from video_convmae.bounds import Bounds, check_bounds
 from video_convmae.data.options import (
+    UNIFORM_HAS_NO_RATE,
     AugmentationConfig,
     CropConfig,
     JitterConfig,
@@ -103,11 +104,23 @@ class DataConfig(SourceConfig):
     sampling: SamplingKind = "dense"
     """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
     stride: Annotated[int, Bounds(least=1)] = 4
-    """Frames between two of a dense clip."""
+    """Frames of the file from one of a dense clip to the next; with fps it does not count."""
+    fps: Annotated[float | None, Bounds(above=0)] = None
+    """Frames a second of a dense clip, by the times at which the file shows its frames, whatever its rate: 7.5 is every
+    fourth of 30. Replaces stride; none: stride counts. Not for folders of pictures, which have no times."""
     repeats: Annotated[int, Bounds(least=1)] = 1
     """Clips of each decoded record, each with its own start, crop and mask; not counted in the batch size."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     """Augmentation of a training clip."""
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and self.sampling == "uniform":
+            raise ValueError(f"data.fps is {self.fps} and data.sampling uniform, {UNIFORM_HAS_NO_RATE}")
+        if self.fps is not None and self.format == "frames":
+            raise ValueError(
+                f"data.fps is {self.fps} and data.format frames: a folder of pictures does not say when each is shown; "
+                "expected data.stride, in pictures, and no data.fps"
+            )
 
 
 @dataclass(frozen=True)
@@ -377,7 +390,9 @@ class InferenceConfig:
     sampling: SamplingKind | None = None
     """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
     stride: Annotated[int | None, Bounds(least=1)] = None
-    """Frames between two of a dense clip; of a published file: 4."""
+    """Frames of the file from one of a dense clip to the next; of a published file: 4. Replaces a run's data.fps."""
+    fps: Annotated[float | None, Bounds(above=0)] = None
+    """Frames a second of a dense clip, by the times at which the file shows them; replaces a run's data.stride."""
     segments: Annotated[int | None, Bounds(least=1)] = None
     """Clips over the length of a video; for features: 1."""
     crops: Annotated[int | None, Bounds(least=1)] = None
@@ -423,9 +438,23 @@ class FeaturesConfig(InferenceConfig):
     """The list, or a folder of class folders."""
     kind: FeatureKind = "pooled"
     """pooled: one vector a record, the mean over all views; tokens: all of them, of one view."""
+    window: Annotated[int | None, Bounds(least=1)] = None
+    """Features of windows over whole videos of any length: frames that a window shows, as many as the model takes,
+    `stride` frames of the file apart; none: one row a record."""
+    hop: Annotated[int | None, Bounds(least=1)] = None
+    """Frames of the file between the starts of two windows; none: window x stride."""
+
+    def __post_init__(self) -> None:
+        if self.hop is not None and self.window is None:
+            raise ValueError(f"hop is {self.hop} and window none; expected the frames of a window, for example 16")
+        if self.window is not None and self.segments not in (None, 1):
+            raise ValueError(
+                f"segments is {self.segments} and window {self.window}; expected no segments, or no window"
+            )
 
 
 Config = TypeVar("Config")
+Data = TypeVar("Data", bound=DataConfig)
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -451,6 +480,25 @@ def from_plain(kind: type[Config], values: dict[str, Any]) -> Config:
         return kind(**parser.instantiate(parser.parse_object(values)).as_dict())
     except Exception as error:
         raise UserError(f"no {kind.__name__} of this version: {error}") from error
+
+
+def replace_options(data: Data, given: dict[str, Any]) -> Data:
+    """Return the data of a run with options in their place; --stride and --sampling uniform replace a run's fps.
+
+    Raises:
+        UserError: the options contradict one another, or the run.
+    """
+    if {"stride", "fps"} <= given.keys():
+        raise UserError(
+            f"--stride {given['stride']} and --fps {given['fps']:g} are both given; expected one: frames of the file, "
+            "or frames a second"
+        )
+    if "stride" in given or given.get("sampling") == "uniform":
+        given = {"fps": None} | given
+    try:
+        return replace(data, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,23 +8,25 @@ for prediction in predictor("clip.mp4"):
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from video_convmae import hub
-from video_convmae.build import AnyClassifier, build_normalizer, build_sampling
+from video_convmae.build import AnyClassifier, build_normalizer, build_sampling, plan_windows
 from video_convmae.config import (
     DataConfig,
     FinetuneConfig,
     LabelledDataConfig,
     PretrainConfig,
     from_plain,
+    replace_options,
     to_plain,
 )
 from video_convmae.data.datasets import TestViewDataset
@@ -33,6 +35,7 @@ from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.options import AugmentationConfig, ListFormat, ReaderName, ViewConfig
 from video_convmae.data.records import ListError, Records, class_names
 from video_convmae.data.transforms import Augmentation
+from video_convmae.data.windows import Span, WindowDataset
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
 from video_convmae.engine.options import ProtocolConfig
 from video_convmae.errors import Note, UserError
@@ -54,6 +57,24 @@ class Prediction(NamedTuple):
     name: str
     score: float
     label: int
+
+
+class WindowPrediction(NamedTuple):
+    """The answer for a window of a video.
+
+    Attributes:
+        number: of the window, from 0.
+        total: windows of the video.
+        span: where the window lies, in frames and in seconds.
+        predictions: the most probable classes.
+        picture: its middle frame as the model sees it, `(H, W, 3)` uint8.
+    """
+
+    number: int
+    total: int
+    span: Span
+    predictions: list[Prediction]
+    picture: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -92,13 +113,63 @@ class Predictor(hub.Pretrained):
             DecodeError: the file cannot be read.
             TypeError: the model was pretrained only: it has no classes.
         """
-        if isinstance(self.model, Autoencoder):
-            raise TypeError("a pretrained autoencoder has no classes; features() works, finetuning adds classes")
         clips = self.clips(
             path, views or (self.config.test if isinstance(self.config, FinetuneConfig) else self.middle)
         )
+        return self._best(self._scores(clips).mean(dim=0), top)
+
+    def windows(
+        self,
+        path: str | Path,
+        *,
+        hop: int | None = None,
+        stride: int | None = None,
+        fps: float | None = None,
+        top: int = 5,
+        batch_size: int = 8,
+    ) -> Iterator[WindowPrediction]:
+        """Yield the most probable classes of each window of a video of any length, as the video is read.
+
+        A window has as many frames as the model takes; the crops of the run's test are averaged. Memory holds a few
+        frames and a batch, however long the video is.
+
+        Args:
+            path: the file, or a folder of frames.
+            hop: frames of the file between the starts of two windows; None: a window's frames times the stride.
+            stride: frames of the file from one of a window to the next; None: the run's.
+            fps: frames a second of a window, in place of the stride; None: the run's.
+            top: number of classes.
+            batch_size: windows that go through the model together.
+
+        Raises:
+            DecodeError: the file cannot be read, or not further; the windows before that were yielded.
+            TypeError: the model was pretrained only: it has no classes.
+            UserError: nothing says how far apart the frames or the windows are.
+        """
+        given = {name: value for name, value in (("stride", stride), ("fps", fps)) if value is not None}
+        encoder = self.model.config
+        data = replace_options(self.config.data, given | ({"sampling": "dense"} if given else {}))
+        plan = plan_windows(data, encoder, encoder.num_frames, hop)
+        test = self.config.test if isinstance(self.config, FinetuneConfig) else self.middle
+        views = self._views(path, data, ViewConfig(1, test.crops, test.crop_pct))
+        for batch in WindowDataset(views, plan.hop, batch_size, [(0, 0)]):
+            if batch.spans:
+                scores = self._scores(self.normalise(batch.clips)).unflatten(0, (-1, test.crops)).mean(dim=1)
+                pictures = batch.clips[:: test.crops, :, encoder.num_frames // 2].permute(0, 2, 3, 1).numpy()
+                for place, span in enumerate(batch.spans):
+                    best = self._best(scores[place], top)
+                    yield WindowPrediction(batch.first + place, batch.total, span, best, pictures[place])
+            if batch.error is not None:
+                raise DecodeError(batch.error)
+
+    def _scores(self, clips: Tensor) -> Tensor:
+        """Return the probabilities of clips, `(B, classes)`."""
+        if isinstance(self.model, Autoencoder):
+            raise TypeError("a pretrained autoencoder has no classes; features() works, finetuning adds classes")
         with torch.inference_mode():
-            scores = self.model(clips).float().softmax(dim=1).mean(dim=0)
+            return self.model(clips).float().softmax(dim=1)
+
+    def _best(self, scores: Tensor, top: int) -> list[Prediction]:
         best = scores.topk(min(top, len(scores)))
         return [Prediction(self.name(i), s, i) for s, i in zip(best.values.tolist(), best.indices.tolist())]
 
@@ -142,15 +213,18 @@ class Predictor(hub.Pretrained):
         Raises:
             DecodeError: the file cannot be read.
         """
-        data, encoder = self.config.data, self.model.config
-        record = record_at(path)
-        records, size = Records([record], record.format), encoder.clip_shape[2:]
-        sampling, augmentation = build_sampling(data, encoder), Augmentation(data.augmentation)
-        sample = TestViewDataset(records, sampling, views, augmentation, size, self._reader)[0]
+        sample = self._views(path, self.config.data, views)[0]
         if sample.bad_records:
             raise DecodeError(sample.bad_records[0].error)
         assert isinstance(sample.clips, Tensor)  # test views are never ragged
         return sample.clips
+
+    def _views(self, path: str | Path, data: DataConfig, views: ViewConfig) -> TestViewDataset:
+        """Return the views of a list of one file."""
+        record, encoder = record_at(path), self.model.config
+        sampling, augmentation = build_sampling(data, encoder), Augmentation(data.augmentation)
+        records, size = Records([record], record.format), encoder.clip_shape[2:]
+        return TestViewDataset(records, sampling, views, augmentation, size, self._reader)
 
     def name(self, label: int) -> str:
         """Return the name of a class, or its number if it has none."""
@@ -285,7 +359,7 @@ def _assumed_settings(weights: Weights, config: PretrainConfig | FinetuneConfig)
     data, assumed = config.data, []
     if not {"data.mean", "data.std"} <= weights.preprocessing.keys():
         assumed.append("ImageNet's mean and deviation of pixels")
-    if data.format != "image" and "data.stride" not in weights.preprocessing:
+    if data.format != "image" and not {"data.stride", "data.fps"} & weights.preprocessing.keys():
         assumed.append(f"frames {data.stride} apart")
     return assumed
 

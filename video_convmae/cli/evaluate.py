@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from video_convmae.cli.parser import run_command
-from video_convmae.config import EvaluateConfig, InferenceConfig, LabelledDataConfig, to_plain
+from video_convmae.config import EvaluateConfig, InferenceConfig, LabelledDataConfig, replace_options, to_plain
 from video_convmae.engine.options import ProtocolConfig
 from video_convmae.errors import UserError
 
@@ -181,13 +181,15 @@ def merge_options(config: InferenceConfig, loaded: Predictor, info: DistInfo) ->
 
     Raises:
         ListError: the folder of the list's paths does not exist; the message says who named it.
+        UserError: the options contradict one another, or the run.
     """
     from video_convmae.build import cap_workers
     from video_convmae.lists import check_root
 
     run, options = loaded.config, vars(config)
-    data_fields = ("root", "format", "sampling", "stride", "workers")
-    data = replace(run.data, **{name: options[name] for name in data_fields if options[name] is not None})
+    data_fields = ("root", "format", "sampling", "stride", "fps", "workers")
+    given = {name: options[name] for name in data_fields if options[name] is not None}
+    data = replace_options(run.data, given)
     data = replace(data, workers=cap_workers(data.workers, info))
     check_root(data.root, f"data.root of {config.weights}" if config.root is None else "--root")
     protocol = getattr(run, "test", ProtocolConfig())

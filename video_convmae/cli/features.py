@@ -11,6 +11,13 @@ writes features.npz into the folder, and bad_records.jsonl if a record could not
     failed    (R,) the record could not be read: its features are zeros
     about     JSON: weights, the place in the model where the features were read, views
 
+    video-convmae features --weights runs/k400 --list videos.txt --window 16 --stride 4 --hop 8 --output features
+
+reads videos of any length in windows, each video once and with a few frames in memory: a row of features.npz is a
+window, windows.csv says where it lies (row, record, start_frame, end_frame, start_seconds, end_seconds), and windows/
+has an array for each video, as ActionFormer and OpenTAD read them (docs/evaluation.md, Long videos). --list may name a
+single video.
+
 The weights may be anything that video_convmae.load takes. An interrupted extraction resumes with the same command, and
 the file is the same for any number of processes.
 """
@@ -25,25 +32,43 @@ from pathlib import Path
 from video_convmae.cli.evaluate import load_model, merge_options, output_folder
 from video_convmae.cli.parser import run_command
 from video_convmae.config import FeaturesConfig, to_plain
+from video_convmae.data.options import VIDEO_SUFFIXES
 
 
 def extract_features(config: FeaturesConfig) -> Path:
     """Extract features; return the path of their file."""
     from video_convmae import build
-    from video_convmae.data.records import read_list
+    from video_convmae.data.records import Record, Records, read_list
     from video_convmae.engine.distributed import barrier, init_distributed
     from video_convmae.engine.evaluation import write_bad_records
-    from video_convmae.engine.features import extract_rows, feature_shape, feature_source, write_features
+    from video_convmae.engine.features import (
+        check_views,
+        extract_rows,
+        feature_function,
+        feature_shape,
+        feature_source,
+        write_features,
+    )
     from video_convmae.engine.inference import chunk_folder
     from video_convmae.models.pytorchvideo import LibraryClassifier
+    from video_convmae.engine.windows import WindowStore, extract_windows, forget_finished, write_windows
 
     folder = output_folder(config)
     file = folder / "features.npz"
     config = replace(config, segments=config.segments or 1, crops=config.crops or 1)
+    if config.window is not None and (config.stride or config.fps):
+        config = replace(config, sampling=config.sampling or "dense")  # windows are parts of a video
     with init_distributed(config.device) as info:
         loaded, path, digest = load_model(config, info)
         data, protocol = merge_options(config, loaded, info)
-        records = read_list(config.list, data.format, data.root)
+        if is_video(config.list):
+            data, records = replace(data, format="video"), Records([Record(config.list)])
+        else:
+            records = read_list(config.list, data.format, data.root)
+        plan = None
+        if config.window is not None:
+            plan = build.plan_windows(data, loaded.model.encoder.config, config.window, config.hop)
+            check_views(config.kind, protocol)
         shape, source = feature_shape(loaded.model, config.kind), feature_source(loaded.model, config.kind)
         about = {
             "weights": str(path),
@@ -54,19 +79,35 @@ def extract_features(config: FeaturesConfig) -> Path:
             "grid": None if isinstance(loaded.model, LibraryClassifier) else loaded.model.encoder.config.grid,
             **asdict(protocol),
         }
+        if plan is not None:
+            about |= {"window": config.window, "stride": data.stride, "fps": data.fps, "hop": plan.hop}
         settings = about | {"ema": config.ema, "data": to_plain(data), "records": records.digest()}
         chunks = chunk_folder(folder, settings)
         if info.is_main:
             print(f"{path}: {len(records)} records, features {shape}: {source}", flush=True)
-        barrier()
-        extract_rows(build.build_inference(loaded.model, data, records, protocol, info), config.kind, chunks)
+        inference = build.build_inference(loaded.model, data, records, protocol, info)
+        if plan is None:
+            barrier()
+            extract_rows(inference, config.kind, chunks)
+        else:
+            forget_finished(chunks, info)
+            extract_windows(inference, feature_function(loaded.model, config.kind), shape, plan.hop, chunks)
         if info.is_main:
-            bad_records = write_features(chunks, shape, records, file, about)
+            if plan is None:
+                bad_records = write_features(chunks, shape, records, file, about)
+            else:
+                store = WindowStore(chunks, shape, info.rank)
+                bad_records = write_windows(store, records, data.root, plan, folder, about)
             write_bad_records(bad_records, folder)
             shutil.rmtree(folder / "partial")
             failed = f"{len(bad_records)} failed" + (f" ({folder / 'bad_records.jsonl'})" if bad_records else "")
             print(f"{file}: {len(records) - len(bad_records)} records read, {failed}", flush=True)
     return file
+
+
+def is_video(path: str) -> bool:
+    """Return whether a path is that of a single video, in place of a list."""
+    return path.lower().endswith(VIDEO_SUFFIXES) and Path(path).is_file()
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from video_convmae.errors import UserError
 
 from .datasets import ORDER, BadRecord, Sample, SampleKey, sample_generator
 from .ragged import RaggedCrops, concatenate_crops
 from .workers import prepare_worker, supervise
+
+T = TypeVar("T")
 
 
 class AnyBatch(Protocol):
@@ -212,12 +214,28 @@ def iter_batches(
     Raises:
         LoaderError: a worker was lost, which is noticed within 5 s.
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
+    return _iterate(
+        workers, start_method, dataset=dataset, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory
+    )
+
+
+def iter_stream(
+    dataset: IterableDataset[T], workers: int, pin_memory: bool = False, start_method: str | None = None
+) -> Generator[T]:
+    """Yield what a dataset makes in its own order (windows of long videos); else as `iter_batches`."""
+    return _iterate(
+        workers, start_method, dataset=dataset, batch_size=None, collate_fn=_unchanged, pin_memory=pin_memory
+    )
+
+
+def _unchanged(item: T) -> T:
+    return item
+
+
+def _iterate(workers: int, start_method: str | None, **options: Any) -> Generator[Any]:
+    loader: DataLoader[Any] = DataLoader(
+        **options,
         num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
         multiprocessing_context=start_method if workers else None,
         prefetch_factor=2 if workers else None,
         worker_init_fn=prepare_worker,

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from math import prod
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,7 +22,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from video_convmae.atomic import replacing
 from video_convmae.data.datasets import BadRecord
+from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import Records
 from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import FusedEncoder
@@ -95,6 +97,15 @@ def feature_source(model: Model, kind: FeatureKind) -> str:
     return tokens if kind == "tokens" else f"the mean over the {tokens}"
 
 
+def check_views(kind: FeatureKind, views: ViewConfig) -> None:
+    """Raise a UserError for tokens of several views."""
+    if kind == "tokens" and views.count > 1:
+        raise UserError(
+            f"{views.segments} segments x {views.crops} crops were asked for; expected 1 x 1 for tokens: those of "
+            "different views show different places, and their mean shows none"
+        )
+
+
 def extract_rows(inference: ListInference, kind: FeatureKind, folder: Path) -> None:
     """Compute the features of every record that the folder does not hold yet; `write_features` joins them.
 
@@ -104,14 +115,9 @@ def extract_rows(inference: ListInference, kind: FeatureKind, folder: Path) -> N
         folder: visible to all processes.
 
     Raises:
-        ValueError: tokens of several views.
+        UserError: tokens of several views.
     """
-    views = inference.views.views
-    if kind == "tokens" and views.count > 1:
-        raise UserError(
-            f"{views.segments} segments x {views.crops} crops were asked for; expected 1 x 1 for tokens: those of "
-            "different views show different places, and their mean shows none"
-        )
+    check_views(kind, inference.views.views)
     store = ChunkStore(folder, feature_shape(inference.model, kind), inference.info.rank)
     done = store.stored_records()
     compute = feature_function(inference.model, kind)
@@ -151,13 +157,9 @@ def write_features(
             "must write to the same file system"
         )
     rows = [places[index] for index in range(len(records))]
-    partial = path.with_name(path.name + ".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        with _member(archive, "features") as file:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (len(records), *shape)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for number, row in rows:
-                file.write(maps[number]["values"][row].tobytes())
+    with open_archive(path) as archive:
+        features = (maps[number]["values"][row] for number, row in rows)
+        write_parts(archive, "features", np.dtype("<f4"), (len(records), *shape), features)
         others = {
             "labels": records.labels,
             "failed": np.array([maps[number]["failed"][row] for number, row in rows]),
@@ -165,15 +167,38 @@ def write_features(
             "about": np.array(json.dumps(about)),
         }
         for name, array in others.items():
-            with _member(archive, name) as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
-    partial.replace(path)
+            write_parts(archive, name, array.dtype, array.shape, [array])
     return in_list_order(store.bad_records())
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    """Open an array of an archive for writing, without the time of day: the same arrays give the same bytes."""
-    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+@contextmanager
+def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a NumPy archive for writing, which is renamed to this name when it is whole."""
+    with replacing(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        yield archive
+
+
+def write_parts(
+    archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...], parts: Iterable[np.ndarray]
+) -> None:
+    """Write an array of an archive, part by part, without the time of day: the same arrays give the same bytes.
+
+    Args:
+        archive: for writing.
+        name: of the array.
+        dtype, shape: of the whole array.
+        parts: its values in order.
+    """
+    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
+        write_npy(file, dtype, shape, parts)
+
+
+def write_npy(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+    """Write an array in NumPy's format, part by part."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    for part in parts:
+        file.write(np.ascontiguousarray(part, dtype).tobytes())
 
 
 def read_features(path: str | Path) -> FeatureTable:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from video_convmae.atomic import whole_lines
 from video_convmae.data.datasets import BadRecord, TestViewDataset
 from video_convmae.data.loader import Batch, iter_batches
+from video_convmae.data.ragged import RaggedCrops
 from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
@@ -145,18 +146,28 @@ class ListInference:
     @torch.inference_mode()
     def _compute(self, compute: Callable[[Tensor], Tensor], batches: Iterator[Batch]) -> Iterator[Chunk]:
         """Yield chunks: `compute` of every view, then the mean over a record's views."""
-        views, precision = self.views.views.count, self.protocol.precision or "fp32"
         for batch in batches:
-            clips = self.normalizer.normalise(batch.clips)
-            with autocast(clips.device, precision):
-                values = compute(clips)
-            values = values.float().unflatten(0, (-1, views)).mean(dim=1).cpu()
-            records = batch.records[::views].tolist()
-            if not values.isfinite().all():  # sorted like any others, they would count as predictions
-                raise NonFiniteOutput(
-                    f"not finite for the records {records}: try precision bf16 or fp32 for {precision}"
-                )
-            yield Chunk(records, values.numpy(), list(batch.bad_records))
+            records = batch.records[:: self.views.views.count].tolist()
+            values = self.forward(compute, batch.clips, self.views.views.count, f"the records {records}")
+            yield Chunk(records, values, list(batch.bad_records))
+
+    @torch.inference_mode()
+    def forward(
+        self, compute: Callable[[Tensor], Tensor], clips: Tensor | RaggedCrops, views: int, names: str
+    ) -> np.ndarray:
+        """Compute the values of clips `(n * views, C, T, H, W)` uint8: `(n, ...)` float32, the mean over the views.
+
+        Raises:
+            NonFiniteOutput: a value is not finite; the message has the `names`.
+        """
+        precision = self.protocol.precision or "fp32"
+        normalised = self.normalizer.normalise(clips)
+        with autocast(normalised.device, precision):
+            values = compute(normalised)
+        values = values.float().unflatten(0, (-1, views)).mean(dim=1).cpu()
+        if not values.isfinite().all():  # sorted like any others, they would count as predictions
+            raise NonFiniteOutput(f"not finite for {names}: try precision bf16 or fp32 for {precision}")
+        return values.numpy()
 
 
 def in_list_order(bad_records: Sequence[BadRecord]) -> tuple[BadRecord, ...]:
@@ -184,15 +195,20 @@ class Progress:
         self._total, self._first, self._done = total, done, done
         self._started = self._printed = time.perf_counter()
 
-    def update(self, count: int) -> None:
-        """Add `count` finished records; with several processes an estimate, cut at the list's length."""
+    def update(self, count: int, note: str = "") -> None:
+        """Add `count` finished records; with several processes an estimate, cut at the list's length.
+
+        `note` says in words what is being done within a record.
+        """
         count = min(count, self._total - self._done)
         self._done += count
         self._bar.update(count)
+        if note:
+            self._bar.set_postfix_str(note)
         now = time.perf_counter()
         if self._prints and now >= self._printed + self.EVERY:
             rate = (self._done - self._first) / (now - self._started)
-            print(f"{self._done}/{self._total} {self._unit}, {rate:.1f} {self._unit}/s", flush=True)
+            print(f"{self._done}/{self._total} {self._unit}, {note or f'{rate:.1f} {self._unit}/s'}", flush=True)
             self._printed = now
 
     def close(self) -> None:
@@ -209,9 +225,11 @@ class ChunkStore:
         rank: of this process.
     """
 
+    lines = ".bad_records.jsonl"  # end of the name of the file beside the rows
+
     def __init__(self, folder: Path | None, shape: tuple[int, ...], rank: int) -> None:
         self.row = np.dtype([("record", "<i8"), ("failed", "?"), ("values", "<f4", shape)])
-        self._folder = folder
+        self.folder = folder
         self._rank = rank
         self._files: tuple[IO[bytes], IO[str]] | None = None
 
@@ -230,13 +248,13 @@ class ChunkStore:
 
     def mapped_rows(self) -> list[np.ndarray]:
         """Map the rows of every file that this process sees; the disk is read on access."""
-        files = sorted(self._folder.glob("*.rows")) if self._folder is not None else []
+        files = sorted(self.folder.glob("*.rows")) if self.folder is not None else []
         counts = [path.stat().st_size // self.row.itemsize for path in files]  # an incomplete last row is left out
         return [np.memmap(path, self.row, "r", shape=(count,)) for path, count in zip(files, counts) if count]
 
     def bad_records(self) -> list[BadRecord]:
         """Return the bad records in every file that this process sees."""
-        files = sorted(self._folder.glob("*.bad_records.jsonl")) if self._folder is not None else []
+        files = sorted(self.folder.glob(f"*{self.lines}")) if self.folder is not None else []
         return [BadRecord(**json.loads(line)) for path in files for line in whole_lines(path)]
 
     def add(self, chunk: Chunk) -> np.ndarray:
@@ -245,18 +263,23 @@ class ChunkStore:
         rows = np.zeros(len(chunk.records), self.row)
         rows["record"], rows["failed"] = chunk.records, [record in failed for record in chunk.records]
         rows["values"][~rows["failed"]] = chunk.values[~rows["failed"]]
-        if self._folder is not None:
-            if self._files is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                path = self._folder / f"{time.time_ns()}-{self._rank}"
-                rows_path, bad_records_path = Path(f"{path}.rows"), Path(f"{path}.bad_records.jsonl")
-                self._files = rows_path.open("ab"), bad_records_path.open("a")
-            rows_file, bad_records_file = self._files
+        if self.folder is not None:
+            rows_file, bad_records_file = self._open()
             bad_records_file.writelines(json.dumps(record._asdict()) + "\n" for record in chunk.bad_records)
             bad_records_file.flush()
             rows_file.write(rows.tobytes())
             rows_file.flush()
         return rows
+
+    def _open(self) -> tuple[IO[bytes], IO[str]]:
+        """Return this process's files of rows and of lines, made when first needed."""
+        assert self.folder is not None
+        if self._files is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"{time.time_ns()}-{self._rank}"
+            rows_path, lines_path = Path(f"{path}.rows"), Path(f"{path}{self.lines}")
+            self._files = rows_path.open("ab"), lines_path.open("a")
+        return self._files
 
     def close(self) -> None:
         """Close the files."""

@@ -24,8 +24,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO, get_args
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, BinaryIO, NamedTuple, get_args
 
 import numpy as np
 
@@ -36,6 +37,10 @@ from video_convmae.errors import UserError
 
 _START_SECONDS = 300.0  # to import the libraries, perhaps from a slow disk; no record is to blame for it
 _KILL_SECONDS = 5.0  # a killed process that waits for a dead file server ends only when that answers
+
+STREAM_BYTES = 2**24  # of decoded frames that are sent together; at least one frame
+
+_TIMES, _NEXT = "times", "next frames"  # requests
 
 Handler = Callable[[Any], Any]  # from a request to its reply
 
@@ -119,6 +124,21 @@ class RemoteReader(contextlib.AbstractContextManager["RemoteReader"]):
         frames, self.name, self.note = self._ask(indices)
         return frames
 
+    @cached_property
+    def times(self) -> np.ndarray | None:
+        """As in `FrameReader`; sent by the child when first asked for."""
+        times, self.name, self.note = self._ask(_TIMES)
+        return times
+
+    def stream(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield frames as `FrameReader.stream` does; each process holds some `STREAM_BYTES` of them."""
+        self._ask(_Stream(np.asarray(indices)))
+        taken = 0
+        while taken < len(indices):
+            frames, self.name, self.note = self._ask(_NEXT)
+            taken += len(frames)
+            yield from frames
+
     def close(self, *exception: object) -> None:
         """Forbid further reads. The child closes the file when the next record is opened."""
         self._child = None
@@ -139,20 +159,65 @@ class RemoteReader(contextlib.AbstractContextManager["RemoteReader"]):
             raise DecodeError(f"{self.path}: the reader process {error}") from None
 
 
+class _Stream(NamedTuple):
+    """Request: begin a stream of the frames at these indices."""
+
+    indices: np.ndarray
+
+
+class FrameStream:
+    """A reader's stream, taken a few frames at a time; an error comes after the frames before it."""
+
+    def __init__(self, opened: FrameReader, indices: np.ndarray) -> None:
+        self._frames = opened.stream(indices)
+        self._error: DecodeError | None = None
+
+    def take(self) -> np.ndarray:
+        """Return the next frames, `(n, H, W, 3)` uint8, of `STREAM_BYTES` or more, the last of fewer.
+
+        Raises:
+            DecodeError: as `FrameReader.stream`; `next` past the end is the caller's mistake.
+        """
+        if self._error is not None:
+            raise self._error
+        frames: list[np.ndarray] = []
+        size = 0
+        try:
+            for frame in self._frames:
+                frames.append(frame)
+                size += frame.nbytes
+                if size >= STREAM_BYTES:
+                    break
+        except DecodeError as error:
+            if not frames:
+                raise
+            self._error = error
+        return np.stack(frames)
+
+
 def serve_frames(progress: Callable[[], None], reader: ReaderName, max_side: int | None = None) -> Handler:
-    """Return the handler of a reader process: a record opens it, anything else is indices of frames to read."""
+    """Return the handler of a reader process: a record opens it, anything else is asked of the one that is open."""
     reader = resolve_reader(reader)
     opened: FrameReader | None = None
+    stream: FrameStream | None = None
 
-    def handle(request: Record | Sequence[int] | np.ndarray) -> tuple[int | np.ndarray, str, str | None]:
-        nonlocal opened
+    def handle(request: Any) -> tuple[Any, str, str | None]:
+        nonlocal opened, stream
         if isinstance(request, Record):
             if opened is not None:
                 opened.close()
-                opened = None  # opening the next may fail
+                opened = stream = None  # opening the next may fail
             opened = open_frames(request, reader, max_side)
             return len(opened), opened.name, opened.note
         assert opened is not None  # the parent reads only what it has opened
+        if isinstance(request, _Stream):
+            stream = FrameStream(opened, request.indices)
+            return None, opened.name, opened.note
+        if isinstance(request, str):
+            if request == _TIMES:
+                return opened.times, opened.name, opened.note
+            assert stream is not None  # the parent takes frames only of a stream that it has begun
+            return stream.take(), opened.name, opened.note
         frames = np.ascontiguousarray(opened.read(request))  # first: a failure of its library changes the name
         return frames, opened.name, opened.note
 

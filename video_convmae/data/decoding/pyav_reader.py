@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
-from itertools import chain, compress, islice, takewhile
+from itertools import chain, compress, islice, pairwise, takewhile
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,11 @@ class PyAVReader(FrameReader):
     def __len__(self) -> int:
         return self.scan.count
 
+    @property
+    def times(self) -> np.ndarray | None:  # type: ignore[override]  # computed where it is asked for
+        """Seconds at which each frame is shown; None: the file does not say, not even a rate."""
+        return self.scan.seconds()
+
     def close(self) -> None:
         self._container.close()
 
@@ -95,22 +100,32 @@ class PyAVReader(FrameReader):
         return self.scan
 
     def _read_ascending(self, indices: np.ndarray) -> np.ndarray:
-        to_rgb = rgb_converter()
         clip: np.ndarray | None = None
+        place = 0
+        for image in self._stream_ascending(indices):
+            if clip is None:
+                clip = np.empty((len(indices), *image.shape), dtype=np.uint8)
+            clip[place] = image
+            place += 1  # noqa: SIM113  # enumerate would keep a picture while the next is decoded
+            del image
+        assert clip is not None  # `read` refuses no indices
+        return clip
+
+    def _stream_ascending(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        to_rgb = rgb_converter()
+        shape: tuple[int, ...] | None = None
         frames = self._frames_at(indices)
-        for place, index in enumerate(indices.tolist()):
+        for index in indices.tolist():
             frame = next(frames)
             self._compare_size(frame, index)
             image = to_rgb(frame, smaller_size(self._size, self.max_side))
-            if clip is None:
-                clip = np.empty((len(indices), *image.shape), dtype=np.uint8)
-            if image.shape != clip.shape[1:]:
+            del frame
+            shape = shape or image.shape
+            if image.shape != shape:
                 raise DecodeError(f"{self.path}: frame {index} is turned otherwise than the first")
-            clip[place] = image
-            del frame, image
+            yield image
+            del image
         next(frames, None)  # it ends
-        assert clip is not None  # `read` refuses no indices
-        return clip
 
     def _frames_at(self, indices: np.ndarray) -> Iterator[Any]:
         """Yield the frames at ascending indices; raise DecodeError for the first that is missing or damaged."""
@@ -147,8 +162,8 @@ class PyAVReader(FrameReader):
     def _timed_frames_at(self, indices: np.ndarray) -> Iterator[Any]:
         times = self.scan.times[indices]
         groups = np.searchsorted(self.scan.keyframes[:, 0], times, side="right") - 1
-        for group in np.unique(groups).tolist():
-            yield from self._frames_of_group(group, times[groups == group].tolist())
+        for first, last in pairwise([0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(groups)]):
+            yield from self._frames_of_group(int(groups[first]), times[first:last].tolist())
 
     def _frames_of_group(self, group: int, times: list[int]) -> Iterator[Any]:
         """Yield the frames shown at `times` (ascending), decoded from keyframe `group` on; None for one that is lost.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from .errors import DecodeError, decode_errors
+
+_AT_ONCE = 4  # frames of a stream that a library without one of its own decodes at a time
 
 
 def smaller_size(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
@@ -24,11 +26,13 @@ class FrameReader(ABC):
         name: library that decodes: "torchcodec", "torchcodec_cuda", "pyav" or "decord"; "pillow" for images. Not always
             the one asked for (see rules.py).
         note: what a user should know of the frames that were read; None: nothing.
+        times: `(len(self),)` seconds at which each frame is shown, ascending from 0; None: nothing says them.
     """
 
     path: str
     name: str
     note: str | None = None
+    times: np.ndarray | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -53,6 +57,21 @@ class FrameReader(ABC):
                 raise DecodeError(f"{self.path}: frame {bad} was asked for; there are {len(self)}, counted from 0")
             frames = self._read_ascending(wanted)
             return frames if np.array_equal(places, np.arange(len(wanted))) else frames[places]
+
+    def stream(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the frames at ascending indices without repeats, uint8 `(H, W, 3)` each, in one pass over the file.
+
+        Memory holds a few frames, however many are asked for. Nothing else may be read until the last was taken.
+
+        Raises:
+            DecodeError: as `read`, at the first frame that is damaged; those before it were yielded.
+        """
+        with decode_errors(self.path):
+            yield from self._stream_ascending(indices)
+
+    def _stream_ascending(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, len(indices), _AT_ONCE):
+            yield from self._read_ascending(indices[start : start + _AT_ONCE])
 
     def close(self) -> None:
         """Release the file. Reading afterwards is an error."""
