@@ -34,11 +34,12 @@ from video_convmae.engine.options import (
     Precision,
     ProbeConfig,
     ProtocolConfig,
+    SweepConfig,
     TargetConfig,
     TrainConfig,
 )
 from video_convmae.errors import UserError
-from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
+from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig, Pool
 from video_convmae.weights.options import Inflation
 
 SamplingKind = Literal["dense", "uniform"]
@@ -218,8 +219,18 @@ class FinetuneConfig(RunConfig):
     """Validation during training."""
     test: ProtocolConfig = field(default_factory=ProtocolConfig)
     """Protocol of `video-convmae evaluate` for this run."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """Many learning rates and weight decays of a linear or attentive probe in one run."""
 
     def __post_init__(self) -> None:
+        if heads := len(self.sweep.heads):
+            given = f"sweep asks for {heads} heads"
+            if self.model.probe not in ("linear", "attentive"):
+                raise ValueError(f"{given} and model.probe is {self.model.probe}; expected linear or attentive")
+            if self.train.precision == "fp16":
+                raise ValueError(f"{given} and train.precision is fp16, whose loss scale they would share; expected bf16")
+            if self.train.parallel == "fsdp":
+                raise ValueError(f"{given} and train.parallel is fsdp; expected ddp")
         if self.model.probe is not None and self.optim.layer_decay != 1:
             raise ValueError(
                 f"optim.layer_decay is {self.optim.layer_decay} and model.probe is {self.model.probe!r}; expected 1: a "
@@ -408,6 +419,13 @@ class FeaturesConfig(InferenceConfig):
     """The list, or a folder of class folders."""
     kind: FeatureKind = "pooled"
     """pooled: one vector a record, the mean over all views; tokens: all of them, of one view."""
+    pool: Pool | None = None
+    """How tokens are pooled: mean, difference, motion, frames, attentive (docs/finetuning.md, Pooling); none: as before a
+    classifier's head, else the mean."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "tokens" and self.pool is not None:
+            raise ValueError(f"kind is tokens and pool {self.pool}; expected kind pooled, or no pool")
 
 
 Config = TypeVar("Config")

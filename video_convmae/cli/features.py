@@ -5,7 +5,7 @@
 
 writes features.npz into the folder, and bad_records.jsonl if a record could not be read:
 
-    features  (R, D) pooled: the mean over tokens and views; or (R, N, D) tokens (t, h, w in order), float32
+    features  (R, K) pooled, --pool says how, the mean over views; or (R, N, D) tokens (t, h, w in order), float32
     labels    (R,) -1 where the list has none
     records   (R,) paths
     failed    (R,) the record could not be read: its features are zeros
@@ -43,12 +43,14 @@ def extract_features(config: FeaturesConfig) -> Path:
         loaded, path, digest = load_model(config, info)
         data, protocol = merge_options(config, loaded, info)
         records = read_list(config.list, data.format, data.root)
-        shape, source = feature_shape(loaded.model, config.kind), feature_source(loaded.model, config.kind)
+        how = (loaded.model, config.kind, config.pool)
+        shape, source = feature_shape(*how), feature_source(*how)
         about = {
             "weights": str(path),
             "sha256": digest,
             "list": config.list,
             "kind": config.kind,
+            "pool": config.pool,
             "source": source,
             "grid": loaded.model.encoder.config.grid,
             **asdict(protocol),
@@ -58,7 +60,7 @@ def extract_features(config: FeaturesConfig) -> Path:
         if info.is_main:
             print(f"{path}: {len(records)} records, features {shape}: {source}", flush=True)
         barrier()
-        extract_rows(build.build_inference(loaded.model, data, records, protocol, info), config.kind, chunks)
+        extract_rows(build.build_inference(loaded.model, data, records, protocol, info), config.kind, chunks, config.pool)
         if info.is_main:
             bad_records = write_features(chunks, shape, records, file, about)
             write_bad_records(bad_records, folder)

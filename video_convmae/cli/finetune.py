@@ -43,6 +43,8 @@ def finetune(config: FinetuneConfig) -> int:
             print(f"{num_classes} classes")
             if takes_model:
                 print(f"model.from_weights: {config.init.weights} has {describe_encoder(config.model)}", flush=True)
+        if config.sweep.heads:
+            return build.build_sweep(config, info, records, validation, initial).fit()
         if config.model.probe not in ("knn", "logistic"):
             return build.build_finetuning(config, info, records, validation, initial).fit()
         torch.manual_seed(config.seed)  # of a random encoder

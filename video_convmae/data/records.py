@@ -96,6 +96,11 @@ class Records(Sequence[Record]):
         label, frames = int(self.labels[index]), int(self._num_frames[index])
         return Record(path, label if label >= 0 else None, frames if frames >= 0 else None, self.format)
 
+    def take(self, places: np.ndarray) -> Records:
+        """Return the records at these places, each with its line."""
+        chosen = [self[int(place)] for place in places]
+        return Records(chosen, self.format, self.lines[places].tolist())
+
     def digest(self, root: str | Path | None = None) -> str:
         """Return the SHA-256 of the records in their order: the same for the same list under another file name.
 

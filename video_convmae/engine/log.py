@@ -127,6 +127,8 @@ def _progress_line(values: Values) -> str:
     for name, words in SCORES.items():
         if name != "top1" and values.get(f"val_{name}") is not None:
             parts.append(f"validation {words} {values[f'val_{name}']:.4f}")
+    if values.get("held_out_top1") is not None:
+        parts.append(f"held-out top-1 of the best head {values['held_out_top1']:.4f}")
     if values.get("probe_knn_top1") is not None:
         parts += [
             f"probe: nearest neighbours {values['probe_knn_top1']:.4f}",

@@ -155,5 +155,22 @@ class Classification(Task):
         clips = self.normalizer.normalise(batch.clips)
         clips, targets = self.mixing(clips, batch.labels.to(clips.device, non_blocking=True))
         logits = self.model(clips).float()
-        hits = (logits.argmax(dim=1) == targets.argmax(dim=1)).float().mean()
-        return F.cross_entropy(logits, targets), {"train_top1": hits.detach()}
+        hits = (logits.argmax(dim=-1) == targets.argmax(dim=1)).float().mean()
+        return self.loss(logits, targets), {"train_top1": hits.detach()}
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of logits `(B, classes)` against the classes' shares, of the same shape."""
+        return F.cross_entropy(logits, targets)
+
+
+class ProbeSweep(Classification):
+    """Several heads on the same clips: the loss logged is their mean, the gradient that of each alone; so is accuracy."""
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of logits `(heads, B, classes)`."""
+        every = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits), 1), reduction="none")
+        losses = every.view(len(logits), -1).mean(dim=1)
+        # A head whose loss is not finite adds nothing; its gradients are dropped (`Optimization.clip_gradients`).
+        finite = torch.where(losses.isfinite(), losses, torch.zeros_like(losses))
+        total = finite.sum()
+        return total + (finite.mean() - total).detach()

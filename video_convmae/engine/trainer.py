@@ -194,6 +194,7 @@ class Trainer:
         self.trace = Trace(folder, info.rank, log.trace)
         self.log = NullLog()  # a RunLog on rank 0, while `fit` runs
         self.rank_log = RankLog(folder, info.rank)
+        self.publishes = True  # the weights of a finished run, in one file
         self.keep_every = None if train.keep_every is None else self._epochs_to_steps(train.keep_every)
         saved = None if resume_from is None else resume_from.step
         self.saver = Saver(folder / "checkpoints", info.is_main, train.keep, self.keep_every, saved)
@@ -246,7 +247,7 @@ class Trainer:
         ):
             self._train(batches)
             self.saver.wait()
-            if state.step == self.steps:
+            if self.publishes and state.step == self.steps:
                 self._publish()
         barrier()
         if self.info.is_main and state.step == self.steps:

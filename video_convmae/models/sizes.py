@@ -15,7 +15,7 @@ from video_convmae.bounds import Bounds
 
 Implementation = Literal["packed", "dense"]
 PositionTable = Literal["sincos", "flat"]
-Pool = Literal["mean", "motion"]
+Pool = Literal["mean", "difference", "motion", "frames", "attentive"]
 ProbeKind = Literal["linear", "attentive", "knn", "logistic"]
 Target = Literal["patch", "patch_channel", "none"]
 TargetTokens = Literal["visible", "hidden"]
@@ -264,8 +264,13 @@ class ClassifierConfig(EncoderConfig):
     features and trains nothing; logistic, fitted at once by regularised logistic regression, for few labels. none:
     finetune everything."""
     pool: Pool = "mean"
-    """What the head reads: the mean over tokens; or motion, beside it the convolutional stages' change over time, on
-    average and where it is largest (classifier, linear and logistic probe)."""
+    """What the head reads: the mean over tokens; difference, beside it their mean change over time; motion, beside it
+    the convolutional stages' change, on average and where it is largest; frames, the mean of each time; attentive, what
+    a learnt query reads (classifier; as a probe it is the attentive one)."""
+    pool_depth: Annotated[int, Bounds(least=1)] = 1
+    """Attentive pooling and probe: blocks; all but the last are self-attention (V-JEPA: 1, V-JEPA 2: 4)."""
+    pool_heads: Annotated[int, Bounds(least=0)] = 0
+    """Attentive pooling and probe: attention heads; 0: those of the encoder."""
     msd: bool = True
     """Probes read the tokens after fusion and norm, as pretrained. A finetuned classifier has no fusion."""
     head_init_std: Annotated[float | None, Bounds(above=0)] = None
@@ -287,15 +292,32 @@ class ClassifierConfig(EncoderConfig):
             raise ValueError(f"head_init_std is {self.head_init_std}; expected a deviation above 0")
         if self.pool not in get_args(Pool):
             raise ValueError(f"pool is {self.pool!r}; expected one of {', '.join(get_args(Pool))}")
-        if self.pool != "mean" and self.probe in ("attentive", "knn"):
-            raise ValueError(f"pool is {self.pool!r} and probe {self.probe!r}; expected mean, or a linear probe")
-        if self.pool == "motion" and self.grid[0] < 2:
-            raise ValueError(
-                f"pool is motion and {self.num_frames} frames of tubelet {self.tubelet} make one token in time; "
-                "expected 2 or more: take more frames, or pool mean"
-            )
+        self._check_pool()
         if not 0 <= self.head_dropout < 1:
             raise ValueError(f"head_dropout is {self.head_dropout}; expected a share, 0 or more and less than 1")
+
+    def _check_pool(self) -> None:
+        if self.probe == "attentive" and self.pool not in ("mean", "attentive"):
+            raise ValueError(f"pool is {self.pool!r} and probe 'attentive'; expected mean, or a linear probe")
+        if self.pool == "attentive" and self.probe not in (None, "attentive"):
+            raise ValueError(f"pool is 'attentive' and probe {self.probe!r}; expected probe attentive")
+        if self.pool in ("motion", "difference") and self.grid[0] < 2:
+            raise ValueError(
+                f"pool is {self.pool} and {self.num_frames} frames of tubelet {self.tubelet} make one token in time; "
+                "expected 2 or more: take more frames, or pool mean"
+            )
+        if not self.pools_attentively and (self.pool_depth, self.pool_heads) != (1, 0):
+            raise ValueError(
+                f"pool_depth is {self.pool_depth} and pool_heads {self.pool_heads}; expected 1 and 0, or pool or probe "
+                "attentive"
+            )
+        if self.pools_attentively and self.widths[-1] % (self.pool_heads or self.heads):
+            raise ValueError(f"pool_heads is {self.pool_heads}; expected a number that divides {self.widths[-1]}")
+
+    @property
+    def pools_attentively(self) -> bool:
+        """Whether a learnt query reads the tokens."""
+        return self.pool == "attentive" or self.probe == "attentive"
 
     def with_encoder(self, encoder: Mapping[str, Any]) -> ClassifierConfig:
         """Return these options, resolved, with fields of an encoder where they are not set (see `from_weights`)."""

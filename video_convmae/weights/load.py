@@ -24,7 +24,7 @@ from video_convmae.models.autoencoder import Autoencoder, FusedEncoder, create_a
 from video_convmae.models.classifier import Classifier, create_classifier
 from video_convmae.models.encoder import EncoderParts
 from video_convmae.models.probe import Probe
-from video_convmae.models.sizes import AutoencoderConfig, EncoderConfig
+from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig, EncoderConfig
 
 from .arguments import encoder_arguments, model_arguments
 from .files import Tensors
@@ -280,6 +280,8 @@ class _Plan:
         if not faults and part == "head" and (difference := self._compare_classes()):
             self.reshaped += sorted(wanted)
             self.notes.append(f"the head is new: the file's classes are others ({difference})")
+        elif not faults and part == "head" and (difference := self._compare_pools()):
+            self.notes.append(f"the head is new: {difference}")
         elif not faults:
             self.values |= given
         elif part == "head" and given.keys() != wanted.keys():
@@ -360,6 +362,15 @@ class _Plan:
             return None
         pairs = enumerate(zip(theirs, ours))
         return next((f"class {n} is {old!r} there and {new!r} here" for n, (old, new) in pairs if old != new), None)
+
+    def _compare_pools(self) -> str | None:
+        """Return how the file's head reads other features of the same width than the model's; None: it does not."""
+        if not isinstance(self.config, ClassifierConfig) or self.config.probe == "attentive":
+            return None
+        theirs, ours = "attentive" if self.weights.has("pooling") else self.weights.pool, self.config.pool
+        if theirs is None and ours == "attentive":
+            theirs = "mean"
+        return None if theirs in (None, ours) else f"the file's reads pool {theirs}, the model's {ours}"
 
     def add_positions(self) -> None:
         """Take learnable positions, resized to the model's grid; compare fixed ones with the model's own."""

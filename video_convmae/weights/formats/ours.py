@@ -34,6 +34,8 @@ def from_model(model: nn.Module) -> Weights:
     tensors = model.state_dict()
     tensors = rename_norm(tensors) if isinstance(model, Classifier) else tensors
     properties = _properties(model.encoder.config)
+    if isinstance(model, Classifier):
+        properties |= {"pool": model.config.pool, "pool_heads": model.config.pool_heads}
     if isinstance(model, Autoencoder):
         properties |= {"decoder_heads": model.decoder.config.decoder[2], "target": model.target}
     return Weights("VideoConvMAE", tensors, **properties)
@@ -70,6 +72,8 @@ def _run_properties(config: Mapping[str, Any], weights: Weights) -> dict[str, An
     properties: dict[str, Any] = {
         "preprocessing": {name: value for name in _PREPROCESSING if (value := _field(config, name)) is not None},
         "class_names": labels if isinstance(labels, (list, tuple)) and weights.num_classes else None,
+        "pool": model.get("pool"),
+        "pool_heads": model.get("pool_heads"),
     }
     if weights.has("decoder"):
         decoder, target = model.get("decoder"), model.get("target")
