@@ -175,7 +175,7 @@ def test_pooled_features_are_averaged_over_the_views(runs: dict[str, Path], vide
 
 @pytest.mark.parametrize("pool", ["mean", "difference", "motion", "frames"])
 def test_features_are_pooled_as_asked(runs: dict[str, Path], videos: Path, tmp_path: Path, pool: str) -> None:
-    """Of pretrained weights, and of a classifier: its own pooling is what its head reads, another is before the norm."""
+    """Of a classifier, its own pooling is what its head reads, another is before the norm."""
     for name in ("pretrained", "motion"):
         table = extracted(runs[name], videos, tmp_path / name, f"--pool={pool}")
         loaded = load(runs[name])

@@ -74,13 +74,25 @@ def test_the_chosen_head_is_an_ordinary_probe(
     kind, folder = swept
     metrics = json.loads((folder / "metrics.json").read_text())
     heads, chosen = metrics["sweep"]["heads"], metrics["sweep"]["chosen"]
-    assert [(head["lr"], head["weight_decay"]) for head in heads] == [(3e-3, 0.05), (3e-3, 0.5), (1e-3, 0.05), (1e-3, 0.5)]
+    assert [(head["lr"], head["weight_decay"]) for head in heads] == [
+        (3e-3, 0.05),
+        (3e-3, 0.5),
+        (1e-3, 0.05),
+        (1e-3, 0.5),
+    ]
     scores = [head["held_out_top1"] for head in heads]
     assert chosen == {"head": scores.index(max(scores)), **heads[scores.index(max(scores))]}
     assert metrics["sweep"]["held_out"]["records"] == 4
     all_heads, own = load_state(folder / "sweep")["model"], load_state(folder)["model"]
     assert all(torch.equal(own[n], all_heads[n.replace("head.", f"head.{chosen['head']}.")]) for n in own)
-    options = [f"--weights={folder}", f"--output={tmp_path}", "--workers=0", "--device=cpu", "--segments=1", "--crops=1"]
+    options = [
+        f"--weights={folder}",
+        f"--output={tmp_path}",
+        "--workers=0",
+        "--device=cpu",
+        "--segments=1",
+        "--crops=1",
+    ]
     assert evaluate(parse(EvaluateConfig, options))["top1"] == metrics["val_top1"] == metrics["last"]["top1"]
     published = load(folder / "model.safetensors")
     assert all(torch.equal(tensor, own[name]) for name, tensor in published.model.state_dict().items())

@@ -46,7 +46,7 @@ from video_convmae.engine.optim import Optimization
 from video_convmae.engine.options import HeadSettings, ProtocolConfig
 from video_convmae.engine.probing import choose_records, measure_probe, plan_probe
 from video_convmae.engine.sweep import FOLDER, PREFIX, Sweep, measure_heads, split_records
-from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, ProbeSweep, Task
+from video_convmae.engine.tasks import Classification, MultiLabel, Normalizer, Pretraining, ProbeSweep, Task
 from video_convmae.engine.teachers import Teachers, feature_targets, load_teachers
 from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
@@ -301,6 +301,8 @@ def build_probe(
     classes = len(np.unique(records.labels))
     if classes < 2:
         raise ListError(f"probe.list {config.probe.list} has one class; expected two or more, or null for no probe")
+    if records.is_multi_label:
+        raise ListError(f"probe.list {config.probe.list} has records of several classes; expected one class of each")
     plan = plan_probe(
         config.probe,
         steps=optimization.schedule.steps,
@@ -370,9 +372,13 @@ def build_finetuning(
     num_classes = _num_classes(config.data)
     model = build_classifier(config.model, num_classes)
     clips = build_clips(config.data, records, model.encoder.config, config.seed)
-    task = partial(Classification, mixing=Mixing(config.mixing, num_classes))
+    kind = Classification
+    if config.data.multi_label:
+        clips.num_classes, kind = num_classes, MultiLabel
+    task = partial(kind, mixing=Mixing(config.mixing, num_classes))
     measured = build_validation(config, info, validation)
-    return build_trainer(config, info, _clip_parts(config, info, model, clips, task, lambda *_: measured, initial))
+    parts = _clip_parts(config, info, model, clips, task, lambda *_: measured, initial)
+    return build_trainer(config, info, parts)
 
 
 def build_sweep(
@@ -439,7 +445,7 @@ def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | 
     def measure(model: nn.Module) -> Values:
         assert isinstance(model, Classifier | Probe)
         inference = build_inference(model, config.data, records, config.validate, info)
-        evaluation = evaluate_list(inference, num_classes)
+        evaluation = evaluate_list(inference, num_classes, multi_label=bool(config.data.multi_label))
         if info.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             write_bad_records(evaluation.bad_records, folder)
@@ -448,7 +454,11 @@ def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | 
     def build_model() -> nn.Module:
         return build_classifier(config.model, num_classes).to(info.device)
 
-    return Validation(measure, build_model, config.validate.every, every_steps=config.validate.every_steps)
+    validate = config.validate
+    best = "map" if config.data.multi_label else "top1"
+    return Validation(
+        measure, build_model, validate.every, every_steps=validate.every_steps, best=best, patience=validate.patience
+    )
 
 
 def _num_classes(data: LabelledDataConfig) -> int:
@@ -479,4 +489,5 @@ def _clip_parts(
         load_weights=lambda: load_initial_weights(config.init, model, data, initial),
         repeats=data.repeats,
         reader=data.reader,
+        balanced_by=clips.records.labels if isinstance(data, LabelledDataConfig) and data.balanced else None,
     )

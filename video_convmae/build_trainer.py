@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -156,6 +157,7 @@ class Parts:
     collate: samples -> a batch.
     repeats: samples of a record.
     reader: named in the console; None: pictures have one alone.
+    balanced_by: class of each record, where every class is to be shown equally often; None: every record once an epoch.
     """
 
     model: nn.Module
@@ -169,6 +171,7 @@ class Parts:
     collate: Callable[[list[Any]], AnyBatch] = collate
     repeats: int = 1
     reader: str | None = None
+    balanced_by: np.ndarray | None = None
 
 
 def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
@@ -217,7 +220,7 @@ def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
         )
 
     def batches(first_step: int) -> Generator[AnyBatch]:
-        sampler = ResumableBatchSampler(count, plan, config.seed, first_step, steps)
+        sampler = ResumableBatchSampler(count, plan, config.seed, first_step, steps, parts.balanced_by)
         pin_memory = info.device.type == "cuda"
         return iter_batches(parts.dataset, sampler, data.workers, pin_memory, data.start_method, parts.collate)
 

@@ -123,6 +123,12 @@ class LabelledDataConfig(DataConfig):
     own configuration."""
     num_classes: Annotated[int | None, Bounds(least=1)] = None
     """Number of classes; none: the number of names, else the largest label plus one."""
+    multi_label: bool | None = None
+    """A record may have several classes (`path 3,7`), each a yes or no of its own; none: whether one of the lists has
+    such a record. A run writes it into its own configuration."""
+    balanced: bool = False
+    """Show every class equally often: an epoch is as long as the list, rare classes repeat their records and frequent
+    ones leave some out, others in each epoch."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,8 @@ class ValidateConfig(ProtocolConfig):
     """Epochs between two validations; the last step is always followed by one."""
     every_steps: Annotated[int | None, Bounds(least=1)] = None
     """Optimizer steps between two validations; replaces every."""
+    patience: Annotated[int | None, Bounds(least=1)] = None
+    """Early stopping: validations in a row without a better one after which the run ends; none: it does not."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,7 +236,9 @@ class FinetuneConfig(RunConfig):
             if self.model.probe not in ("linear", "attentive"):
                 raise ValueError(f"{given} and model.probe is {self.model.probe}; expected linear or attentive")
             if self.train.precision == "fp16":
-                raise ValueError(f"{given} and train.precision is fp16, whose loss scale they would share; expected bf16")
+                raise ValueError(
+                    f"{given} and train.precision is fp16, whose loss scale they would share; expected bf16"
+                )
             if self.train.parallel == "fsdp":
                 raise ValueError(f"{given} and train.parallel is fsdp; expected ddp")
         if self.model.probe is not None and self.optim.layer_decay != 1:
@@ -236,6 +246,14 @@ class FinetuneConfig(RunConfig):
                 f"optim.layer_decay is {self.optim.layer_decay} and model.probe is {self.model.probe!r}; expected 1: a "
                 "probed encoder's layers are frozen"
             )
+        if self.validate.patience is not None:
+            given = f"validate.patience is {self.validate.patience} and"
+            if self.data.validation is None:
+                raise ValueError(f"{given} data.validation none; expected a list to validate on")
+            if self.model.probe in ("knn", "logistic"):
+                raise ValueError(f"{given} model.probe {self.model.probe}, which is fitted at once; expected none")
+            if self.sweep.heads:
+                raise ValueError(f"{given} sweep has heads, which are trained equally long; expected none")
         if self.model.probe is not None and self.model.head_dropout:
             raise ValueError(
                 f"model.head_dropout is {self.model.head_dropout} and model.probe is {self.model.probe!r}; expected 0: "

@@ -80,6 +80,8 @@ class Predictor(hub.Pretrained):
     def __call__(self, path: str | Path, top: int = 5, views: ViewConfig | None = None) -> list[Prediction]:
         """Return the `top` most probable classes of a video or image file, or of a folder of frames.
 
+        Of a model that answers with several classes each has a probability of its own.
+
         Of several series of pictures in a folder, `folder/img_*` is one.
 
         Args:
@@ -97,7 +99,9 @@ class Predictor(hub.Pretrained):
             path, views or (self.config.test if isinstance(self.config, FinetuneConfig) else self.middle)
         )
         with torch.inference_mode():
-            scores = self.model(clips).float().softmax(dim=1).mean(dim=0)
+            logits = self.model(clips).float()
+            several = getattr(self.config.data, "multi_label", None)
+            scores = (logits.sigmoid() if several else logits.softmax(dim=1)).mean(dim=0)
         best = scores.topk(min(top, len(scores)))
         return [Prediction(self.name(i), s, i) for s, i in zip(best.values.tolist(), best.indices.tolist())]
 

@@ -60,7 +60,9 @@ def extract_features(config: FeaturesConfig) -> Path:
         if info.is_main:
             print(f"{path}: {len(records)} records, features {shape}: {source}", flush=True)
         barrier()
-        extract_rows(build.build_inference(loaded.model, data, records, protocol, info), config.kind, chunks, config.pool)
+        extract_rows(
+            build.build_inference(loaded.model, data, records, protocol, info), config.kind, chunks, config.pool
+        )
         if info.is_main:
             bad_records = write_features(chunks, shape, records, file, about)
             write_bad_records(bad_records, folder)

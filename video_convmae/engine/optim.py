@@ -84,7 +84,6 @@ class Optimization:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients: a DTensor
 
-
     def _clip_heads(self) -> Tensor:
         gradients: dict[int, list[Tensor]] = {}
         for group in self.optimizer.param_groups:

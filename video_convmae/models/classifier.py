@@ -16,6 +16,7 @@ from video_convmae.hub import Folder, Pretrained, misfit, open_folder
 
 from .blocks import multiply_adds
 from .encoder import Encoder, Features, encoder_layer
+from .lora import add_lora
 from .pooling import AttentivePool, pool_features, pooled_width
 from .sizes import ClassifierConfig, apply_overrides
 
@@ -78,6 +79,7 @@ class Classifier(nn.Module, PretrainedHead):
         self.dropout = nn.Dropout(config.head_dropout)
         self.head = nn.Linear(width, num_classes)
         self.init_weights()
+        self._freeze()
 
     def init_weights(self) -> None:
         """Initialise the encoder as an autoencoder's, and the head normal with deviation `head_init_std`."""
@@ -86,6 +88,32 @@ class Classifier(nn.Module, PretrainedHead):
             self.pooling.init_weights()
         self.norm.reset_parameters()
         init_head(self.head, self.config.head_init_std)
+
+    def _freeze(self) -> None:
+        """Take the gradients from the parts that `freeze` and `freeze_blocks` name; of the encoder, with LoRA."""
+        encoder, config = self.encoder, self.config
+        if config.lora_rank:
+            encoder.requires_grad_(False)
+            add_lora(encoder.attention_blocks, config.lora_rank, config.lora_alpha)
+        parts: dict[str, list[nn.Module]] = {
+            "embeddings": [encoder.embeddings, encoder.projection],
+            "conv_stages": [encoder.conv_stages],
+            "positions": [],
+        }
+        self._frozen = [part for name in config.freeze for part in parts[name]]
+        self._frozen += list(encoder.attention_blocks)[: config.freeze_blocks]
+        for part in self._frozen:
+            part.requires_grad_(False)
+        if "positions" in config.freeze:
+            encoder.positions.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Switch the model; in frozen parts drop path stays off."""
+        super().train(mode)
+        for part in getattr(self, "_frozen", ()):
+            part.train(False)
+        return self
 
     def forward(self, clips: Tensor) -> Tensor:
         """Map clips `(B, C, T, H, W)` to logits `(B, num_classes)`."""

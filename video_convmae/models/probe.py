@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -52,17 +52,17 @@ class Probe(FusedEncoder, PretrainedHead):
         self.num_classes = num_classes
         self.requires_grad_(False)
         width, pooled = self.encoder.width, pooled_width(config, config.pool)
-        reads = {"pool": config.pool, "frames": config.grid[0]}
+        pool, frames = config.pool, config.grid[0]
         self.head: LinearHead | AttentiveHead | KNNHead | LogisticHead | Heads
         if config.probe == "linear":
-            self.head = LinearHead(pooled, num_classes, config.head_init_std, **reads)
+            self.head = LinearHead(pooled, num_classes, config.head_init_std, pool, frames)
         elif config.probe == "attentive":
             reading = config.pool_heads or config.heads
             self.head = AttentiveHead(width, reading, num_classes, config.head_init_std, config.pool_depth)
         elif config.probe == "knn":
-            self.head = KNNHead(pooled, num_classes, **reads)
+            self.head = KNNHead(pooled, num_classes, pool=pool, frames=frames)
         elif config.probe == "logistic":
-            self.head = LogisticHead(pooled, num_classes, config.head_init_std, **reads)
+            self.head = LogisticHead(pooled, num_classes, config.head_init_std, pool, frames)
         else:
             raise ValueError(
                 f"probe is none; expected {', '.join(get_args(ProbeKind))} in a Probe, or build a Classifier"
@@ -112,7 +112,7 @@ class Heads(nn.ModuleList):
 
     def init_weights(self) -> None:
         """Initialise the first, and the others as the first."""
-        first = self[0]
+        first = cast(LinearHead | AttentiveHead, self[0])
         first.init_weights()
         for other in list(self)[1:]:
             other.load_state_dict(first.state_dict())

@@ -16,6 +16,7 @@ from video_convmae.bounds import Bounds
 Implementation = Literal["packed", "dense"]
 PositionTable = Literal["sincos", "flat"]
 Pool = Literal["mean", "difference", "motion", "frames", "attentive"]
+FrozenPart = Literal["embeddings", "conv_stages", "positions"]
 ProbeKind = Literal["linear", "attentive", "knn", "logistic"]
 Target = Literal["patch", "patch_channel", "none"]
 TargetTokens = Literal["visible", "hidden"]
@@ -278,6 +279,15 @@ class ClassifierConfig(EncoderConfig):
     0.001), 0.01 to probe."""
     head_dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
     """Dropout rate before the head of a finetuned classifier."""
+    freeze: tuple[FrozenPart, ...] = ()
+    """Parts of a classifier's encoder that are not trained: embeddings, conv_stages, positions."""
+    freeze_blocks: Annotated[int, Bounds(least=0)] = 0
+    """First attention blocks that are not trained."""
+    lora_rank: Annotated[int, Bounds(least=0)] = 0
+    """LoRA: train the encoder by low-rank changes of its attention alone (qkv and proj), of this rank, with norm and
+    head; 0: no LoRA. Needs peft: pip install "video-convmae[lora]"."""
+    lora_alpha: Annotated[float, Bounds(above=0)] = 16.0
+    """LoRA: the changes are scaled by lora_alpha / lora_rank."""
 
     def __post_init__(self) -> None:
         if self.from_weights:
@@ -293,6 +303,7 @@ class ClassifierConfig(EncoderConfig):
         if self.pool not in get_args(Pool):
             raise ValueError(f"pool is {self.pool!r}; expected one of {', '.join(get_args(Pool))}")
         self._check_pool()
+        self._check_trained()
         if not 0 <= self.head_dropout < 1:
             raise ValueError(f"head_dropout is {self.head_dropout}; expected a share, 0 or more and less than 1")
 
@@ -313,6 +324,23 @@ class ClassifierConfig(EncoderConfig):
             )
         if self.pools_attentively and self.widths[-1] % (self.pool_heads or self.heads):
             raise ValueError(f"pool_heads is {self.pool_heads}; expected a number that divides {self.widths[-1]}")
+
+    def _check_trained(self) -> None:
+        asked = {"freeze": self.freeze, "freeze_blocks": self.freeze_blocks, "lora_rank": self.lora_rank}
+        given = [f"{name} is {list(v) if isinstance(v, tuple) else v}" for name, v in asked.items() if v]
+        if given and self.probe is not None:
+            raise ValueError(f"{given[0]} and probe {self.probe!r}; expected none: a probe's encoder is frozen whole")
+        if self.lora_rank and len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[-1]}; expected one: with LoRA the encoder itself is frozen")
+        if self.freeze_blocks > self.depths[-1]:
+            raise ValueError(f"freeze_blocks is {self.freeze_blocks}; expected at most {self.depths[-1]}, all of them")
+        if "conv_stages" in self.freeze and len(self.widths) == 1:
+            raise ValueError("freeze has conv_stages; expected embeddings or positions: a plain ViT has no such stages")
+
+    @property
+    def lora_scale(self) -> float | None:
+        """Factor of LoRA's changes; None: no LoRA."""
+        return self.lora_alpha / self.lora_rank if self.lora_rank else None
 
     @property
     def pools_attentively(self) -> bool:

@@ -23,6 +23,7 @@ from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder, FusedEncoder, create_autoencoder
 from video_convmae.models.classifier import Classifier, create_classifier
 from video_convmae.models.encoder import EncoderParts
+from video_convmae.models.lora import without_lora
 from video_convmae.models.probe import Probe
 from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig, EncoderConfig
 
@@ -226,7 +227,10 @@ def _targets(model: nn.Module) -> Tensors:
     tensors = model.state_dict()
     if isinstance(model, EncoderParts):
         return {f"encoder.{name}": tensor for name, tensor in tensors.items() if name not in model.added}
-    return rename_norm(tensors) if isinstance(model, Classifier) else tensors
+    if not isinstance(model, Classifier):
+        return tensors
+    named = ((without_lora(name), tensor) for name, tensor in tensors.items())
+    return rename_norm({name: tensor for name, tensor in named if name is not None})
 
 
 @dataclass
@@ -272,6 +276,9 @@ class _Plan:
         )
         if not wanted or (part != "encoder" and not self.weights.has(part)):
             return
+        if part in ("fc_norm", "pooling", "head") and (difference := self._compare_pools()):
+            self.notes.append(f"the {part.removeprefix('fc_')} is new: {difference}")
+            return
         faults = _compare_shapes(wanted, given)
         if not faults and part == "encoder":
             self._check_encoder()
@@ -280,8 +287,6 @@ class _Plan:
         if not faults and part == "head" and (difference := self._compare_classes()):
             self.reshaped += sorted(wanted)
             self.notes.append(f"the head is new: the file's classes are others ({difference})")
-        elif not faults and part == "head" and (difference := self._compare_pools()):
-            self.notes.append(f"the head is new: {difference}")
         elif not faults:
             self.values |= given
         elif part == "head" and given.keys() != wanted.keys():
@@ -364,7 +369,7 @@ class _Plan:
         return next((f"class {n} is {old!r} there and {new!r} here" for n, (old, new) in pairs if old != new), None)
 
     def _compare_pools(self) -> str | None:
-        """Return how the file's head reads other features of the same width than the model's; None: it does not."""
+        """Return how the file's head reads other features than the model's; None: it does not, as far as is known."""
         if not isinstance(self.config, ClassifierConfig) or self.config.probe == "attentive":
             return None
         theirs, ours = "attentive" if self.weights.has("pooling") else self.weights.pool, self.config.pool
