@@ -438,8 +438,8 @@ class FeaturesConfig(InferenceConfig):
     kind: FeatureKind = "pooled"
     """pooled: one vector a record, the mean over all views; tokens: all of them, of one view."""
     pool: Pool | None = None
-    """How tokens are pooled: mean, difference, motion, frames, attentive (docs/finetuning.md, Pooling); none: as before a
-    classifier's head, else the mean."""
+    """How tokens are pooled: mean, difference, motion, frames, attentive (docs/finetuning.md, Pooling); none: as before
+    a classifier's head, else the mean."""
 
     def __post_init__(self) -> None:
         if self.kind == "tokens" and self.pool is not None:

@@ -127,8 +127,8 @@ def check_labels(records: Records, num_classes: int, least: int = 0) -> None:
     if records.is_multi_label and records.all_labels.max() >= num_classes:
         record = next(record for record in records if max(record.labels, default=-1) >= num_classes)
         raise ListError(
-            f"{record.path} has the label {max(record.labels)}; expected 0 to {num_classes - 1}: there are {num_classes} "
-            "classes, according to data.num_classes, the class names or the trained model"
+            f"{record.path} has the label {max(record.labels)}; expected 0 to {num_classes - 1}: there are "
+            f"{num_classes} classes, according to data.num_classes, the class names or the trained model"
         )
     for wrong in np.flatnonzero((records.labels < least) | (records.labels >= num_classes))[:1]:
         record = records[int(wrong)]

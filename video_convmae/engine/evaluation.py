@@ -28,8 +28,8 @@ from .inference import ListInference
 class Evaluation:
     """The scores of a list, in its order.
 
-    scores: `(R, classes)` float32, softmax averaged over the views; zeros where the record could not be read. Of several
-        classes each, the sigmoid.
+    scores: `(R, classes)` float32, softmax averaged over the views; zeros where the record could not be read. Of
+        several classes each, the sigmoid.
     labels: `(R,)` int64, -1 where the list has none; of several classes the first.
     failed: `(R,)` bool.
     bad_records: records that could not be read, with their errors.
@@ -108,7 +108,7 @@ class Evaluation:
 
 
 def average_precision(targets: np.ndarray, scores: np.ndarray) -> float:
-    """Return the average precision of one class: the sum of precision times the rise of recall, over falling thresholds.
+    """Return the average precision of a class: the sum of precision times the rise of recall, over falling thresholds.
 
     Args:
         targets: `(R,)` bool, at least one True.

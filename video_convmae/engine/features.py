@@ -94,8 +94,8 @@ def _resolve_pool(model: Model, pool: Pool | None) -> tuple[Pool, bool]:
     chosen = pool or own
     if chosen == "attentive" and not is_attentive and own != "attentive":
         raise UserError(
-            "--pool attentive reads with a trained query, and this model has none: expected mean, difference, frames or "
-            "motion, or a run with model.pool or model.probe attentive"
+            "--pool attentive reads with a trained query, and this model has none: expected mean, difference, frames "
+            "or motion, or a run with model.pool or model.probe attentive"
         )
     if chosen in ("motion", "difference") and model.encoder.config.grid[0] < 2:
         raise UserError(f"--pool {chosen} needs two tokens in time, and this model has one; expected mean or frames")

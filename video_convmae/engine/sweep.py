@@ -1,4 +1,4 @@
-"""A sweep of probes: heads with their own learning rate and weight decay, trained side by side on one frozen forward pass.
+"""A sweep of probes: heads with their own learning rate and weight decay, side by side on one frozen forward pass.
 
 The head is chosen on records of the training list that train no head, never on the list that is tested:
 

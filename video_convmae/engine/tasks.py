@@ -179,7 +179,7 @@ class MultiLabel(Classification):
 
 
 class ProbeSweep(Classification):
-    """Several heads on the same clips: the loss logged is their mean, the gradient that of each alone; so is accuracy."""
+    """Several heads on the same clips: loss and accuracy are their mean, the gradient is that of each alone."""
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of logits `(heads, B, classes)`."""

@@ -22,8 +22,8 @@ from video_convmae.models.sizes import Pool, PositionTable, Target
 from .files import Tensors
 
 # Of a model; only the encoder is required. `norm` is over tokens, before a decoder or a probe's head; `fc_norm` is a
-# classifier's, over the pooled tokens, `pooling` what pools them with parameters (model.pool attentive). `feature_heads`
-# predict a teacher's features in pretraining.
+# classifier's, over the pooled tokens, `pooling` what pools them with parameters. `feature_heads` predict a teacher's
+# features in pretraining.
 PARTS = ("encoder", "norm", "fc_norm", "fusion", "decoder", "feature_heads", "pooling", "head")
 GEOMETRY = (
     *("strides", "tubelet", "channels", "heads", "frames", "position_table", "decoder_heads", "target"),
