@@ -152,6 +152,7 @@ def test_lora_without_peft_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         classifier(lora_rank=2)
 
 
+@pytest.mark.slow
 def test_a_lora_run_is_resumed_and_loaded(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint has changes beside the weights, the published file has them merged; both are read without peft."""
     edits = (*PLAIN, *SMALL, "--model.lora_rank=2", "--optim.lr=1e-2", "--train.batch_size=4", "--train.save_every=0.5")
@@ -214,12 +215,6 @@ def test_balanced_batches_are_dealt_alike_to_any_number_of_ranks() -> None:
     assert samples(1, 5) == samples(1, 0)[5:]
 
 
-def test_a_balanced_run_logs_and_ends(videos: Path, tmp_path: Path) -> None:
-    (videos / "uneven.txt").write_text("".join(f"{i}.mp4 {int(i == 7)}\n" for i in range(8)))
-    edits = (*PLAIN, *SMALL, "--data.balanced=true", "--train.batch_size=4", "--train.epochs=1")
-    assert run(videos, tmp_path, *edits, train="uneven.txt") == 2
-
-
 # Early stopping
 
 
@@ -227,7 +222,7 @@ def test_a_run_without_a_better_validation_stops_and_stays_stopped(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """The learning rate is 0, so the first validation stays the best; a resumed run counts those of its log."""
-    edits = (*PLAIN, *SMALL, "--optim.lr=0", "--train.batch_size=8", "--train.epochs=9")
+    edits = (*PLAIN, *SMALL, "--optim.lr=0", "--train.batch_size=8", "--train.epochs=9", "--data.balanced=true")
     assert run(videos, tmp_path, *edits, "--validate.patience=2") == 3
     said = "no better validation than that of step 1 in the last 2 (validate.patience)"
     assert f"stopped early after step 3 of 9: {said}" in capsys.readouterr().out

@@ -59,7 +59,7 @@ def test_every_head_ends_as_if_it_were_trained_alone(swept: tuple[str, Path], vi
     kind, folder = swept
     together = load_state(folder / "sweep")["model"]
     for number, (lr, decay) in enumerate([(3e-3, 0.05), (3e-3, 0.5), (1e-3, 0.05), (1e-3, 0.5)]):
-        if number not in (1, 2):  # each value of both
+        if number != 1:  # neither the first head nor the values that a run has anyway
             continue
         edits = (*PLAIN, *PROBE, f"--model.probe={kind}", f"--optim.lr={lr}", f"--optim.weight_decay={decay}")
         run(videos, tmp_path / str(number), *edits, train="trained.txt")
@@ -124,6 +124,7 @@ def test_a_sweep_that_was_stopped_ends_with_the_same_bits(
     assert ours["sweep"] == theirs["sweep"]
 
 
+@pytest.mark.slow
 def test_two_processes_choose_the_same_head(swept: tuple[str, Path], videos: Path, tmp_path: Path) -> None:
     kind, one = swept
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "tools/finetune.py")]
@@ -137,6 +138,20 @@ def test_two_processes_choose_the_same_head(swept: tuple[str, Path], videos: Pat
     ours, theirs = load_state(tmp_path / "sweep")["model"], load_state(one / "sweep")["model"]
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_numbers_of_the_attentive_sweep_are_v_jepa_2s() -> None:
+    """Its configuration of Something-Something V2: 20 heads, AdamW, no warm-up, a cosine to 0."""
+    path = ROOT / "configs" / "video" / "probe_ssv2_attentive_base.yaml"
+    config = parse(FinetuneConfig, [f"--config={path}"])
+    rates, decays = {head.lr for head in config.sweep.heads}, {head.weight_decay for head in config.sweep.heads}
+    assert len(config.sweep.heads) == 20
+    assert (rates, decays) == ({5e-3, 3e-3, 1e-3, 3e-4, 1e-4}, {0.01, 0.1, 0.4, 0.8})
+    assert (config.model.probe, config.model.pool_depth, config.model.pool_heads) == ("attentive", 4, 16)
+    optim, train = config.optim, config.train
+    assert (optim.optimizer, optim.warmup_epochs, optim.decay, optim.base_min_lr) == ("adamw", 0, "cosine", 0)
+    assert (optim.betas, optim.clip_grad, train.epochs, train.batch_size * 64) == ((0.9, 0.999), None, 20, 256)
+    assert (config.test.segments, config.test.crops) == (2, 3)
 
 
 # The held-out part
