@@ -99,6 +99,8 @@ def test_the_chosen_head_is_an_ordinary_probe(
     capsys.readouterr()
     assert run(videos, folder, *PLAIN, *PROBE, *SWEEP, f"--model.probe={kind}") == 6  # finished: nothing is trained
     assert "is finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"was begun with sweep.lr \[0.003, 0.001\]"):
+        run(videos, folder, *PLAIN, *PROBE, *SWEEP, f"--model.probe={kind}", "--sweep.lr=[1e-3]")
 
 
 def test_a_sweep_that_was_stopped_ends_with_the_same_bits(

@@ -39,7 +39,8 @@ def finetune(config: FinetuneConfig) -> int:
         labels = lists.read_class_names(config.data)
         for note in label_notes(num_classes, labels, records, validation) if info.is_main else ():
             print(f"labels: {note}")
-        data = replace(config.data, labels=labels, num_classes=num_classes, multi_label=multi_label)
+        several = multi_label or config.data.multi_label  # as given where no record has several, as in older runs
+        data = replace(config.data, labels=labels, num_classes=num_classes, multi_label=several)
         config = replace(config, data=data)
         if info.is_main:
             print(f"{num_classes} classes" + (", of which a record may have several" if multi_label else ""))

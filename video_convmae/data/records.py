@@ -63,6 +63,11 @@ class Record:
         """All classes, as the list has them."""
         return () if self.label is None else (self.label, *self.others)
 
+    @property
+    def label_text(self) -> str:
+        """The classes as a list has them: `3`, or `3,7`; empty without any."""
+        return ",".join(map(str, self.labels))
+
 
 class Records(Sequence[Record]):
     """Records of one list, held in arrays.
@@ -224,7 +229,7 @@ def parse_line(line: str, format: ListFormat) -> Record:
 
 def format_line(record: Record) -> str:
     """Return the line of a record, which `parse_line` reads back. Raises ValueError: frames without their number."""
-    label = [] if record.label is None else [",".join(map(str, record.labels))]
+    label = [] if record.label is None else [record.label_text]
     if record.format != "frames":
         return " ".join(map(str, [record.path, *label]))
     if record.num_frames is None:

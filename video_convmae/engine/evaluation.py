@@ -214,5 +214,4 @@ def _write_predictions(evaluation: Evaluation, records: Records, path: Path) -> 
         for index, record in enumerate(records):
             if not evaluation.failed[index]:
                 scores = (f"{evaluation.scores[index, c]:.6g}" for c in best[index])
-                label = ",".join(map(str, record.labels))
-                writer.writerow([record.path, label, *best[index], *scores])
+                writer.writerow([record.path, record.label_text, *best[index], *scores])

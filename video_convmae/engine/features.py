@@ -23,6 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from video_convmae.data.datasets import BadRecord
+from video_convmae.data.labels import count_labels
 from video_convmae.data.records import Records
 from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import FusedEncoder
@@ -40,7 +41,7 @@ class FeatureTable(NamedTuple):
     """The features of a list, in its order.
 
     features: `(R, D)` or `(R, N, D)` float32; zeros where the record could not be read.
-    labels: `(R,)` int64, -1 where the list has none.
+    labels: `(R,)` int64, -1 where the list has none; of records with several classes `(R, classes)` bool.
     failed: `(R,)` bool.
     records: `(R,)`, their paths.
     about: model, list and views of the features, as plain data.
@@ -198,7 +199,7 @@ def write_features(
             for number, row in rows:
                 file.write(maps[number]["values"][row].tobytes())
         others = {
-            "labels": records.labels,
+            "labels": records.targets(count_labels(records)) if records.is_multi_label else records.labels,
             "failed": np.array([maps[number]["failed"][row] for number, row in rows]),
             "records": np.array([record.path for record in records]),
             "about": np.array(json.dumps(about)),

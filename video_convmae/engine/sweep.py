@@ -139,20 +139,21 @@ class Sweep:
     def fit(self) -> int:
         """Train all heads, choose one and write it as the run's; return the steps done, as `Trainer.fit`."""
         started = time.perf_counter()
+        others = list_checkpoints(self.folder / "checkpoints")
+        if others and not list_checkpoints(self.trainer.folder / "checkpoints"):
+            raise UserError(f"{self.folder} holds a run that is no sweep ({others[-1].name}); give another --output")
         with claim(self.folder, self.info):
             if self.info.is_main:
                 write_config(self.folder, self.run_config, self.trainer.state.step)
             barrier()
             steps = self.trainer.fit()
-            if steps == self.trainer.steps and not self._is_finished():
+            written = (self.folder / "checkpoints" / checkpoint_name(steps)).exists()
+            if steps == self.trainer.steps and not (written and (self.folder / "metrics.json").exists()):
                 self._finish(steps, started)
             barrier()
             if self.info.is_main and steps == self.trainer.steps:
                 print(last_words(self.folder), flush=True)
         return steps
-
-    def _is_finished(self) -> bool:
-        return bool(list_checkpoints(self.folder / "checkpoints")) and (self.folder / "metrics.json").exists()
 
     def _finish(self, steps: int, started: float) -> None:
         """Choose a head by the last measurement, validate it, and write it."""
