@@ -372,8 +372,9 @@ class _Plan:
         """Return how the file's head reads other features than the model's; None: it does not, as far as is known."""
         if not isinstance(self.config, ClassifierConfig) or self.config.probe == "attentive":
             return None
-        theirs, ours = "attentive" if self.weights.has("pooling") else self.weights.pool, self.config.pool
-        if theirs is None and ours == "attentive":
+        weights, ours = self.weights, self.config.pool
+        theirs = "attentive" if weights.has("pooling") else weights.pool
+        if theirs is None and len(weights.tensors.get("fc_norm.weight", ())) == self.config.widths[-1]:
             theirs = "mean"
         return None if theirs in (None, ours) else f"the file's reads pool {theirs}, the model's {ours}"
 
