@@ -303,9 +303,10 @@ def test_weights_say_how_their_head_pools(pool: str) -> None:
 def test_a_head_that_read_the_mean_is_not_taken_for_another_pooling() -> None:
     source = create_classifier("tiny", num_classes=3, **VIDEO)
     for weights in (source, source.state_dict()):  # stated, and not
-        report = load_weights(create_classifier("tiny", num_classes=3, pool="attentive", **VIDEO), weights)
-        assert "the head is new: the file's reads pool mean, the model's attentive" in report.notes
-        assert {"head.weight", "pooling.query"} <= set(report.missing)
+        for pool in ("attentive", "motion"):
+            report = load_weights(create_classifier("tiny", num_classes=3, pool=pool, **VIDEO), weights)
+            assert f"the head is new: the file's reads pool mean, the model's {pool}" in report.notes
+            assert {"head.weight", "norm.weight"} <= set(report.missing)
 
 
 def test_the_attentive_probe_of_v_jepa_2_is_three_blocks_and_a_query() -> None:
