@@ -252,9 +252,27 @@ def test_motion_does_not_depend_on_the_direction_of_time_or_the_place() -> None:
     torch.testing.assert_close(moved, pooled)
 
 
+def test_difference_is_the_mean_beside_the_mean_change_and_frames_the_mean_of_each_time() -> None:
+    tokens = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))  # (B, t, h*w, D)
+    mean, change = tokens.mean(dim=(1, 2)), (tokens[:, 1:] - tokens[:, :-1]).abs().mean(dim=(1, 2))
+    flat = tokens.flatten(1, 2)
+    torch.testing.assert_close(pool_features(flat, [], "difference", 3), torch.cat([mean, change], dim=1))
+    frames = pool_features(flat, [], "frames", 3)
+    torch.testing.assert_close(frames, torch.cat([tokens[:, i].mean(dim=1) for i in range(3)], dim=1))
+    still = tokens[:, :1].expand(-1, 3, -1, -1).flatten(1, 2)
+    assert not pool_features(still, [], "difference", 3)[:, 4:].any()
+
+
+POOLS = ["mean", "difference", "motion", "frames", "attentive"]
+
+
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("create", [create_classifier, create_probe])
-def test_a_head_on_motion_learns_and_starts_from_pretrained_weights(create: Callable[..., nn.Module]) -> None:
-    model = create("tiny", num_classes=3, pool="motion", **VIDEO).train()
+def test_a_head_on_any_pooling_learns_and_starts_from_pretrained_weights(
+    create: Callable[..., nn.Module], pool: str
+) -> None:
+    kind = {"kind": "attentive"} if create is create_probe and pool == "attentive" else {}
+    model = create("tiny", num_classes=3, pool=pool, **VIDEO, **kind).train()
     load_weights(model, pretrained())
     before = create("tiny", num_classes=3, **VIDEO)
     load_weights(before, pretrained())
@@ -264,15 +282,51 @@ def test_a_head_on_motion_learns_and_starts_from_pretrained_weights(create: Call
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_weights_say_how_their_head_pools() -> None:
-    source = create_classifier("tiny", num_classes=3, pool="motion", **VIDEO).eval()
+@pytest.mark.parametrize("pool", POOLS)
+def test_weights_say_how_their_head_pools(pool: str) -> None:
+    query = {"pool_depth": 2, "pool_heads": 6} if pool == "attentive" else {}
+    source = create_classifier("tiny", num_classes=3, pool=pool, **query, **VIDEO).eval()
     model, report = model_from(source)
-    assert model.config.pool == "motion"
+    assert (model.config.pool, model.config.pool_depth, model.config.pool_heads) == (pool, *(query.values() or (1, 0)))
     assert not report.missing
     clips = clips_for(source)
     assert torch.equal(model.eval()(clips), source(clips))
-    with pytest.raises(ValueError, match="published formats hold classifiers on the mean"):
-        to_format(create_classifier("tiny", num_classes=3, pool="motion", **{**VIDEO, "temporal_kernel": 1}), "convmae")
+    if pool != "mean":
+        with pytest.raises(ValueError, match=f"published formats hold classifiers on the mean .* pools {pool}"):
+            to_format(source, "convmae")
+        mean = create_classifier("tiny", num_classes=3, **VIDEO)
+        report = load_weights(mean, source)
+        assert {"head.weight", "norm.weight"} <= set(report.missing)
+        assert f"the head is new: the file's reads pool {pool}, the model's mean" in report.notes
+
+
+def test_a_head_that_read_the_mean_is_not_taken_for_another_pooling() -> None:
+    source = create_classifier("tiny", num_classes=3, **VIDEO)
+    for weights in (source, source.state_dict()):  # stated, and not
+        for pool in ("attentive", "motion"):
+            report = load_weights(create_classifier("tiny", num_classes=3, pool=pool, **VIDEO), weights)
+            assert f"the head is new: the file's reads pool mean, the model's {pool}" in report.notes
+            assert {"head.weight", "norm.weight"} <= set(report.missing)
+
+
+def test_the_attentive_probe_of_v_jepa_2_is_three_blocks_and_a_query() -> None:
+    """One code for the probe and for a classifier's pooling; a depth of 1 is the probe as it always was."""
+    head = probe("attentive", pool_depth=4, pool_heads=6).head
+    assert len(head.blocks) == 3
+    assert {block.attention.heads for block in head.blocks} == {head.heads} == {6}
+    assert {name.split(".")[0] for name in probe("attentive").head.state_dict()} == {
+        *("query", "norm1", "q", "kv", "norm2", "mlp", "norm", "linear")
+    }
+    classifier = create_classifier("tiny", num_classes=3, pool="attentive", pool_depth=4, pool_heads=6, **VIDEO)
+    pooling = {name for name in head.state_dict() if not name.startswith(("norm.", "linear."))}
+    assert classifier.pooling.state_dict().keys() == pooling
+    classifier.pooling.load_state_dict({name: head.state_dict()[name] for name in pooling})
+    tokens = torch.randn(2, 8, 192)
+    assert torch.equal(classifier.pooling(tokens), head.read(tokens))
+    counted = {name: count for name, count in classifier.multiply_adds().items() if name == "pooling"}
+    width, n = 192, 8
+    block = 12 * width**2 * n + 2 * n**2 * width
+    assert counted == {"pooling": 3 * block + (2 * n + 1) * width**2 + 2 * n * width + 8 * width**2}
 
 
 @pytest.mark.parametrize(
@@ -280,8 +334,12 @@ def test_weights_say_how_their_head_pools() -> None:
     [
         ({"num_frames": 1}, "1 frames of tubelet 1 make one token in time; expected 2 or more"),
         ({"num_frames": 2}, "2 frames of tubelet 2 make one token in time"),
+        ({"num_frames": 2, "pool": "difference"}, "pool is difference and 2 frames of tubelet 2 make one token"),
+        ({"pool": "attentive"}, "pool is 'attentive' and probe 'linear'; expected probe attentive"),
+        ({"pool_depth": 4}, "pool_depth is 4 and pool_heads 0; expected 1 and 0, or pool or probe attentive"),
+        ({"kind": "attentive", "pool": "mean", "pool_heads": 5}, "pool_heads is 5; expected a number that divides 192"),
         ({"kind": "attentive"}, "pool is 'motion' and probe 'attentive'; expected mean"),
-        ({"pool": "median"}, "pool is 'median'; expected one of mean, motion"),
+        ({"pool": "median"}, "pool is 'median'; expected one of mean, difference, motion"),
     ],
 )
 def test_motion_that_cannot_be_pooled_is_an_error(settings: dict, message: str) -> None:

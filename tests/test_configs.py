@@ -81,6 +81,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "images" / str(i % 2)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pictures(1, seed=i)[0]).save(folder / "images" / str(i % 2) / f"{i}.png")
     (folder / "list.txt").write_text("".join(f"{i}.mp4 {i}\n" for i in range(4)))
+    (folder / "pairs.txt").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(4)))
     return folder
 
 
@@ -252,11 +253,13 @@ def test_the_whole_classifier_builds(path: Path) -> None:
 def test_a_shrunken_classifier_takes_two_steps(path: Path, videos: Path, tmp_path: Path) -> None:
     config = parse(FinetuneConfig, [f"--config={path}"])
     frames, images = (1, "images") if config.data.format == "image" else (4, "list.txt")
-    source = str(videos / images)
+    heads = replace(config.sweep, lr=config.sweep.lr[:2], weight_decay=config.sweep.weight_decay[:1])
+    source = str(videos / ("pairs.txt" if heads.lr else images))
     small = replace(
         config,
         output=str(tmp_path),
         device="cpu",
+        sweep=heads,
         model=ClassifierConfig(**small_model(path, frames)),
         data=replace(
             config.data,
@@ -277,15 +280,17 @@ def test_a_shrunken_classifier_takes_two_steps(path: Path, videos: Path, tmp_pat
     assert finetune(small) == steps
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["val_scored"] == 4
-    if steps:
+    if heads.lr:
+        assert len(metrics["sweep"]["heads"]) == 2
+    elif steps:
         lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 2]  # the last is the validation's
         assert metrics["best"]["top1"] == metrics["val_top1"]
     model, again = load_classifier(tmp_path)
-    classes = 2 if frames == 1 else 4
+    classes = 2 if frames == 1 or heads.lr else 4
     assert again.data.num_classes == classes
     assert replace(again, data=small.data) == small
-    if steps:
+    if steps and not heads.lr:
         best, _ = load_classifier(tmp_path / "checkpoints" / "best")
         assert best.state_dict().keys() == model.state_dict().keys()
 

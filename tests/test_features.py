@@ -41,6 +41,7 @@ from video_convmae.engine.evaluation import Evaluation
 from video_convmae.engine.inference import ChunkStore
 from video_convmae.engine.options import ProtocolConfig
 from video_convmae.models.autoencoder import Autoencoder
+from video_convmae.models.pooling import pool_features
 from video_convmae.visualize import accuracy as plots
 from video_convmae.visualize import features as features_picture
 from video_convmae.weights.files import save_file
@@ -170,6 +171,31 @@ def test_pooled_features_are_averaged_over_the_views(runs: dict[str, Path], vide
     assert (table.about["segments"], table.about["crops"]) == (2, 3)
     with pytest.raises(ValueError, match="2 segments x 1 crops were asked for; expected 1 x 1 for tokens"):
         extracted(runs["pretrained"], videos, tmp_path / "tokens", "--kind=tokens", "--segments=2")
+
+
+@pytest.mark.parametrize("pool", ["mean", "difference", "motion", "frames"])
+def test_features_are_pooled_as_asked(runs: dict[str, Path], videos: Path, tmp_path: Path, pool: str) -> None:
+    """Of a classifier, its own pooling is what its head reads, another is before the norm."""
+    for name in ("pretrained", "motion"):
+        table = extracted(runs[name], videos, tmp_path / name, f"--pool={pool}")
+        loaded = load(runs[name])
+        with torch.inference_mode():
+            seen = loaded.model.features(loaded.clips(videos / "3.mp4", ViewConfig()))
+            expected = pool_features(seen.tokens, seen.pyramid, pool, 2)
+            expected = loaded.model.norm(expected) if (name, pool) == ("motion", "motion") else expected
+        np.testing.assert_allclose(table.features[3], expected[0], atol=1e-4)
+        assert table.about["pool"] == pool
+    assert extracted(runs["motion"], videos, tmp_path / "own").features.shape[1] == loaded.model.norm.weight.numel()
+
+
+def test_attentive_features_are_those_of_a_trained_query(runs: dict[str, Path], videos: Path, tmp_path: Path) -> None:
+    table = extracted(runs["attentive"], videos, tmp_path / "query", "--pool=attentive")
+    loaded = load(runs["attentive"])
+    with torch.inference_mode():
+        expected = loaded.model.head.read(loaded.features(videos / "3.mp4"))
+    np.testing.assert_allclose(table.features[3], expected[0], atol=1e-4)
+    with pytest.raises(ValueError, match="--pool attentive reads with a trained query, and this model has none"):
+        extracted(runs["pretrained"], videos, tmp_path / "none", "--pool=attentive")
 
 
 def test_features_of_images_with_published_weights(runs: dict[str, Path], videos: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_every_configuration_and_key_exists(document: Path) -> None:
     text = document.read_text("utf-8")
     known = set().union(*(options_of(command) for command in CONFIGURED))
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    part = r"(?:model|mask|probe|data|optim|train|init|log|validate|test|mixing)"
+    part = r"(?:model|mask|probe|data|optim|train|init|log|validate|test|mixing|sweep)"
     for key in re.findall(rf"(?<![\w./])(?:--)?({part}\.[a-z]\w*(?:\.\w+)*)", prose):
         is_file = key.rsplit(".", 1)[1] in ("txt", "md", "py", "safetensors", "csv", "json", "jsonl")
         is_code = key.startswith(("model.encode", "model.grid"))

@@ -44,9 +44,10 @@ from video_convmae.engine.evaluation import evaluate_list, write_bad_records
 from video_convmae.engine.inference import ListInference
 from video_convmae.engine.metrics import Values
 from video_convmae.engine.optim import Optimization
-from video_convmae.engine.options import ProtocolConfig
+from video_convmae.engine.options import HeadSettings, ProtocolConfig
 from video_convmae.engine.probing import choose_records, measure_probe, plan_probe
-from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, Task
+from video_convmae.engine.sweep import FOLDER, PREFIX, Sweep, measure_heads, split_records
+from video_convmae.engine.tasks import Classification, MultiLabel, Normalizer, Pretraining, ProbeSweep, Task
 from video_convmae.engine.teachers import Teachers, feature_targets, load_teachers
 from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
@@ -333,6 +334,8 @@ def build_probe(
     classes = len(np.unique(records.labels))
     if classes < 2:
         raise ListError(f"probe.list {config.probe.list} has one class; expected two or more, or null for no probe")
+    if records.is_multi_label:
+        raise ListError(f"probe.list {config.probe.list} has records of several classes; expected one class of each")
     plan = plan_probe(
         config.probe,
         steps=optimization.schedule.steps,
@@ -402,9 +405,66 @@ def build_finetuning(
     num_classes = _num_classes(config.data)
     model = build_classifier(config.model, num_classes)
     clips = build_clips(config.data, records, model.config, config.seed)
-    task = partial(Classification, mixing=Mixing(config.mixing, num_classes))
+    kind = Classification
+    if config.data.multi_label:
+        clips.num_classes, kind = num_classes, MultiLabel
+    task = partial(kind, mixing=Mixing(config.mixing, num_classes))
     measured = build_validation(config, info, validation)
-    return build_trainer(config, info, _clip_parts(config, info, model, clips, task, lambda *_: measured, initial))
+    parts = _clip_parts(config, info, model, clips, task, lambda *_: measured, initial)
+    return build_trainer(config, info, parts)
+
+
+def build_sweep(
+    config: FinetuneConfig,
+    info: DistInfo,
+    records: Records,
+    validation: Records | None,
+    initial: InitialWeights | None = None,
+) -> Sweep:
+    """Build a sweep of probes, new, resumed or finished; arguments as those of `build_finetuning`."""
+    torch.manual_seed(config.seed)
+    num_classes, settings = _num_classes(config.data), config.sweep.heads
+    training, held = split_records(records, config.sweep.holdout, config.data.root)
+    model = Probe(config.model, num_classes, len(settings))
+    probe = build_classifier(config.model, num_classes).to(info.device)
+    assert isinstance(probe, Probe)
+    protocol = replace(config.validate, segments=1, crops=1)
+
+    def measure(model: nn.Module) -> Values:
+        assert isinstance(model, Probe)
+        return measure_heads(build_inference(model, config.data, held, protocol, info))
+
+    if info.is_main:
+        print(
+            f"sweep: {len(settings)} heads on one forward pass; {len(held)} of the {len(records)} records of "
+            f"{config.data.train} train none and choose one"
+        )
+    choice = Validation(
+        measure,
+        lambda: Probe(config.model, num_classes, len(settings)).to(info.device),
+        config.validate.every,
+        every_steps=config.validate.every_steps,
+        prefix=PREFIX,
+        best=None,
+    )
+    clips = build_clips(config.data, training, model.encoder.config, config.seed)
+    task = partial(ProbeSweep, mixing=Mixing(config.mixing, num_classes))
+    tested = build_validation(config, info, validation)
+    folder = Path(config.output)
+    parts = _clip_parts(config, info, model, clips, task, lambda *_: choice, initial)
+    trainer = build_trainer(replace(config, output=str(folder / FOLDER)), info, parts)
+    trainer.publishes = False
+    peak = trainer.optimization.schedule.peak
+    known = tuple(
+        HeadSettings(
+            peak if each.lr is None else each.lr,
+            config.optim.weight_decay if each.weight_decay is None else each.weight_decay,
+        )
+        for each in settings
+    )
+    run_config = trainer.state.config | {"output": config.output}
+    share = config.sweep.holdout
+    return Sweep(trainer, known, folder, probe, tested, run_config, len(held), share, info)
 
 
 def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | None) -> Validation | None:
@@ -418,7 +478,7 @@ def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | 
     def measure(model: nn.Module) -> Values:
         assert isinstance(model, AnyClassifier)
         inference = build_inference(model, config.data, records, config.validate, info)
-        evaluation = evaluate_list(inference, num_classes)
+        evaluation = evaluate_list(inference, num_classes, multi_label=bool(config.data.multi_label))
         if info.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             write_bad_records(evaluation.bad_records, folder)
@@ -427,7 +487,11 @@ def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | 
     def build_model() -> nn.Module:
         return build_classifier(config.model, num_classes).to(info.device)
 
-    return Validation(measure, build_model, config.validate.every, every_steps=config.validate.every_steps)
+    validate = config.validate
+    best = "map" if config.data.multi_label else "top1"
+    return Validation(
+        measure, build_model, validate.every, every_steps=validate.every_steps, best=best, patience=validate.patience
+    )
 
 
 def _num_classes(data: LabelledDataConfig) -> int:
@@ -458,4 +522,5 @@ def _clip_parts(
         load_weights=lambda: load_initial_weights(config.init, model, data, initial),
         repeats=data.repeats,
         reader=data.reader,
+        balanced_by=clips.records.labels if isinstance(data, LabelledDataConfig) and data.balanced else None,
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -25,8 +26,8 @@ from video_convmae.engine.checkpoint import Checkpoint, find_latest
 from video_convmae.engine.distributed import DistInfo, all_gather_object
 from video_convmae.engine.log import BadRecordLog
 from video_convmae.engine.loggers import check_loggers
-from video_convmae.engine.optim import HasLayers, NamesUndecayed, Optimization, Schedule, parameter_groups
-from video_convmae.engine.options import OptimConfig, TrainConfig
+from video_convmae.engine.optim import HasLayers, NamesUndecayed, Optimization, Schedule, head_groups, parameter_groups
+from video_convmae.engine.options import HeadSettings, OptimConfig, TrainConfig
 from video_convmae.engine.parallel import parallelize, unwrap
 from video_convmae.engine.run_folder import check_unchanged
 from video_convmae.engine.tasks import Task
@@ -74,7 +75,12 @@ def plan_batches(config: RunConfig, info: DistInfo, resumed: dict[str, Any] | No
 
 
 def build_optimization(
-    model: nn.Module, config: OptimConfig, train: TrainConfig, effective_batch: int, steps_per_epoch: int
+    model: nn.Module,
+    config: OptimConfig,
+    train: TrainConfig,
+    effective_batch: int,
+    steps_per_epoch: int,
+    heads: Sequence[HeadSettings] = (),
 ) -> Optimization:
     """Build the optimizer and its schedule.
 
@@ -87,6 +93,7 @@ def build_optimization(
         train: gives the length of the run.
         effective_batch: records of one optimizer step, repeats not counted.
         steps_per_epoch: optimizer steps of one pass over the list.
+        heads: of a sweep, which the model has; the schedule's peak is the largest of their learning rates.
 
     Raises:
         ValueError: so few epochs that there is no step, or a warm-up as long as the run.
@@ -97,7 +104,11 @@ def build_optimization(
             f"train.epochs is {train.epochs}, with {steps_per_epoch} steps an epoch not one step; expected at least "
             f"{1 / steps_per_epoch:.2g}"
         )
-    if config.lr is not None:
+    rates = [head.lr for head in heads if head.lr is not None]
+    if rates:
+        peak, end = max(rates), config.base_min_lr
+        origin = f"{len(heads)} heads, lr {min(rates):.3g} to {peak:.3g} as configured"
+    elif config.lr is not None:
         peak, end = config.lr, config.base_min_lr
         origin = f"lr {peak:.3g} as configured"
     else:
@@ -118,6 +129,10 @@ def build_optimization(
         scales = model.layer_scales(config.layer_decay)
     undecayed = model.no_weight_decay() if isinstance(model, NamesUndecayed) else None
     groups = parameter_groups(model.named_parameters(), config.weight_decay, scales, undecayed)
+    if heads:
+        decays = [config.weight_decay if head.weight_decay is None else head.weight_decay for head in heads]
+        factors = [1.0 if head.lr is None else head.lr / peak for head in heads]
+        groups = head_groups(model.named_parameters(), list(zip(factors, decays)))
     if config.optimizer == "lars":
         from timm.optim.lars import Lars
 
@@ -144,6 +159,7 @@ class Parts:
     collate: samples -> a batch.
     repeats: samples of a record.
     reader: named in the console; None: pictures have one alone.
+    balanced_by: class of each record, where every class is to be shown equally often; None: every record once an epoch.
     """
 
     model: nn.Module
@@ -157,6 +173,7 @@ class Parts:
     collate: Callable[[list[Any]], AnyBatch] = collate
     repeats: int = 1
     reader: str | None = None
+    balanced_by: np.ndarray | None = None
 
 
 def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
@@ -189,7 +206,10 @@ def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
         compress_gradients=config.train.compress_gradients,
         accumulates=plan.accumulate > 1,
     )
-    optimization = build_optimization(unwrap(wrapped), config.optim, config.train, plan.global_batch, steps_per_epoch)
+    heads = config.sweep.heads if isinstance(config, FinetuneConfig) else ()
+    optimization = build_optimization(
+        unwrap(wrapped), config.optim, config.train, plan.global_batch, steps_per_epoch, heads
+    )
     steps = optimization.schedule.steps
     if info.is_main:
         if report is not None:
@@ -205,7 +225,7 @@ def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
         )
 
     def batches(first_step: int) -> Generator[AnyBatch]:
-        sampler = ResumableBatchSampler(count, plan, config.seed, first_step, steps)
+        sampler = ResumableBatchSampler(count, plan, config.seed, first_step, steps, parts.balanced_by)
         pin_memory = info.device.type == "cuda"
         return iter_batches(parts.dataset, sampler, data.workers, pin_memory, data.start_method, parts.collate)
 

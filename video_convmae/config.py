@@ -35,11 +35,12 @@ from video_convmae.engine.options import (
     Precision,
     ProbeConfig,
     ProtocolConfig,
+    SweepConfig,
     TargetConfig,
     TrainConfig,
 )
 from video_convmae.errors import UserError
-from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
+from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig, Pool
 from video_convmae.weights.options import Inflation
 
 SamplingKind = Literal["dense", "uniform"]
@@ -135,6 +136,12 @@ class LabelledDataConfig(DataConfig):
     own configuration."""
     num_classes: Annotated[int | None, Bounds(least=1)] = None
     """Number of classes; none: the number of names, else the largest label plus one."""
+    multi_label: bool | None = None
+    """A record may have several classes (`path 3,7`), each a yes or no of its own; none: whether one of the lists has
+    such a record. A run writes it into its own configuration."""
+    balanced: bool = False
+    """Show every class equally often: an epoch is as long as the list, rare classes repeat their records and frequent
+    ones leave some out, others in each epoch."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +218,8 @@ class ValidateConfig(ProtocolConfig):
     """Epochs between two validations; the last step is always followed by one."""
     every_steps: Annotated[int | None, Bounds(least=1)] = None
     """Optimizer steps between two validations; replaces every."""
+    patience: Annotated[int | None, Bounds(least=1)] = None
+    """Early stopping: validations in a row without a better one after which the run ends; none: it does not."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,8 +240,20 @@ class FinetuneConfig(RunConfig):
     """Validation during training."""
     test: ProtocolConfig = field(default_factory=ProtocolConfig)
     """Protocol of `video-convmae evaluate` for this run."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """Many learning rates and weight decays of a linear or attentive probe in one run."""
 
     def __post_init__(self) -> None:
+        if heads := len(self.sweep.heads):
+            given = f"sweep asks for {heads} heads"
+            if self.model.probe not in ("linear", "attentive"):
+                raise ValueError(f"{given} and model.probe is {self.model.probe}; expected linear or attentive")
+            if self.train.precision == "fp16":
+                raise ValueError(
+                    f"{given} and train.precision is fp16, whose loss scale they would share; expected bf16"
+                )
+            if self.train.parallel == "fsdp":
+                raise ValueError(f"{given} and train.parallel is fsdp; expected ddp")
         if self.model.probe is not None and self.optim.layer_decay != 1:
             raise ValueError(
                 f"optim.layer_decay is {self.optim.layer_decay} and model.probe is {self.model.probe!r}; expected 1: a "
@@ -240,6 +261,14 @@ class FinetuneConfig(RunConfig):
             )
         if self.model.of_library:
             self._check_library()
+        if self.validate.patience is not None:
+            given = f"validate.patience is {self.validate.patience} and"
+            if self.data.validation is None:
+                raise ValueError(f"{given} data.validation none; expected a list to validate on")
+            if self.model.probe in ("knn", "logistic"):
+                raise ValueError(f"{given} model.probe {self.model.probe}, which is fitted at once; expected none")
+            if self.sweep.heads:
+                raise ValueError(f"{given} sweep has heads, which are trained equally long; expected none")
         if self.model.probe is not None and self.model.head_dropout:
             raise ValueError(
                 f"model.head_dropout is {self.model.head_dropout} and model.probe is {self.model.probe!r}; expected 0: "
@@ -443,6 +472,9 @@ class FeaturesConfig(InferenceConfig):
     `stride` frames of the file apart; none: one row a record."""
     hop: Annotated[int | None, Bounds(least=1)] = None
     """Frames of the file between the starts of two windows; none: window x stride."""
+    pool: Pool | None = None
+    """How tokens are pooled: mean, difference, motion, frames, attentive (docs/finetuning.md, Pooling); none: as before
+    a classifier's head, else the mean."""
 
     def __post_init__(self) -> None:
         if self.hop is not None and self.window is None:
@@ -451,6 +483,8 @@ class FeaturesConfig(InferenceConfig):
             raise ValueError(
                 f"segments is {self.segments} and window {self.window}; expected no segments, or no window"
             )
+        if self.kind == "tokens" and self.pool is not None:
+            raise ValueError(f"kind is tokens and pool {self.pool}; expected kind pooled, or no pool")
 
 
 Config = TypeVar("Config")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from video_convmae.config import DataConfig, LabelledDataConfig
+from video_convmae.config import DataConfig, FinetuneConfig, LabelledDataConfig
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.decoding.process import ReaderProcess
-from video_convmae.data.labels import check_labels, class_names, count_labels
+from video_convmae.data.labels import check_labels, check_single, class_names, count_labels
 from video_convmae.data.records import ListError, Records, read_list
 from video_convmae.engine.distributed import DistInfo, all_gather_object
 from video_convmae.errors import Note
@@ -97,6 +97,26 @@ def read_class_names(data: LabelledDataConfig) -> tuple[str, ...] | None:
         return None
     names = class_names(data.train, data.root, data.labels)
     return None if names is None else tuple(names)
+
+
+def has_several_labels(config: FinetuneConfig, *lists: Records) -> bool:
+    """Return whether records have several classes: `data.multi_label`, or what the lists show.
+
+    Raises:
+        ListError: they have, and the configuration says or needs one class of each.
+    """
+    data = config.data
+    several = any(records.is_multi_label for records in lists) if data.multi_label is None else data.multi_label
+    for records in lists:
+        check_single(records, several)
+    needs_one = {
+        f"model.probe {config.model.probe}": config.model.probe in ("knn", "logistic"),
+        "a sweep": bool(config.sweep.heads),
+        "data.balanced": data.balanced,
+    }
+    if several and (names := [name for name, is_on in needs_one.items() if is_on]):
+        raise ListError(f"records may have several classes (data.multi_label), and {names[0]} takes one of each")
+    return several
 
 
 def count_classes(data: LabelledDataConfig, *lists: Records) -> int:

@@ -102,6 +102,8 @@ class Predictor(hub.Pretrained):
     def __call__(self, path: str | Path, top: int = 5, views: ViewConfig | None = None) -> list[Prediction]:
         """Return the `top` most probable classes of a video or image file, or of a folder of frames.
 
+        Of a model that answers with several classes each has a probability of its own.
+
         Of several series of pictures in a folder, `folder/img_*` is one.
 
         Args:
@@ -167,7 +169,9 @@ class Predictor(hub.Pretrained):
         if isinstance(self.model, Autoencoder):
             raise TypeError("a pretrained autoencoder has no classes; features() works, finetuning adds classes")
         with torch.inference_mode():
-            return self.model(clips).float().softmax(dim=1)
+            logits = self.model(clips).float()
+        several = getattr(self.config.data, "multi_label", None)
+        return logits.sigmoid() if several else logits.softmax(dim=1)
 
     def _best(self, scores: Tensor, top: int) -> list[Prediction]:
         best = scores.topk(min(top, len(scores)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, TypeVar
@@ -25,6 +26,7 @@ from video_convmae.dense.segmentation import Segmenter
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
 from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import Autoencoder
+from video_convmae.models.lora import merge_lora
 from video_convmae.weights.files import check_finite, read_file, run_config
 
 Source = str | Path | Checkpoint
@@ -77,7 +79,7 @@ def load_autoencoder(source: Source, ema: bool = False) -> tuple[Autoencoder, Pr
 
 
 def load_classifier(source: Source, ema: bool | None = None) -> tuple[AnyClassifier, FinetuneConfig]:
-    """Load a finetuned or probed model in evaluation mode, and the configuration of its run.
+    """Load a finetuned or probed model in evaluation mode, and the configuration of its run; LoRA's changes are merged.
 
     Args:
         source: a checkpoint (`checkpoints/best` is the best), a run folder (its newest checkpoint), or the
@@ -89,6 +91,8 @@ def load_classifier(source: Source, ema: bool | None = None) -> tuple[AnyClassif
         ValueError: the file is no checkpoint of a finetuning run, or holds no average.
     """
     weights, config, path = _read_run(source, "finetune", FinetuneConfig, ema)
+    weights = merge_lora(weights, config.model.lora_scale)
+    config = replace(config, model=replace(config.model, lora_rank=0))
     return _filled(build_classifier(config.model, _num_classes(config, path)), weights, path), config
 
 

@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from video_convmae import build, lists
     from video_convmae.cli.detection import evaluate_detector
     from video_convmae.cli.segmentation import evaluate_segmenter
-    from video_convmae.data.labels import check_labels
+    from video_convmae.data.labels import check_labels, check_single
     from video_convmae.engine.baselines import compare
     from video_convmae.engine.checkpoint import find_weights
     from video_convmae.engine.distributed import barrier, init_distributed
@@ -74,6 +74,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             data = replace(data, validation=config.list)
         records = lists.read_validation_records(data)
         check_labels(records, num_classes, least=-1)
+        check_single(records, data.multi_label)
+        if data.multi_label and (config.baselines or config.plot):
+            raise UserError(f"{config.weights} answers with several classes: leave out --baselines and --plot")
         settings = {"weights": digest, "records": records.digest(), "ema": config.ema}
         chunks = chunk_folder(folder, settings | {"data": to_plain(data), "protocol": to_plain(protocol)})
         if info.is_main:
@@ -82,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         tables = read_baselines(loaded, data, records, protocol, info, chunks) if config.baselines else None
         started = time.perf_counter()
         inference = build.build_inference(loaded.model, data, records, protocol, info)
-        evaluation = evaluate_list(inference, num_classes, chunks)
+        evaluation = evaluate_list(inference, num_classes, chunks, bool(data.multi_label))
         if not info.is_main:
             return evaluation.metrics()
         seconds = time.perf_counter() - started
@@ -202,11 +205,11 @@ def metrics_line(metrics: dict[str, Any]) -> str:
     """Format the metrics in a line."""
     if not metrics["scored"]:
         accuracy = "no record could be read"
-    elif metrics["top1"] is None:
+    elif metrics["macro_f1"] is None:
         accuracy = "no record that was scored has a label"
     else:
-        names = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class"}
-        accuracy = ", ".join(f"{title} {metrics[name]:.2%}" for name, title in names.items())
+        names = {"map": "mAP", "top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class", "macro_f1": "F1"}
+        accuracy = ", ".join(f"{title} {metrics[name]:.2%}" for name, title in names.items() if name in metrics)
     counts = f"{metrics['scored']} records scored, {metrics['failed']} failed"
     return f"{accuracy}; {counts}; {metrics['videos_per_second']:.1f} videos/s"
 

@@ -5,7 +5,7 @@
 
 writes features.npz into the folder, and bad_records.jsonl if a record could not be read:
 
-    features  (R, D) pooled: the mean over tokens and views; or (R, N, D) tokens (t, h, w in order), float32
+    features  (R, K) pooled, --pool says how, the mean over views; or (R, N, D) tokens (t, h, w in order), float32
     labels    (R,) -1 where the list has none
     records   (R,) paths
     failed    (R,) the record could not be read: its features are zeros
@@ -65,16 +65,18 @@ def extract_features(config: FeaturesConfig) -> Path:
             data, records = replace(data, format="video"), Records([Record(config.list)])
         else:
             records = read_list(config.list, data.format, data.root)
+        how = (loaded.model, config.kind, config.pool)
         plan = None
         if config.window is not None:
             plan = build.plan_windows(data, loaded.model.config, config.window, config.hop)
             check_views(config.kind, protocol)
-        shape, source = feature_shape(loaded.model, config.kind), feature_source(loaded.model, config.kind)
+        shape, source = feature_shape(*how), feature_source(*how)
         about = {
             "weights": str(path),
             "sha256": digest,
             "list": config.list,
             "kind": config.kind,
+            "pool": config.pool,
             "source": source,
             "grid": None if isinstance(loaded.model, LibraryClassifier) else loaded.model.encoder.config.grid,
             **asdict(protocol),
@@ -88,10 +90,10 @@ def extract_features(config: FeaturesConfig) -> Path:
         inference = build.build_inference(loaded.model, data, records, protocol, info)
         if plan is None:
             barrier()
-            extract_rows(inference, config.kind, chunks)
+            extract_rows(inference, config.kind, chunks, config.pool)
         else:
             forget_finished(chunks, info)
-            extract_windows(inference, feature_function(loaded.model, config.kind), shape, plan.hop, chunks)
+            extract_windows(inference, feature_function(*how), shape, plan.hop, chunks)
         if info.is_main:
             if plan is None:
                 bad_records = write_features(chunks, shape, records, file, about)

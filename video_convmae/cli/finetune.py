@@ -35,14 +35,19 @@ def finetune(config: FinetuneConfig) -> int:
         records = lists.read_records(config.data)
         validation = None if config.data.validation is None else lists.read_validation_records(config.data)
         num_classes = lists.count_classes(config.data, *[each for each in (records, validation) if each is not None])
+        multi_label = lists.has_several_labels(config, *[each for each in (records, validation) if each is not None])
         labels = lists.read_class_names(config.data)
         for note in label_notes(num_classes, labels, records, validation) if info.is_main else ():
             print(f"labels: {note}")
-        config = replace(config, data=replace(config.data, labels=labels, num_classes=num_classes))
+        several = multi_label or config.data.multi_label  # as given where no record has several, as in older runs
+        data = replace(config.data, labels=labels, num_classes=num_classes, multi_label=several)
+        config = replace(config, data=data)
         if info.is_main:
-            print(f"{num_classes} classes")
+            print(f"{num_classes} classes" + (", of which a record may have several" if multi_label else ""))
             if takes_model:
                 print(f"model.from_weights: {config.init.weights} has {describe_encoder(config.model)}", flush=True)
+        if config.sweep.heads:
+            return build.build_sweep(config, info, records, validation, initial).fit()
         if config.model.probe not in ("knn", "logistic"):
             return build.build_finetuning(config, info, records, validation, initial).fit()
         torch.manual_seed(config.seed)  # of a random encoder

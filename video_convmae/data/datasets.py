@@ -35,10 +35,11 @@ CLIP, REPLACEMENT, ORDER, STEP, PROPOSALS = range(5)
 
 
 class SampleKey(NamedTuple):
-    """Dataset key: (epoch, record index)."""
+    """Dataset key: (epoch, record index), and how many samples of the record came before in this epoch."""
 
     epoch: int
     index: int  # type: ignore[assignment]  # hides tuple.index(), here and below, which nobody calls
+    draw: int = 0
 
 
 class BadRecord(NamedTuple):
@@ -56,7 +57,7 @@ class Sample(NamedTuple):
         clips: `(R, C, T, H, W)` uint8, or R crops for the device to resize.
         visible: `(R, t, h, w)` bool, or `(R, masks, t, h, w)`; True = the encoder sees the token; None without masks.
         predicted: likewise, True = the decoder predicts the token; None: all hidden tokens, or no masks.
-        label: -1 where the list has none.
+        label: -1 where the list has none; of records with several classes `(classes,)` float32.
         index: the record shown.
         bad_records: records that could not be read.
     """
@@ -64,7 +65,7 @@ class Sample(NamedTuple):
     clips: Tensor | RaggedCrops
     visible: Tensor | None
     predicted: Tensor | None
-    label: int
+    label: int | Tensor
     index: int  # type: ignore[assignment]
     bad_records: tuple[BadRecord, ...]
 
@@ -107,7 +108,7 @@ def read_or_replace(
     Raises:
         DecodeError: `attempts` records in a row could not be read.
     """
-    epoch, index = key
+    epoch, index = key[:2]
     line = int(records.lines[index])
     bad_records: list[BadRecord] = []
     for attempt in range(1, attempts + 1):
@@ -173,6 +174,7 @@ class ClipDataset(Dataset[Sample]):
         repeats: clips of one decoded record (repeated augmentation), each with its own start, crop and mask.
         seed: of the run.
         attempts: records tried for one sample before giving up.
+        num_classes: of records that may have several classes; None: a record has one, or none.
     """
 
     records: Records
@@ -184,6 +186,7 @@ class ClipDataset(Dataset[Sample]):
     repeats: int = 1
     seed: int = 0
     attempts: int = 10
+    num_classes: int | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -196,11 +199,16 @@ class ClipDataset(Dataset[Sample]):
         """
 
         def read(record: Record, generator: Callable[[int], torch.Generator]) -> tuple[Any, ...]:
-            return record.label, *self._read(record, [generator(repeat) for repeat in range(self.repeats)])
+            first = key.draw * self.repeats  # a record that is shown again shows other clips
+            return record, *self._read(record, [generator(first + repeat) for repeat in range(self.repeats)])
 
         sample, index, bad_records = read_or_replace(self.records, key, self.seed, self.attempts, read)
-        label, clips, visible, predicted = sample
-        return Sample(clips, visible, predicted, -1 if label is None else label, index, bad_records)
+        record, clips, visible, predicted = sample
+        label = -1 if record.label is None else record.label
+        if self.num_classes is not None:
+            label = torch.zeros(self.num_classes)
+            label[list(record.labels)] = 1
+        return Sample(clips, visible, predicted, label, index, bad_records)
 
     def _read(
         self, record: Record, generators: list[torch.Generator]

@@ -109,12 +109,12 @@ def count_labels(*lists: Records) -> int:
     Raises:
         ListError: the largest label is far beyond the others, so it is a mistake.
     """
-    labels = np.concatenate([records.labels for records in lists])
+    labels = np.concatenate([records.all_labels for records in lists])
     seen = np.unique(labels[labels >= 0])
     count = int(seen[-1]) + 1 if len(seen) else 0
     if count > max(_CLASSES_ALWAYS, _CLASSES_FOR_EACH_SEEN * len(seen)):
-        records = next(each for each in lists if count - 1 in each.labels)
-        record = records[int(np.argmax(records.labels))]
+        records = next(each for each in lists if count - 1 in each.all_labels)
+        record = next(record for record in records if count - 1 in record.labels)
         raise ListError(
             f"{record.path} has the label {count - 1}, and the list has {len(seen)} labels, {_ranges(seen)}: with so "
             "many gaps the number of classes is not known; correct it, or say data.num_classes or data.labels"
@@ -124,6 +124,12 @@ def count_labels(*lists: Records) -> int:
 
 def check_labels(records: Records, num_classes: int, least: int = 0) -> None:
     """Raise a ListError unless every label lies in `least` (-1: may be missing) to `num_classes - 1`."""
+    if records.is_multi_label and records.all_labels.max() >= num_classes:
+        record = next(record for record in records if max(record.labels, default=-1) >= num_classes)
+        raise ListError(
+            f"{record.path} has the label {max(record.labels)}; expected 0 to {num_classes - 1}: there are "
+            f"{num_classes} classes, according to data.num_classes, the class names or the trained model"
+        )
     for wrong in np.flatnonzero((records.labels < least) | (records.labels >= num_classes))[:1]:
         record = records[int(wrong)]
         if record.label is None:
@@ -140,6 +146,16 @@ def check_labels(records: Records, num_classes: int, least: int = 0) -> None:
         )
 
 
+def check_single(records: Records, multi_label: bool | None) -> None:
+    """Raise a ListError if a record has several classes and a model has one answer."""
+    if records.is_multi_label and not multi_label:
+        record = next(record for record in records if record.others)
+        raise ListError(
+            f"{record.path} has the classes {', '.join(map(str, record.labels))}; expected one of each record "
+            "(data.multi_label is off, or the model was trained with one class of each)"
+        )
+
+
 def label_notes(
     num_classes: int, names: Sequence[str] | None, records: Records, validation: Records | None = None
 ) -> list[str]:
@@ -151,7 +167,7 @@ def label_notes(
         records: the list that is trained on.
         validation: the list that is tested on.
     """
-    seen = np.unique(records.labels[records.labels >= 0])
+    seen = np.unique(records.all_labels[records.all_labels >= 0])
     gaps = _gaps(seen, num_classes) if len(seen) else []
     notes = []
     if gaps[:1] == [(0, 0)] and not names:
@@ -166,7 +182,7 @@ def label_notes(
         count = sum(last - first + 1 for first, last in gaps)
         notes.append(f"{count} of the {num_classes} classes have no record in the list: {_text(gaps)}{quoted}")
     if validation is not None:
-        unseen = np.setdiff1d(validation.labels[validation.labels >= 0], seen)
+        unseen = np.setdiff1d(validation.all_labels[validation.all_labels >= 0], seen)
         if len(unseen):
             notes.append(
                 f"{len(unseen)} classes have records in the validation list and none in the training list: "

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
@@ -42,7 +43,8 @@ class Batch(NamedTuple):
         clips: `(B, C, T, H, W)` uint8, or B crops for the device to resize.
         visible: `(B, t, h, w)` bool, or `(B, masks, t, h, w)`; True = the encoder sees the token; None without masks.
         predicted: likewise, True = the decoder predicts the token; None: all hidden tokens, or no masks.
-        labels, records: `(B,)` int64.
+        labels: `(B,)` int64; of records with several classes `(B, classes)` float32, 1 for each class that one has.
+        records: `(B,)` int64.
         bad_records: records that could not be read while this batch was made.
     """
 
@@ -117,14 +119,23 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
         plan: distribution of a global batch.
         seed: of the run.
         first_step, last_step: optimizer steps from the run's start; the last one is excluded.
+        labels: class of each record, to show every class equally often (`balanced_order`); None: every record once.
 
     Raises:
         ValueError: the list does not fill one global batch.
     """
 
-    def __init__(self, count: int, plan: BatchPlan, seed: int, first_step: int, last_step: int) -> None:
+    def __init__(
+        self,
+        count: int,
+        plan: BatchPlan,
+        seed: int,
+        first_step: int,
+        last_step: int,
+        labels: np.ndarray | None = None,
+    ) -> None:
         self.count, self.plan, self.seed = count, plan, seed
-        self.first_step, self.last_step = first_step, last_step
+        self.first_step, self.last_step, self.labels = first_step, last_step, labels
         self.steps_per_epoch = count // plan.global_batch
         if self.steps_per_epoch == 0:
             raise UserError(
@@ -136,20 +147,53 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
         return (self.last_step - self.first_step) * self.plan.accumulate
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        plan, global_batch, epoch, order = self.plan, self.plan.global_batch, -1, []
+        plan, global_batch, epoch = self.plan, self.plan.global_batch, -1
+        order: list[SampleKey] = []
         for step in range(self.first_step, self.last_step):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = epoch_order(self.count, self.seed, epoch)
+                order = self._order(epoch)
             start = step % self.steps_per_epoch * global_batch
             for part in range(plan.accumulate):
                 ours = start + (part * plan.ranks + plan.rank) * plan.per_device
-                yield [SampleKey(epoch, index) for index in order[ours : ours + plan.per_device]]
+                yield order[ours : ours + plan.per_device]
+
+    def _order(self, epoch: int) -> list[SampleKey]:
+        if self.labels is not None:
+            return [SampleKey(epoch, *each) for each in balanced_order(self.labels, self.seed, epoch)]
+        return [SampleKey(epoch, index) for index in epoch_order(self.count, self.seed, epoch)]
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """Return the order of the records in an epoch."""
     return torch.randperm(count, generator=sample_generator(seed, epoch, ORDER)).tolist()
+
+
+def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> list[tuple[int, int]]:
+    """Return the order of an epoch in which every class has as many samples, give or take one.
+
+    A class goes through its records in an order drawn from (seed, epoch), again and again until it has its share of
+    the epoch: so a record of a frequent class is seen in some epochs only, each equally often in the long run. The
+    classes with one sample more are drawn, too.
+
+    Args:
+        labels: class of each of the R records, `(R,)`.
+        seed: of the run.
+        epoch: its number.
+
+    Returns:
+        R pairs: a record, and how many samples of it came before in this epoch.
+    """
+    generator = sample_generator(seed, epoch, ORDER)
+    classes = np.unique(labels)
+    share, rest = divmod(len(labels), len(classes))
+    with_more = set(torch.randperm(len(classes), generator=generator)[:rest].tolist())
+    pairs = []
+    for number, label in enumerate(classes):
+        places = np.flatnonzero(labels == label)
+        shuffled = places[torch.randperm(len(places), generator=generator).numpy()]
+        pairs += [(int(shuffled[i % len(places)]), i // len(places)) for i in range(share + (number in with_more))]
+    return [pairs[i] for i in torch.randperm(len(pairs), generator=generator).tolist()]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -163,10 +207,16 @@ def collate(samples: Sequence[Sample]) -> Batch:
         clips=concatenate_crops(crops, _concatenate) if crops else _concatenate(clips),
         visible=torch.cat(visible) if visible else None,
         predicted=torch.cat(predicted) if predicted else None,
-        labels=torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
+        labels=_stack_labels([sample.label for sample in samples]).repeat_interleave(repeats, dim=0),
         records=torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),
         bad_records=tuple(record for sample in samples for record in sample.bad_records),
     )
+
+
+def _stack_labels(labels: list[int | Tensor]) -> Tensor:
+    """Return `(S,)` int64 of numbers, or `(S, classes)` of several classes each."""
+    several = [label for label in labels if isinstance(label, Tensor)]
+    return torch.stack(several) if several else torch.tensor(labels)
 
 
 def collate_pictures(samples: Sequence[PictureSample]) -> PictureBatch:

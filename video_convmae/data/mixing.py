@@ -42,17 +42,17 @@ class Mixing:
 
         Args:
             clips: `(B, C, T, H, W)` float; it is not changed.
-            labels: `(B,)` int64, 0 to `num_classes` - 1.
+            labels: `(B,)` int64, 0 to `num_classes` - 1; or of several classes each `(B, num_classes)`, 0 or 1.
 
         Returns:
             clips: `(B, C, T, H, W)`. A cutmix rectangle spans all frames.
-            targets: `(B, num_classes)` float32; rows sum to 1.
+            targets: `(B, num_classes)` float32; rows sum to 1, or to the number of a clip's classes.
 
         Raises:
             ValueError: B is odd and batches are mixed.
         """
         if not self.config.mixes:
-            return clips, self._smoothed(labels)
+            return clips, self._smoothed(labels) if labels.ndim == 1 else self._smooth(labels)
         if len(clips) % 2:
             raise ValueError(
                 f"a batch has {len(clips)} clips; mixup and cutmix take pairs: choose an even "
@@ -64,5 +64,13 @@ class Mixing:
         frames_as_channels = clips.clone(memory_format=torch.contiguous_format).flatten(1, 2)
         with preserve_random_state():
             np.random.seed(seed)
-            mixed, targets = self._mixup(frames_as_channels, labels)
+            if labels.ndim == 1:
+                mixed, targets = self._mixup(frames_as_channels, labels)
+            else:
+                share = self._mixup._mix_batch(frames_as_channels)  # in place; timm's targets are of one class
+                mixed, targets = frames_as_channels, self._smooth(share * labels + (1 - share) * labels.flip(0))
         return mixed.view(clips.shape), targets
+
+    def _smooth(self, targets: Tensor) -> Tensor:
+        """Smooth `(B, classes)` by the values that timm has for one class: a share goes evenly to all classes."""
+        return (1 - self.config.smoothing) * targets + self.config.smoothing / targets.shape[1]

@@ -6,6 +6,8 @@ Three formats, named by `data.format`; fields are split off from the right, so p
     frames   folder count label  |  folder 0 count        (the last is VideoMAE V2's: no label)
     image    path label  |  path
 
+A label may be several with commas between, `path 3,7`: a record of both classes (multi-label).
+
 Empty lines and lines that begin with `#` are skipped. Relative paths are joined to `root`. In place of a list, a folder
 of class folders is accepted (ImageNet, as torchvision's ImageFolder reads it); classes are numbered by name.
 
@@ -47,12 +49,24 @@ class Record:
         label: class; None where the list has none.
         num_frames: number of frames of a folder; None: all pictures in it, or not a folder.
         format: kind of record.
+        others: further classes of a record that has several.
     """
 
     path: str
     label: int | None = None
     num_frames: int | None = None
     format: ListFormat = "video"
+    others: tuple[int, ...] = ()
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """All classes, as the list has them."""
+        return () if self.label is None else (self.label, *self.others)
+
+    @property
+    def label_text(self) -> str:
+        """The classes as a list has them: `3`, or `3,7`; empty without any."""
+        return ",".join(map(str, self.labels))
 
 
 class Records(Sequence[Record]):
@@ -67,7 +81,8 @@ class Records(Sequence[Record]):
         lines: the line of each in its list file, counted from 0; None: no line was skipped.
 
     Attributes:
-        labels: class of every record, int64; -1 where the list has none.
+        labels: class of every record, int64, the first of several; -1 where the list has none.
+        all_labels: these, and behind them the other classes of records that have several.
         lines: line of every record in its list file, int64, counted from 0.
     """
 
@@ -81,6 +96,9 @@ class Records(Sequence[Record]):
         self._ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
         self.labels = _int_array([record.label for record in records])
         self._num_frames = _int_array([record.num_frames for record in records])
+        others = [label for record in records for label in record.others]
+        self.all_labels = np.concatenate([self.labels, np.array(others, dtype=np.int64)]) if others else self.labels
+        self._others_ends = np.cumsum([len(record.others) for record in records], dtype=np.int64) if others else None
         self.lines = np.arange(len(records)) if lines is None else np.array(lines, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -94,7 +112,34 @@ class Records(Sequence[Record]):
         start = self._ends[index - 1] if index else 0
         path = os.fsdecode(self._paths[start : self._ends[index]].tobytes())
         label, frames = int(self.labels[index]), int(self._num_frames[index])
-        return Record(path, label if label >= 0 else None, frames if frames >= 0 else None, self.format)
+        others = tuple(self._others_of(index).tolist())
+        return Record(path, label if label >= 0 else None, frames if frames >= 0 else None, self.format, others)
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether a record has several classes."""
+        return self._others_ends is not None
+
+    def _others_of(self, index: int) -> np.ndarray:
+        if self._others_ends is None:
+            return self.all_labels[:0]
+        start = self._others_ends[index - 1] if index else 0
+        return self.all_labels[len(self) + start : len(self) + self._others_ends[index]]
+
+    def targets(self, num_classes: int) -> np.ndarray:
+        """Return the classes of every record, `(R, num_classes)` bool."""
+        targets = np.zeros((len(self), num_classes), bool)
+        labelled = np.flatnonzero(self.labels >= 0)
+        targets[labelled, self.labels[labelled]] = True
+        if self._others_ends is not None:
+            counts = np.diff(self._others_ends, prepend=0)
+            targets[np.repeat(np.arange(len(self)), counts), self.all_labels[len(self) :]] = True
+        return targets
+
+    def take(self, places: np.ndarray) -> Records:
+        """Return the records at these places, each with its line."""
+        chosen = [self[int(place)] for place in places]
+        return Records(chosen, self.format, self.lines[places].tolist())
 
     def digest(self, root: str | Path | None = None) -> str:
         """Return the SHA-256 of the records in their order: the same for the same list under another file name.
@@ -108,7 +153,9 @@ class Records(Sequence[Record]):
         else:
             for record in self:
                 digest.update(os.fsencode(record.path.removeprefix(os.path.join(root, ""))) + b"\0")
-        digest.update(self.labels.tobytes())
+        digest.update(self.all_labels.tobytes())
+        if self._others_ends is not None:
+            digest.update(self._others_ends.tobytes())
         digest.update(self._num_frames.tobytes())
         return digest.hexdigest()
 
@@ -158,6 +205,12 @@ def _read_tree(folder: Path, format: ListFormat) -> Records:
 
 def parse_line(line: str, format: ListFormat) -> Record:
     """Parse one line (not a comment) to a record, its path as written. Raises ValueError: what was expected."""
+    if several := _SEVERAL_LABELS.fullmatch(line):
+        record = parse_line(f"{several[1]} {several[2]}", format)
+        others = tuple(_at_least(0, label, "label") for label in several[3].split(",")[1:])
+        if record.label is None or len({record.label, *others}) <= len(others):
+            raise ValueError(f"the labels are {several[2]}{several[3]}; expected different classes, each once")
+        return replace(record, others=others)
     head, numbers = _split_off_integers(line)
     if format == "frames":
         if len(numbers) < 2:
@@ -176,12 +229,15 @@ def parse_line(line: str, format: ListFormat) -> Record:
 
 def format_line(record: Record) -> str:
     """Return the line of a record, which `parse_line` reads back. Raises ValueError: frames without their number."""
-    label = [] if record.label is None else [record.label]
+    label = [] if record.label is None else [record.label_text]
     if record.format != "frames":
         return " ".join(map(str, [record.path, *label]))
     if record.num_frames is None:
         raise ValueError(f"{record.path} has no frame count")
     return " ".join(map(str, [record.path, *([record.num_frames, *label] if label else [0, record.num_frames])]))
+
+
+_SEVERAL_LABELS = re.compile(r"(.*[^\s,;|:])\s+(\d+)((?:,\d+)+)", re.DOTALL)  # path 3,7
 
 
 def _split_off_integers(line: str) -> tuple[str, list[str]]:
@@ -225,13 +281,17 @@ def _as_stored(path: str, root: str | Path) -> str:
 
 def _read_line(line: str, format: ListFormat, root: str | Path, is_first: bool) -> tuple[str, Record]:
     """Return the place of a line's record, and the record as written. Raises ValueError: what was expected."""
-    doubt = _other_form(line, format, is_first)
+    several = _SEVERAL_LABELS.fullmatch(line)
+    if several and _exists(os.path.join(root, line)):  # a file of such a name, without a label
+        return _as_stored(line, root), Record(line, format=format)
+    single = f"{several[1]} {several[2]}" if several else line
+    doubt = _other_form(single, format, is_first)
     try:
         record = parse_line(line, format)
     except ValueError as error:
         raise ValueError(doubt or error) from None
     place = _as_stored(record.path, root)
-    doubt = doubt or _several_numbers(line, record, root)
+    doubt = doubt or _several_numbers(single, record, root)
     if doubt and not _exists(place):
         raise ValueError(doubt)
     return place, record

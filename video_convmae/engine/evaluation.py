@@ -1,4 +1,7 @@
-"""Evaluation of a classifier on a list: softmax of each view, the mean over a record's views, accuracy."""
+"""Evaluation of a classifier on a list: softmax of each view, the mean over a record's views, accuracy and F1.
+
+Of records with several classes each (multi-label): the sigmoid in place of softmax, mAP in place of accuracy.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,13 @@ from .inference import ListInference
 class Evaluation:
     """The scores of a list, in its order.
 
-    scores: `(R, classes)` float32, softmax averaged over the views; zeros where the record could not be read.
-    labels: `(R,)` int64, -1 where the list has none.
+    scores: `(R, classes)` float32, softmax averaged over the views; zeros where the record could not be read. Of
+        several classes each, the sigmoid.
+    labels: `(R,)` int64, -1 where the list has none; of several classes the first.
     failed: `(R,)` bool.
     bad_records: records that could not be read, with their errors.
     new: records that this attempt scored, not an earlier one.
+    targets: `(R, classes)` bool, where records may have several classes; None: they have one.
     """
 
     scores: np.ndarray
@@ -39,14 +44,26 @@ class Evaluation:
     failed: np.ndarray
     bad_records: tuple[BadRecord, ...]
     new: int = 0
+    targets: np.ndarray | None = None
 
     def metrics(self) -> dict[str, float | int | None]:
-        """Return accuracies as fractions of the labelled records that were read; None if there are none.
+        """Return accuracies as fractions of the labelled records that were read, and macro F1; None if there are none.
 
         Beside them the shares of the most frequent class, which is the accuracy of always answering it, and of the
-        class that is predicted most often.
+        class that is predicted most often. Of records with several classes each: mAP, that of scores which tell
+        nothing (`chance_map`, the mean share of a class), and macro F1 of the scores above 0.5.
         """
         counted = ~self.failed & (self.labels >= 0)
+        counts: dict[str, float | int | None] = {"scored": int((~self.failed).sum()), "failed": int(self.failed.sum())}
+        if self.targets is not None:
+            targets, scores = self.targets[counted], self.scores[counted]
+            seen = targets.any(axis=0)
+            return {
+                "map": mean_average_precision(targets, scores),
+                "chance_map": float(targets[:, seen].mean()) if seen.any() else None,
+                "macro_f1": macro_f1(targets, scores > 0.5) if len(targets) else None,
+                **counts,
+            }
         labels, best = self.labels[counted], best_classes(self.scores[counted], 5)
         first_of_each = best[:, 0]
         first, hits = first_of_each == labels, (best == labels[:, None]).any(axis=1)
@@ -55,10 +72,10 @@ class Evaluation:
             "top1": float(first.mean()) if len(labels) else None,
             "top5": float(hits.mean()) if len(labels) else None,
             "mean_class_accuracy": float(np.mean(of_class)) if of_class else None,
+            "macro_f1": _f1_of_labels(labels, first_of_each) if len(labels) else None,
             "largest_class": float(np.bincount(labels).max() / len(labels)) if len(labels) else None,
             "predicted_largest": float(np.bincount(first_of_each).max() / len(labels)) if len(labels) else None,
-            "scored": int((~self.failed).sum()),
-            "failed": int(self.failed.sum()),
+            **counts,
         }
 
     def judge(self, names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -67,13 +84,15 @@ class Evaluation:
         Args:
             names: of the classes; None: they are numbered.
 
+        Of several classes each, nothing is judged.
+
         Returns:
             learned: True if top-1 is above that class's share by more than a standard error of a proportion; None if
                 no labelled record was read.
             verdict: a sentence that says so and what to try, where it is not.
         """
         labels = self.labels[~self.failed & (self.labels >= 0)]
-        if not len(labels):
+        if not len(labels) or self.targets is not None:
             return {"learned": None, "verdict": None}
         top1, largest = self.metrics()["top1"], int(np.bincount(labels).argmax())
         share = float((labels == largest).mean())
@@ -90,26 +109,66 @@ class Evaluation:
         return {"learned": False, "verdict": verdict}
 
 
+def average_precision(targets: np.ndarray, scores: np.ndarray) -> float:
+    """Return the average precision of a class: the sum of precision times the rise of recall, over falling thresholds.
+
+    Args:
+        targets: `(R,)` bool, at least one True.
+        scores: `(R,)`; equal scores have one threshold.
+    """
+    order = np.argsort(-scores, kind="stable")
+    hits, falling = np.cumsum(targets[order]), scores[order]
+    last = np.append(np.flatnonzero(np.diff(falling)), len(falling) - 1)  # of each group of equal scores
+    precision, recall = hits[last] / (last + 1), hits[last] / hits[-1]
+    return float((precision * np.diff(recall, prepend=0)).sum())
+
+
+def mean_average_precision(targets: np.ndarray, scores: np.ndarray) -> float | None:
+    """Return mAP of `(R, classes)`: the mean over the classes that some record has; None if there is none."""
+    seen = np.flatnonzero(targets.any(axis=0))
+    return float(np.mean([average_precision(targets[:, c], scores[:, c]) for c in seen])) if len(seen) else None
+
+
+def macro_f1(targets: np.ndarray, answers: np.ndarray) -> float:
+    """Return the mean of the classes' F1, of `(R, classes)` bool; a class that is neither there nor answered counts 0.
+
+    So scikit-learn's `f1_score(targets, answers, average="macro", zero_division=0)`.
+    """
+    hits, named = (targets & answers).sum(axis=0), targets.sum(axis=0) + answers.sum(axis=0)
+    return float((2 * hits / np.maximum(named, 1)).mean())
+
+
+def _f1_of_labels(labels: np.ndarray, answers: np.ndarray) -> float:
+    """Return macro F1 of one class each, over the classes that are there or answered, as scikit-learn's."""
+    classes = np.union1d(labels, answers)
+    return macro_f1(labels[:, None] == classes, answers[:, None] == classes)
+
+
 def best_classes(scores: np.ndarray, count: int) -> np.ndarray:
     """Return the classes of the `count` highest scores (or all), best first: `(R, classes)` -> `(R, count)`."""
     return np.argsort(-scores, axis=1, kind="stable")[:, :count]
 
 
-def evaluate_list(inference: ListInference, num_classes: int, folder: Path | None = None) -> Evaluation:
+def evaluate_list(
+    inference: ListInference, num_classes: int, folder: Path | None = None, multi_label: bool = False
+) -> Evaluation:
     """Score every record of a list; the same on every rank.
 
     Args:
         inference: a model that returns logits, over the list.
         num_classes: length of a row of logits.
         folder: for finished chunks; None: they are not stored, and no progress is shown.
+        multi_label: records may have several classes.
     """
 
     def class_scores(clips: Tensor) -> Tensor:
-        return inference.model(clips).float().softmax(dim=1)
+        logits = inference.model(clips).float()
+        return logits.sigmoid() if multi_label else logits.softmax(dim=1)
 
     result = inference.run(class_scores, (num_classes,), folder)
-    labels = inference.views.records.labels
-    return Evaluation(result.values, labels, result.failed, result.bad_records, result.new)
+    records = inference.views.records
+    targets = records.targets(num_classes) if multi_label else None
+    return Evaluation(result.values, records.labels, result.failed, result.bad_records, result.new, targets)
 
 
 def write_evaluation(evaluation: Evaluation, records: Records, folder: Path, extra: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +187,8 @@ def write_evaluation(evaluation: Evaluation, records: Records, folder: Path, ext
     _write_predictions(evaluation, records, folder / "predictions.csv")
     paths = np.array([record.path for record in records])
     with replacing(folder / "scores.npz", "wb") as file:
-        np.savez(file, scores=evaluation.scores, labels=evaluation.labels, failed=evaluation.failed, records=paths)
+        labels = evaluation.labels if evaluation.targets is None else evaluation.targets
+        np.savez(file, scores=evaluation.scores, labels=labels, failed=evaluation.failed, records=paths)
     write_bad_records(evaluation.bad_records, folder)
     metrics = evaluation.metrics() | extra
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -171,5 +231,4 @@ def _write_predictions(evaluation: Evaluation, records: Records, path: Path) -> 
         for index, record in enumerate(records):
             if not evaluation.failed[index]:
                 scores = (f"{evaluation.scores[index, c]:.6g}" for c in best[index])
-                label = "" if record.label is None else record.label
-                writer.writerow([record.path, label, *best[index], *scores])
+                writer.writerow([record.path, record.label_text, *best[index], *scores])

@@ -24,12 +24,16 @@ from torch import Tensor
 
 from video_convmae.atomic import replacing
 from video_convmae.data.datasets import BadRecord
+from video_convmae.data.labels import count_labels
 from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import Records
 from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import FusedEncoder
 from video_convmae.models.classifier import Classifier
+from video_convmae.models.pooling import pool_features, pooled_width
+from video_convmae.models.probe import AttentiveHead, Probe
 from video_convmae.models.pytorchvideo import LibraryClassifier
+from video_convmae.models.sizes import Pool
 
 from .distributed import barrier
 from .inference import ChunkStore, ListInference, Model, in_list_order
@@ -40,7 +44,7 @@ class FeatureTable(NamedTuple):
     """The features of a list, in its order.
 
     features: `(R, D)` or `(R, N, D)` float32; zeros where the record could not be read.
-    labels: `(R,)` int64, -1 where the list has none.
+    labels: `(R,)` int64, -1 where the list has none; of records with several classes `(R, classes)` bool.
     failed: `(R,)` bool.
     records: `(R,)`, their paths.
     about: model, list and views of the features, as plain data.
@@ -53,48 +57,99 @@ class FeatureTable(NamedTuple):
     about: dict[str, Any]
 
 
-def feature_function(model: Model, kind: FeatureKind) -> Callable[[Tensor], Tensor]:
-    """Return clips `(B, C, T, H, W)` -> features, `(B, D)` pooled or `(B, N, D)` tokens; see `feature_source`."""
+def feature_function(model: Model, kind: FeatureKind, pool: Pool | None = None) -> Callable[[Tensor], Tensor]:
+    """Return clips `(B, C, T, H, W)` -> features, `(B, K)` pooled or `(B, N, D)` tokens; see `feature_source`.
 
+    Args:
+        model: on its device.
+        kind: pooled or tokens.
+        pool: how they are pooled; None: as before the head of a classifier, with its norm; else the mean.
+
+    Raises:
+        UserError: the model cannot pool so.
+    """
     if isinstance(model, LibraryClassifier):
-        _refuse_tokens(model, kind)
+        _refuse_options(model, kind, pool)
         return lambda clips: model.pooled(clips).float()
-
-    def tokens(clips: Tensor) -> Tensor:
-        return model.encode(clips).float()
+    if kind == "tokens":
+        return lambda clips: model.encode(clips).float()
+    pool, own = _resolve_pool(model, pool)
 
     def pooled(clips: Tensor) -> Tensor:
-        mean = tokens(clips).mean(dim=1)
-        return model.norm(mean) if isinstance(model, Classifier) else mean
+        features = model.features(clips)
+        if own and isinstance(model, Classifier):
+            return model.norm(model.pool(features)).float()
+        if own:
+            assert isinstance(model, Probe)
+            assert isinstance(model.head, AttentiveHead)
+            return model.head.read(features.tokens).float()
+        levels = [level.float() for level in features.pyramid] if pool == "motion" else []
+        return pool_features(features.tokens.float(), levels, pool, model.encoder.config.grid[0])
 
-    return {"pooled": pooled, "tokens": tokens}[kind]
-
-
-def feature_shape(model: Model, kind: FeatureKind) -> tuple[int, ...]:
-    """Return the shape of a record's features. Raises UserError: tokens are asked for, and there are none."""
-    if isinstance(model, LibraryClassifier):
-        _refuse_tokens(model, kind)
-        return (model.projection.in_features,)
-    width = model.encoder.width
-    return (width,) if kind == "pooled" else (prod(model.encoder.config.grid), width)
+    return pooled
 
 
-def _refuse_tokens(model: LibraryClassifier, kind: FeatureKind) -> None:
+def _refuse_options(model: LibraryClassifier, kind: FeatureKind, pool: Pool | None) -> None:
     if kind == "tokens":
         raise UserError(f"kind is tokens and the model {model.config.size}; expected pooled: ours alone have tokens")
+    if pool is not None:
+        raise UserError(f"pool is {pool} and the model {model.config.size}; expected none: it pools as its head does")
 
 
-def feature_source(model: Model, kind: FeatureKind) -> str:
+def _resolve_pool(model: Model, pool: Pool | None) -> tuple[Pool, bool]:
+    """Return the kind of pooling, and whether it is what the model's own head reads: a classifier's, with its norm, or
+    an attentive probe's.
+
+    Raises:
+        UserError: the model cannot pool so.
+    """
+    own: Pool = model.config.pool if isinstance(model, Classifier) else "mean"
+    is_attentive = isinstance(model, Probe) and isinstance(model.head, AttentiveHead)
+    chosen = pool or own
+    if chosen == "attentive" and not is_attentive and own != "attentive":
+        raise UserError(
+            "--pool attentive reads with a trained query, and this model has none: expected mean, difference, frames "
+            "or motion, or a run with model.pool or model.probe attentive"
+        )
+    if chosen in ("motion", "difference") and model.config.grid[0] < 2:
+        raise UserError(f"--pool {chosen} needs two tokens in time, and this model has one; expected mean or frames")
+    return chosen, chosen == "attentive" or (isinstance(model, Classifier) and chosen == own)
+
+
+def feature_shape(model: Model, kind: FeatureKind, pool: Pool | None = None) -> tuple[int, ...]:
+    """Return the shape of a record's features. Raises UserError: the model has none of that kind or pooling."""
+    if isinstance(model, LibraryClassifier):
+        _refuse_options(model, kind, pool)
+        return (model.projection.in_features,)
+    config = model.encoder.config
+    if kind == "tokens":
+        return (prod(config.grid), model.encoder.width)
+    return (pooled_width(config, _resolve_pool(model, pool)[0]),)
+
+
+POOLED: dict[Pool, str] = {  # in words
+    "mean": "the mean over the",
+    "difference": "the mean, and the mean change over time, of the",
+    "motion": "the mean, and the convolutional stages' change over time beside it, of the",
+    "frames": "the mean of each time over the",
+    "attentive": "what the trained query reads of the",
+}
+
+
+def feature_source(model: Model, kind: FeatureKind, pool: Pool | None = None) -> str:
     """Say where in the model features are read."""
     if isinstance(model, LibraryClassifier):
         return "the input of the last linear layer, the mean over the places that it sees"
-    if not isinstance(model, FusedEncoder):
-        if kind == "tokens":
-            return "tokens after the last attention block, before any norm"
-        return "the mean over the tokens, after the norm: the input of the classifier's head"
-    fused = model.fusion is not None and len(model.fusion.joints) > 0
-    tokens = f"tokens after {'fusion and the' if fused else 'the'} final norm, with which they were pretrained"
-    return tokens if kind == "tokens" else f"the mean over the {tokens}"
+    if isinstance(model, FusedEncoder):
+        fused = model.fusion is not None and len(model.fusion.joints) > 0
+        tokens = f"tokens after {'fusion and the' if fused else 'the'} final norm, with which they were pretrained"
+        return tokens if kind == "tokens" else f"{POOLED[_resolve_pool(model, pool)[0]]} {tokens}"
+    if kind == "tokens":
+        return "tokens after the last attention block, before any norm"
+    chosen, own = _resolve_pool(model, pool)
+    if own:
+        return f"{POOLED[chosen]} tokens, after the norm: the input of the classifier's head"
+    return f"{POOLED[chosen]} tokens after the last attention block, before any norm"
 
 
 def check_views(kind: FeatureKind, views: ViewConfig) -> None:
@@ -106,21 +161,22 @@ def check_views(kind: FeatureKind, views: ViewConfig) -> None:
         )
 
 
-def extract_rows(inference: ListInference, kind: FeatureKind, folder: Path) -> None:
+def extract_rows(inference: ListInference, kind: FeatureKind, folder: Path, pool: Pool | None = None) -> None:
     """Compute the features of every record that the folder does not hold yet; `write_features` joins them.
 
     Args:
         inference: the model over the list.
         kind: pooled features are averaged over the views; tokens are those of one view.
         folder: visible to all processes.
+        pool: see `feature_function`.
 
     Raises:
         UserError: tokens of several views.
     """
     check_views(kind, inference.views.views)
-    store = ChunkStore(folder, feature_shape(inference.model, kind), inference.info.rank)
+    store = ChunkStore(folder, feature_shape(inference.model, kind, pool), inference.info.rank)
     done = store.stored_records()
-    compute = feature_function(inference.model, kind)
+    compute = feature_function(inference.model, kind, pool)
     with closing(store), closing(inference.chunks(compute, done, show=True)) as chunks:
         for chunk in chunks:
             store.add(chunk)
@@ -161,7 +217,7 @@ def write_features(
         features = (maps[number]["values"][row] for number, row in rows)
         write_parts(archive, "features", np.dtype("<f4"), (len(records), *shape), features)
         others = {
-            "labels": records.labels,
+            "labels": records.targets(count_labels(records)) if records.is_multi_label else records.labels,
             "failed": np.array([maps[number]["failed"][row] for number, row in rows]),
             "records": np.array([record.path for record in records]),
             "about": np.array(json.dumps(about)),

@@ -28,7 +28,12 @@ from .loggers import open_loggers
 from .metrics import Values
 from .options import LoggerName
 
-SCORES = {"top1": "top-1", "box_ap": "box AP", "miou": "mIoU"}  # by which checkpoints are compared, and their names
+SCORES = {
+    "top1": "top-1",
+    "map": "mAP",
+    "box_ap": "box AP",
+    "miou": "mIoU",
+}  # by which checkpoints are compared, and their names
 
 
 class TooManyBadRecords(UserError, RuntimeError):
@@ -156,6 +161,8 @@ def _progress_line(values: Values) -> str:
     for name, words in SCORES.items():
         if name != "top1" and values.get(f"val_{name}") is not None:
             parts.append(f"validation {words} {values[f'val_{name}']:.4f}")
+    if values.get("held_out_top1") is not None:
+        parts.append(f"held-out top-1 of the best head {values['held_out_top1']:.4f}")
     if values.get("probe_knn_top1") is not None:
         parts += [
             f"probe: nearest neighbours {values['probe_knn_top1']:.4f}",
@@ -285,11 +292,11 @@ class BadRecordLog:
         return new
 
 
-def write_run_metrics(folder: Path, seconds: float) -> None:
+def write_run_metrics(folder: Path, seconds: float, extra: Values | None = None) -> None:
     """Write metrics.json of a finished run: last logged values, last and best checkpoint with their validation top-1.
 
     `learned` and `verdict` say whether the run learned anything, where that can be told. Paths are relative to the run
-    folder; `seconds` is this process's time.
+    folder; `seconds` is this process's time; `extra` are further entries.
     """
     lines = read_json_lines(folder / "log.jsonl")
     metrics = {name: value for line in lines if line["step"] == lines[-1]["step"] for name, value in line.items()}
@@ -305,7 +312,7 @@ def write_run_metrics(folder: Path, seconds: float) -> None:
         metrics |= judge_pretraining(metrics.get("loss_pixels", metrics["loss"]), metrics["loss_nothing"], probes)
     elif "val_learned" in metrics:
         metrics |= {name: metrics.pop(f"val_{name}") for name in ("learned", "verdict")}
-    write_text(folder / "metrics.json", json.dumps(metrics | {"seconds": seconds}) + "\n")
+    write_text(folder / "metrics.json", json.dumps(metrics | (extra or {}) | {"seconds": seconds}) + "\n")
 
 
 def judge_pretraining(loss: float | None, nothing: float, probes: Sequence[Values] = ()) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -70,13 +70,49 @@ class Optimization:
     origin: str
 
     def clip_gradients(self) -> Tensor:
-        """Scale the gradients down to `clip_grad`; return their total norm before that, left on its device."""
+        """Scale the gradients down to `clip_grad`; return their total norm before that, left on its device.
+
+        Of heads in a sweep each is clipped by its own norm, and one whose gradients are not finite has none in this
+        step: no head depends on another.
+        """
+        if any("head" in group for group in self.optimizer.param_groups):
+            return self._clip_heads()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.clip_grad is not None:
             norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients: a DTensor
+
+    def _clip_heads(self) -> Tensor:
+        gradients: dict[int, list[Tensor]] = {}
+        for group in self.optimizer.param_groups:
+            gradients.setdefault(group["head"], []).extend(p.grad for p in group["params"] if p.grad is not None)
+        squares = []
+        for own in gradients.values():
+            norm = nn.utils.get_total_norm(own)
+            scale = torch.ones_like(norm) if self.clip_grad is None else (self.clip_grad / (norm + 1e-6)).clamp(max=1)
+            scale = scale.where(norm.isfinite(), 0)
+            for gradient in own:
+                gradient.nan_to_num_(0, 0, 0).mul_(scale)
+            squares.append(norm.where(norm.isfinite(), 0).square())
+        return torch.stack(squares).sum().sqrt()
+
+
+def head_groups(named: Iterable[tuple[str, nn.Parameter]], heads: Sequence[tuple[float, float]]) -> list[dict]:
+    """Group the parameters of a sweep's heads, `head.NUMBER.*`: each head with its own options, marked by its number.
+
+    Args:
+        named: the parameters by name.
+        heads: learning-rate scale and weight decay of each.
+    """
+    every = list(named)
+    groups = []
+    for number, (scale, weight_decay) in enumerate(heads):
+        own = [(name, parameter) for name, parameter in every if name.startswith(f"head.{number}.")]
+        of_head = parameter_groups(own, weight_decay, dict.fromkeys((name for name, _ in own), scale))
+        groups += [group | {"head": number} for group in of_head]
+    return groups
 
 
 def parameter_groups(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from video_convmae.bounds import Bounds, check_bounds
 from video_convmae.data.options import ViewConfig
@@ -100,6 +100,39 @@ class TrainConfig:
         check_bounds(self, "train.{}")
         if self.parallel == "fsdp" and self.precision == "fp16":
             raise ValueError("train.precision is fp16 and train.parallel is fsdp; expected bf16 or fp32 with fsdp")
+
+
+class HeadSettings(NamedTuple):
+    """Learning rate (the peak) and weight decay of a head; None: those of the run."""
+
+    lr: float | None
+    weight_decay: float | None
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Heads of a probe, trained side by side on one frozen forward pass; a held-out part of data.train chooses one."""
+
+    lr: Annotated[tuple[float, ...], Bounds(above=0)] = ()
+    """Learning rates (absolute, in place of optim.lr), each with every weight decay; empty: that of the run."""
+    weight_decay: Annotated[tuple[float, ...], Bounds(least=0)] = ()
+    """Weight decays; empty: that of the run. Without learning rates and weight decays there is no sweep."""
+    holdout: Annotated[float, Bounds(above=0, below=1)] = 0.1
+    """Share of the records of each class of data.train that trains no head and chooses one (docs/finetuning.md)."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "sweep.{}")
+        for name in ("lr", "weight_decay"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"sweep.{name} is {list(values)}; expected each value once")
+
+    @property
+    def heads(self) -> tuple[HeadSettings, ...]:
+        """Settings of every head; empty: no sweep."""
+        if not self.lr and not self.weight_decay:
+            return ()
+        return tuple(HeadSettings(lr, decay) for lr in self.lr or (None,) for decay in self.weight_decay or (None,))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from video_convmae.models.pooling import pool_features
 from video_convmae.models.probe import KNNHead
 from video_convmae.models.pytorchvideo import LibraryClassifier
 
@@ -39,11 +40,7 @@ def pool(tokens: Tensor, frames: int) -> Tensor:
     The mean over tokens and, as it hardly depends on what moves, the mean absolute difference of neighbours in time. Of
     the demo's model, logistic regression with 1,000 labels reads 18% from the mean and 47% from both (chance 12.5%).
     """
-    tokens = tokens.float()
-    mean = tokens.mean(dim=1)
-    if frames == 1:
-        return mean
-    return torch.cat([mean, tokens.unflatten(1, (frames, -1)).diff(dim=1).abs().mean(dim=(1, 2))], dim=1)
+    return pool_features(tokens.float(), [], "mean" if frames == 1 else "difference", frames)
 
 
 class ProbePlan(NamedTuple):

@@ -155,5 +155,37 @@ class Classification(Task):
         clips = self.normalizer.normalise(batch.clips)
         clips, targets = self.mixing(clips, batch.labels.to(clips.device, non_blocking=True))
         logits = self.model(clips).float()
-        hits = (logits.argmax(dim=1) == targets.argmax(dim=1)).float().mean()
-        return F.cross_entropy(logits, targets), {"train_top1": hits.detach()}
+        return self.loss(logits, targets), self.values(logits.detach(), targets)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of logits `(B, classes)` against the classes' shares, of the same shape."""
+        return F.cross_entropy(logits, targets)
+
+    def values(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return what is logged beside the loss."""
+        return {"train_top1": (logits.argmax(dim=-1) == targets.argmax(dim=1)).float().mean()}
+
+
+class MultiLabel(Classification):
+    """Several classes of a clip, or none: binary cross-entropy of each class, the mean over clips and classes."""
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of logits against the classes' shares, `(B, classes)` both."""
+        return F.binary_cross_entropy_with_logits(logits, targets)
+
+    def values(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return nothing: mAP is of a whole list."""
+        return {}
+
+
+class ProbeSweep(Classification):
+    """Several heads on the same clips: loss and accuracy are their mean, the gradient is that of each alone."""
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of logits `(heads, B, classes)`."""
+        every = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits), 1), reduction="none")
+        losses = every.view(len(logits), -1).mean(dim=1)
+        # A head whose loss is not finite adds nothing; its gradients are dropped (`Optimization.clip_gradients`).
+        finite = torch.where(losses.isfinite(), losses, torch.zeros_like(losses))
+        total = finite.sum()
+        return total + (finite.mean() - total).detach()

@@ -24,6 +24,7 @@ from video_convmae.data.decoding import DecodeError
 from video_convmae.data.loader import AnyBatch
 from video_convmae.data.workers import LoaderError
 from video_convmae.errors import UserError
+from video_convmae.models.lora import merge_lora
 from video_convmae.weights.files import save_file
 
 from .checkpoint import PUBLISHED, Checkpoint, CheckpointError, Saver
@@ -209,6 +210,8 @@ class Trainer:
         self.pictures: Pictures | None = None  # the commands set it: the engine draws nothing itself
         self.log = NullLog()  # a RunLog on rank 0, while `fit` runs
         self.rank_log = RankLog(folder, info.rank)
+        self.publishes = True  # the weights of a finished run, in one file
+        self.stopped_early = False
         self.keep_every = None if train.keep_every is None else self._epochs_to_steps(train.keep_every)
         saved = None if resume_from is None else resume_from.step
         self.saver = Saver(folder / "checkpoints", info.is_main, train.keep, self.keep_every, saved)
@@ -218,8 +221,13 @@ class Trainer:
         """Optimizer steps of the whole run."""
         return self.optimization.schedule.steps
 
+    @property
+    def is_finished(self) -> bool:
+        """True if nothing is left to train: all steps are done, or no validation was better for long."""
+        return self.stopped_early or self.state.step == self.steps
+
     def fit(self) -> int:
-        """Train; return the steps done: all of the schedule's, or fewer where a signal ended the run.
+        """Train; return the steps done: all of the schedule's, or fewer where a signal or early stopping ended the run.
 
         Raises:
             UserError: another run writes into the folder.
@@ -260,12 +268,13 @@ class Trainer:
         ):
             self._train(batches)
             self.saver.wait()
-            if state.step == self.steps:
+            if self.publishes and self.is_finished:
                 self._publish()
         barrier()
-        if self.info.is_main and state.step == self.steps:
+        if self.info.is_main and self.is_finished:
             if state.step != first_step or not (self.folder / "metrics.json").exists():
-                write_run_metrics(self.folder, time.perf_counter() - started)
+                extra = {"stopped_early": True} if self.stopped_early else {}
+                write_run_metrics(self.folder, time.perf_counter() - started, extra)
             print(last_words(self.folder), flush=True)
         return state.step
 
@@ -289,9 +298,10 @@ class Trainer:
             validator = Validator(self.validation, per_epoch, self.steps, self.log, self.saver)
             if validator.is_missing(state.step):
                 self._validate(validator)
+            self._check_patience(validator)
         draw_every = None if self.pictures is None else self._epochs_to_steps(self.pictures.every)
         self.metrics = StepMetrics()
-        while state.step < self.steps:
+        while not self.is_finished:
             try:
                 with self.stopwatch.step() if self.log_config.profile else contextlib.nullcontext():
                     self.train_step(batches)
@@ -312,6 +322,7 @@ class Trainer:
                 self._log_step(saves)
                 if validator is not None and validates:
                     self._validate(validator)
+                    self._check_patience(validator)
                 self.metrics = StepMetrics()
             if draw_every is not None and (state.step % draw_every == 0 or state.step == self.steps):
                 self._draw()
@@ -459,9 +470,21 @@ class Trainer:
         else:
             self.log.picture(self.pictures.name, path, step)
 
+    def _check_patience(self, validator: Validator) -> None:
+        """End the run if no validation was better for long; a resumed run finds that in its log."""
+        if validator.is_exhausted and self.state.step < self.steps:
+            self.stopped_early = True
+            best, patience = validator.best_step, validator.validation.patience
+            self.log.print(
+                f"stopped early after step {self.state.step} of {self.steps}: no better validation than that of step "
+                f"{best} in the last {patience} (validate.patience); its weights are in {self.saver.folder / 'best'}"
+            )
+
     def _publish(self) -> None:
         """Write the weights in one file for use elsewhere; `video_convmae.load` reads it."""
-        weights = self.state.weights()
+        weights, model = self.state.weights(), self.state.config.get("model", {})
+        if rank := model.get("lora_rank"):
+            weights = merge_lora(weights, model["lora_alpha"] / rank)
         if self.info.is_main:
             partial = self.folder / "partial.safetensors"
             save_file(weights, partial, self.state.config)

@@ -27,6 +27,7 @@ class Validation:
     best: name of the value that decides which checkpoint is the best; None: no checkpoint is.
     from_start: also measure before the first step.
     own_model: always measure a model from `build_model`.
+    patience: measurements in a row without a better one after which the run ends; None: it does not.
     """
 
     measure: Callable[[nn.Module], Values]
@@ -37,6 +38,7 @@ class Validation:
     best: str | None = "top1"
     from_start: bool = False
     own_model: bool = False
+    patience: int | None = None
 
 
 class Validator:
@@ -60,7 +62,7 @@ class Validator:
         names = [f"{validation.prefix}{name}" for name in ("scored", validation.best) if name]
         measured, *known = all_gather_object([log.values(name) for name in names])[0]
         self._measured = set(measured)
-        self._best = max((each for values in known for each in values.values() if each is not None), default=-math.inf)
+        self._scores: dict[int, float | None] = dict(known[0]) if known else {}  # by step
 
     def is_due(self, step: int) -> bool:
         """Return True if the step is one to measure after."""
@@ -71,6 +73,23 @@ class Validator:
     def is_missing(self, step: int) -> bool:
         """Return True if a run still has to measure the step that it starts or resumes from."""
         return self.is_due(step) and step not in self._measured
+
+    @property
+    def _best(self) -> float:
+        return max((score for score in self._scores.values() if score is not None), default=-math.inf)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best measurement, the first of equals."""
+        return next((step for step, score in sorted(self._scores.items()) if score == self._best), None)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """True if the last measurements, `patience` of them, were no better than one before."""
+        best = self.best_step
+        if self.validation.patience is None or best is None:
+            return False
+        return sum(step > best for step in self._scores) >= self.validation.patience
 
     def measure(self, step: int, model: nn.Module | None, weights: Callable[[], dict]) -> Values:
         """Return the measured values, with the prefix. A checkpoint that may be the best is already being written.
@@ -86,8 +105,9 @@ class Validator:
         values = self.validation.measure(model)
         best = self.validation.best
         score = None if best is None else values.get(best)
-        if best is not None and score is not None and score > self._best:
-            self._best = score
+        is_better = score is not None and score > self._best
+        self._scores[step] = score
+        if best is not None and is_better:
             self._saver.mark_best(step)
             self._log.print(f"step {step}: best {SCORES.get(best, best)} so far, {score:.4f}")
         return {f"{self.validation.prefix}{name}": value for name, value in values.items()}

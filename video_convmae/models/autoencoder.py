@@ -164,6 +164,10 @@ class FusedEncoder(nn.Module):
         """Return features `(B, n, D)` after fusion and final norm; `None` = all visible."""
         return self._encode(clips, self.encoder.packing(clips, visible))
 
+    def features(self, clips: Tensor) -> Features:
+        """Return the convolutional stages' outputs and the tokens of `encode`, of whole clips."""
+        return self._features(clips, self.encoder.packing(clips, None))
+
     def _encode(self, clips: Tensor, packing: Packing) -> Tensor:
         return self._features(clips, packing).tokens
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from video_convmae.hub import Folder, Pretrained, misfit, open_folder
 
 from .blocks import multiply_adds
-from .encoder import Encoder, encoder_layer
-from .pooling import pool_features, pooled_width
+from .encoder import Encoder, Features, encoder_layer
+from .lora import add_lora
+from .pooling import AttentivePool, pool_features, pooled_width
 from .sizes import ClassifierConfig, apply_overrides
 
 Model = TypeVar("Model", bound="PretrainedHead")
@@ -73,22 +74,62 @@ class Classifier(nn.Module, PretrainedHead):
         self.config, self.num_classes = config, num_classes
         self.encoder = Encoder(config)
         width = pooled_width(config, config.pool)
+        self.pooling: AttentivePool | None = None
+        if config.pools_attentively:
+            self.pooling = AttentivePool(width, config.pool_heads or config.heads, config.pool_depth)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.dropout = nn.Dropout(config.head_dropout)
         self.head = nn.Linear(width, num_classes)
         self.init_weights()
+        self._freeze()
 
     def init_weights(self) -> None:
         """Initialise the encoder as an autoencoder's, and the head normal with deviation `head_init_std`."""
         self.encoder.init_weights()
+        if self.pooling is not None:
+            self.pooling.init_weights()
         self.norm.reset_parameters()
         init_head(self.head, self.config.head_init_std)
 
+    def _freeze(self) -> None:
+        """Take the gradients from the parts that `freeze` and `freeze_blocks` name; of the encoder, with LoRA."""
+        encoder, config = self.encoder, self.config
+        if config.lora_rank:
+            encoder.requires_grad_(False)
+            add_lora(encoder.attention_blocks, config.lora_rank, config.lora_alpha)
+        parts: dict[str, list[nn.Module]] = {
+            "embeddings": [encoder.embeddings, encoder.projection],
+            "conv_stages": [encoder.conv_stages],
+            "positions": [],
+        }
+        self._frozen = [part for name in config.freeze for part in parts[name]]
+        self._frozen += list(encoder.attention_blocks)[: config.freeze_blocks]
+        for part in self._frozen:
+            part.requires_grad_(False)
+        if "positions" in config.freeze:
+            encoder.positions.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Switch the model; in frozen parts drop path stays off."""
+        super().train(mode)
+        for part in getattr(self, "_frozen", ()):
+            part.train(False)
+        return self
+
     def forward(self, clips: Tensor) -> Tensor:
         """Map clips `(B, C, T, H, W)` to logits `(B, num_classes)`."""
-        pyramid, tokens = self.encoder(clips, self.encoder.packing(clips, None))
-        pooled = pool_features(tokens, pyramid, self.config.pool, self.config.grid[0])
-        return self.head(self.dropout(self.norm(pooled)))
+        return self.head(self.dropout(self.norm(self.pool(self.features(clips)))))
+
+    def features(self, clips: Tensor) -> Features:
+        """Return the stages' outputs and the tokens of clips `(B, C, T, H, W)`."""
+        return self.encoder(clips, self.encoder.packing(clips, None))
+
+    def pool(self, features: Features) -> Tensor:
+        """Return what the norm before the head reads, `(B, K)`."""
+        if self.pooling is not None:
+            return self.pooling(features.tokens)
+        return pool_features(features.tokens, features.pyramid, self.config.pool, self.config.grid[0])
 
     def encode(self, clips: Tensor, visible: Tensor | None = None) -> Tensor:
         """Return tokens `(B, n, D)` after the last attention block; `None` = all visible."""
@@ -106,7 +147,9 @@ class Classifier(nn.Module, PretrainedHead):
 
     def multiply_adds(self) -> dict[str, int]:
         """Return the forward multiply-adds of one clip, by part."""
-        return self.encoder.multiply_adds(prod(self.encoder.config.grid)) | {"head": multiply_adds(self.head, 1)}
+        tokens = prod(self.encoder.config.grid)
+        pooling = {} if self.pooling is None else {"pooling": self.pooling.multiply_adds(tokens)}
+        return self.encoder.multiply_adds(tokens) | pooling | {"head": multiply_adds(self.head, 1)}
 
 
 def _layer(name: str, last: int) -> int:

@@ -8,20 +8,20 @@ features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from copy import deepcopy
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from video_convmae.errors import UserError
 
 from .autoencoder import FusedEncoder
 from .classifier import PretrainedHead, check_num_classes, init_head
-from .encoder import Features, init_as_convolution, init_as_transformer
-from .pooling import pool_features, pooled_width
+from .encoder import Features, init_as_convolution
+from .pooling import AttentivePool, pool_features, pooled_width
 from .sizes import ClassifierConfig, Pool, ProbeKind, apply_overrides
 
 
@@ -38,6 +38,7 @@ class Probe(FusedEncoder, PretrainedHead):
         config: encoder, `probe` (the head's kind), `msd` as in pretraining, and `head_init_std` of the head's last
             Linear. Positions that were learnt need `learnable_positions`; they are frozen too.
         num_classes: number of classes.
+        heads: trained side by side, equal at the start (a sweep); 0: one alone.
 
     Raises:
         ValueError: fewer than one class, or the options of a classifier.
@@ -45,25 +46,30 @@ class Probe(FusedEncoder, PretrainedHead):
 
     architecture = "Probe"
 
-    def __init__(self, config: ClassifierConfig, num_classes: int) -> None:
+    def __init__(self, config: ClassifierConfig, num_classes: int, heads: int = 0) -> None:
         check_num_classes(num_classes)
         super().__init__(config, config.msd)
         self.num_classes = num_classes
         self.requires_grad_(False)
         width, pooled = self.encoder.width, pooled_width(config, config.pool)
-        self.head: LinearHead | AttentiveHead | KNNHead | LogisticHead
+        pool, frames = config.pool, config.grid[0]
+        self.head: LinearHead | AttentiveHead | KNNHead | LogisticHead | Heads
         if config.probe == "linear":
-            self.head = LinearHead(pooled, num_classes, config.head_init_std, config.pool, config.grid[0])
+            self.head = LinearHead(pooled, num_classes, config.head_init_std, pool, frames)
         elif config.probe == "attentive":
-            self.head = AttentiveHead(width, config.heads, num_classes, config.head_init_std)
+            reading = config.pool_heads or config.heads
+            self.head = AttentiveHead(width, reading, num_classes, config.head_init_std, config.pool_depth)
         elif config.probe == "knn":
-            self.head = KNNHead(width, num_classes)
+            self.head = KNNHead(pooled, num_classes, pool=pool, frames=frames)
         elif config.probe == "logistic":
-            self.head = LogisticHead(pooled, num_classes, config.head_init_std, config.pool, config.grid[0])
+            self.head = LogisticHead(pooled, num_classes, config.head_init_std, pool, frames)
         else:
             raise ValueError(
                 f"probe is none; expected {', '.join(get_args(ProbeKind))} in a Probe, or build a Classifier"
             )
+        self.head_count = heads
+        if heads:
+            self.head = Heads(self.head, heads)
         self.init_weights()
         self.train()
 
@@ -88,14 +94,32 @@ class Probe(FusedEncoder, PretrainedHead):
         return super().encode(clips, visible)
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Map clips `(B, C, T, H, W)` to logits `(B, num_classes)`."""
+        """Map clips `(B, C, T, H, W)` to logits `(B, num_classes)`; of several heads `(heads, B, num_classes)`."""
         features = self.features(clips)
         return self.head(features.tokens, features.pyramid)
 
     @torch.no_grad()
     def features(self, clips: Tensor) -> Features:
         """Return what the head reads, without gradients: the stages' outputs and the tokens of `encode`."""
-        return self._features(clips, self.encoder.packing(clips, None))
+        return super().features(clips)
+
+
+class Heads(nn.ModuleList):
+    """Heads side by side on the same features; they share nothing but their initial weights."""
+
+    def __init__(self, head: nn.Module, count: int) -> None:
+        super().__init__([head, *(deepcopy(head) for _ in range(count - 1))])
+
+    def init_weights(self) -> None:
+        """Initialise the first, and the others as the first."""
+        first = cast(LinearHead | AttentiveHead, self[0])
+        first.init_weights()
+        for other in list(self)[1:]:
+            other.load_state_dict(first.state_dict())
+
+    def forward(self, tokens: Tensor, pyramid: Sequence[Tensor] = ()) -> Tensor:
+        """`(B, N, D)` -> `(heads, B, num_classes)`."""
+        return torch.stack([head(tokens, pyramid) for head in self])
 
 
 class LinearHead(nn.Module):
@@ -171,55 +195,47 @@ class LogisticHead(LinearHead):
             self.linear.bias[classes] = torch.from_numpy(bias).to(self.linear.bias)
 
 
-class AttentiveHead(nn.Module):
-    """One learnt query reads the tokens by cross-attention, then an MLP, LayerNorm and Linear.
+class AttentiveHead(AttentivePool):
+    """What a learnt query reads (`AttentivePool`), then LayerNorm and Linear.
 
-        x = query + attention(query, norm1(tokens))
-        x = x + mlp(norm2(x))
-
-    As V-JEPA's attentive probes: one pre-norm block, no projection behind the attention. The LayerNorm before the
-    Linear is ours: pre-norm blocks are read through a norm everywhere else here.
+    The LayerNorm before the Linear is ours, not V-JEPA's: pre-norm blocks are read through a norm everywhere else here.
     """
 
-    def __init__(self, width: int, heads: int, num_classes: int, head_init_std: float | None) -> None:
-        super().__init__()
-        self.heads = heads
+    def __init__(self, width: int, heads: int, num_classes: int, head_init_std: float | None, depth: int = 1) -> None:
+        super().__init__(width, heads, depth)
         self.head_init_std = head_init_std
-        self.query = nn.Parameter(torch.zeros(width))  # a vector: it is not decayed
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, 4 * width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.linear = nn.Linear(width, num_classes)
 
     def init_weights(self) -> None:
-        """Xavier as an attention block; the query normal with deviation 0.02, the last Linear with `head_init_std`."""
-        init_as_transformer(self)
-        nn.init.normal_(self.query, std=0.02)
+        """Initialise the pooling, and the last Linear with `head_init_std`."""
+        super().init_weights()
         init_head(self.linear, self.head_init_std)
 
     def forward(self, tokens: Tensor, pyramid: Sequence[Tensor] = ()) -> Tensor:
         """`(B, N, D)` -> `(B, num_classes)`."""
-        batch, count, width = tokens.shape
-        q = self.q(self.query).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
-        k, v = self.kv(self.norm1(tokens)).view(batch, count, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        x = self.query + F.scaled_dot_product_attention(q, k, v).reshape(batch, width)
-        x = x + self.mlp(self.norm2(x))
-        return self.linear(self.norm(x))
+        return self.linear(self.norm(self.read(tokens)))
 
 
 class KNNHead(nn.Module):
     """k nearest neighbours: each of the nearest stored features votes for its class, by exp(cosine / temperature).
 
-    A feature is the mean over tokens, scaled to length 1. Nothing is trained: `fit` stores the features of a labelled
+    A feature is the pooled tokens, scaled to length 1. Nothing is trained: `fit` stores the features of a labelled
     list. 20 neighbours and a temperature of 0.07 are those of the probes of DINO (Caron et al., 2021).
     """
 
-    def __init__(self, width: int, num_classes: int, neighbours: int = 20, temperature: float = 0.07) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        neighbours: int = 20,
+        temperature: float = 0.07,
+        pool: Pool = "mean",
+        frames: int = 1,
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.pool, self.frames = pool, frames
         self.neighbours = neighbours
         self.temperature = temperature
         self.register_buffer("features", torch.zeros(0, width))
@@ -235,11 +251,12 @@ class KNNHead(nn.Module):
         return self.features.shape[1]
 
     def embed(self, tokens: Tensor, pyramid: Sequence[Tensor] = ()) -> Tensor:
-        """Return the features `(B, D)`, of length 1, of tokens `(B, N, D)`."""
-        return F.normalize(tokens.float().mean(dim=1), dim=1)
+        """Return the features `(B, K)`, of length 1, of tokens `(B, N, D)` and the convolutional stages' outputs."""
+        levels = [level.float() for level in pyramid]
+        return F.normalize(pool_features(tokens.float(), levels, self.pool, self.frames), dim=1)
 
     def fit(self, features: Tensor, labels: Tensor) -> None:
-        """Store labelled features, `(R, D)` and `(R,)`, scaled to length 1, in place of those before."""
+        """Store labelled features, `(R, K)` and `(R,)`, scaled to length 1, in place of those before."""
         self.features, self.labels = F.normalize(features, dim=1), labels
 
     def forward(self, tokens: Tensor, pyramid: Sequence[Tensor] = ()) -> Tensor:
@@ -251,7 +268,7 @@ class KNNHead(nn.Module):
         if not len(self.features):
             raise RuntimeError("no features are stored yet: call fit(), or finetune with model.probe knn")
         with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 cannot tell near neighbours apart
-            cosines = self.embed(tokens) @ self.features.float().T
+            cosines = self.embed(tokens, pyramid) @ self.features.float().T
             nearest = cosines.topk(min(self.neighbours, len(self.features)), dim=1)
             votes = torch.zeros(len(tokens), self.num_classes, device=tokens.device)
             votes.scatter_add_(1, self.labels[nearest.indices], (nearest.values / self.temperature).exp())

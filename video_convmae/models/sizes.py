@@ -15,7 +15,8 @@ from video_convmae.bounds import Bounds
 
 Implementation = Literal["packed", "dense"]
 PositionTable = Literal["sincos", "flat"]
-Pool = Literal["mean", "motion"]
+Pool = Literal["mean", "difference", "motion", "frames", "attentive"]
+FrozenPart = Literal["embeddings", "conv_stages", "positions"]
 ProbeKind = Literal["linear", "attentive", "knn", "logistic"]
 Target = Literal["patch", "patch_channel", "none"]
 TargetTokens = Literal["visible", "hidden"]
@@ -306,8 +307,13 @@ class ClassifierConfig(EncoderConfig):
     features and trains nothing; logistic, fitted at once by regularised logistic regression, for few labels. none:
     finetune everything."""
     pool: Pool = "mean"
-    """What the head reads: the mean over tokens; or motion, beside it the convolutional stages' change over time, on
-    average and where it is largest (classifier, linear and logistic probe)."""
+    """What the head reads: the mean over tokens; difference, beside it their mean change over time; motion, beside it
+    the convolutional stages' change, on average and where it is largest; frames, the mean of each time; attentive, what
+    a learnt query reads (classifier; as a probe it is the attentive one)."""
+    pool_depth: Annotated[int, Bounds(least=1)] = 1
+    """Attentive pooling and probe: blocks; all but the last are self-attention (V-JEPA: 1, V-JEPA 2: 4)."""
+    pool_heads: Annotated[int, Bounds(least=0)] = 0
+    """Attentive pooling and probe: attention heads; 0: those of the encoder."""
     msd: bool = True
     """Probes read the tokens after fusion and norm, as pretrained. A finetuned classifier has no fusion."""
     head_init_std: Annotated[float | None, Bounds(above=0)] = None
@@ -315,6 +321,15 @@ class ClassifierConfig(EncoderConfig):
     0.001), 0.01 to probe."""
     head_dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
     """Dropout rate before the head of a finetuned classifier."""
+    freeze: tuple[FrozenPart, ...] = ()
+    """Parts of a classifier's encoder that are not trained: embeddings, conv_stages, positions."""
+    freeze_blocks: Annotated[int, Bounds(least=0)] = 0
+    """First attention blocks that are not trained."""
+    lora_rank: Annotated[int, Bounds(least=0)] = 0
+    """LoRA: train the encoder by low-rank changes of its attention alone (qkv and proj), of this rank, with norm and
+    head; 0: no LoRA. Needs peft: pip install "video-convmae[lora]"."""
+    lora_alpha: Annotated[float, Bounds(above=0)] = 16.0
+    """LoRA: the changes are scaled by lora_alpha / lora_rank."""
 
     def __post_init__(self) -> None:
         if self.from_weights:
@@ -332,13 +347,8 @@ class ClassifierConfig(EncoderConfig):
             raise ValueError(f"head_init_std is {self.head_init_std}; expected a deviation above 0")
         if self.pool not in get_args(Pool):
             raise ValueError(f"pool is {self.pool!r}; expected one of {', '.join(get_args(Pool))}")
-        if self.pool != "mean" and self.probe in ("attentive", "knn"):
-            raise ValueError(f"pool is {self.pool!r} and probe {self.probe!r}; expected mean, or a linear probe")
-        if self.pool == "motion" and self.grid[0] < 2:
-            raise ValueError(
-                f"pool is motion and {self.num_frames} frames of tubelet {self.tubelet} make one token in time; "
-                "expected 2 or more: take more frames, or pool mean"
-            )
+        self._check_pool()
+        self._check_trained()
         if not 0 <= self.head_dropout < 1:
             raise ValueError(f"head_dropout is {self.head_dropout}; expected a share, 0 or more and less than 1")
 
@@ -368,6 +378,46 @@ class ClassifierConfig(EncoderConfig):
                 f"num_frames is {frames} and image_size {self.image_size}; expected multiples of "
                 f"{known.frames_multiple} frames and {known.pixels_multiple} pixels with {self.size}"
             )
+
+    def _check_pool(self) -> None:
+        if self.probe == "attentive" and self.pool not in ("mean", "attentive"):
+            raise ValueError(f"pool is {self.pool!r} and probe 'attentive'; expected mean, or a linear probe")
+        if self.pool == "attentive" and self.probe not in (None, "attentive"):
+            raise ValueError(f"pool is 'attentive' and probe {self.probe!r}; expected probe attentive")
+        if self.pool in ("motion", "difference") and self.grid[0] < 2:
+            raise ValueError(
+                f"pool is {self.pool} and {self.num_frames} frames of tubelet {self.tubelet} make one token in time; "
+                "expected 2 or more: take more frames, or pool mean"
+            )
+        if not self.pools_attentively and (self.pool_depth, self.pool_heads) != (1, 0):
+            raise ValueError(
+                f"pool_depth is {self.pool_depth} and pool_heads {self.pool_heads}; expected 1 and 0, or pool or probe "
+                "attentive"
+            )
+        if self.pools_attentively and self.widths[-1] % (self.pool_heads or self.heads):
+            raise ValueError(f"pool_heads is {self.pool_heads}; expected a number that divides {self.widths[-1]}")
+
+    def _check_trained(self) -> None:
+        asked = {"freeze": self.freeze, "freeze_blocks": self.freeze_blocks, "lora_rank": self.lora_rank}
+        given = [f"{name} is {list(v) if isinstance(v, tuple) else v}" for name, v in asked.items() if v]
+        if given and self.probe is not None:
+            raise ValueError(f"{given[0]} and probe {self.probe!r}; expected none: a probe's encoder is frozen whole")
+        if self.lora_rank and len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[-1]}; expected one: with LoRA the encoder itself is frozen")
+        if self.freeze_blocks > self.depths[-1]:
+            raise ValueError(f"freeze_blocks is {self.freeze_blocks}; expected at most {self.depths[-1]}, all of them")
+        if "conv_stages" in self.freeze and len(self.widths) == 1:
+            raise ValueError("freeze has conv_stages; expected embeddings or positions: a plain ViT has no such stages")
+
+    @property
+    def lora_scale(self) -> float | None:
+        """Factor of LoRA's changes; None: no LoRA."""
+        return self.lora_alpha / self.lora_rank if self.lora_rank else None
+
+    @property
+    def pools_attentively(self) -> bool:
+        """Whether a learnt query reads the tokens."""
+        return self.pool == "attentive" or self.probe == "attentive"
 
     def with_encoder(self, encoder: Mapping[str, Any]) -> ClassifierConfig:
         """Return these options, resolved, with fields of an encoder where they are not set (see `from_weights`)."""

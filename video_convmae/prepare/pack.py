@@ -171,7 +171,7 @@ class ShardStore:
         stem = PurePosixPath(packed_name(row)).stem.replace(".", "_")  # webdataset's keys end at the first dot
         key = f"{row.line:08d}_{stem}".replace("#", "_")[:80]
         if row.record.label is not None:
-            _append_member(file, f"{key}.cls", str(row.record.label).encode())
+            _append_member(file, f"{key}.cls", row.record.label_text.encode())
         _append_member(file, f"{key}.mp4", video.data)
         file.flush()
         self._videos, self._end = self._videos + 1, file.tell()
@@ -379,7 +379,7 @@ def _with_path(row: Row, target: str) -> str:
     """Return the text of a row with another path; the fields behind the path stay."""
     text, old = row.text.strip(), row.written_path
     if not text.startswith(old):  # the path ends in numbers, with several spaces before them
-        return target if row.record.label is None else f"{target} {row.record.label}"
+        return target if row.record.label is None else f"{target} {row.record.label_text}"
     return target + text[len(old) :]
 
 

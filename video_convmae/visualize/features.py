@@ -141,7 +141,9 @@ def draw_feature_rows(
             return rows, []
         logits = model(clips)[0].float()
         label = int(logits.argmax()) if label is None else label
-        lines = [f"{predictor.name(label)}: {logits.softmax(dim=0)[label]:.1%} (this clip alone)"]
+        several = getattr(predictor.config.data, "multi_label", None)
+        share = (logits.sigmoid() if several else logits.softmax(dim=0))[label]
+        lines = [f"{predictor.name(label)}: {share:.1%} (this clip alone)"]
         try:
             parts = token_evidence(model, tokens[0], label)
         except TypeError as error:

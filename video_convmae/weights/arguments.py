@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isqrt, prod
 from typing import Any, Literal
 
-from video_convmae.models.sizes import SIZES
+from video_convmae.models.sizes import SIZES, Pool
 
 from .files import Tensors
 from .formats import Source, read_weights
@@ -111,7 +111,16 @@ def _mlp_ratio(tensors: Tensors, stages: list[str]) -> float | tuple[float, ...]
 
 
 def _head_arguments(weights: Weights) -> dict[str, Any]:
-    """Return the arguments of a classifier's head; its width over that of a token says how the tokens are pooled."""
+    """Return the arguments of a classifier's head and of the pooling before it, as stated.
+
+    Else the width of the head over that of a token says how the tokens are pooled.
+    """
     classes, width = weights.tensors["head.weight"].shape
-    pools = {} if width == len(embedding_weights(weights.tensors)[-1]) else {"pool": "motion"}
-    return {"num_classes": classes} | pools
+    *stages, token = (len(kernel) for kernel in embedding_weights(weights.tensors))
+    widths: dict[int, Pool] = {token: "mean", 2 * token: "difference", token + 2 * sum(stages or [token]): "motion"}
+    pool = "attentive" if weights.has("pooling") else weights.pool or widths.get(width, "frames")
+    arguments: dict[str, Any] = {"num_classes": classes}
+    if pool == "attentive":
+        depth = 1 + _count_blocks(weights.tensors, "pooling.blocks")
+        return arguments | {"pool": pool, "pool_depth": depth, "pool_heads": weights.pool_heads}
+    return arguments if pool == "mean" else arguments | {"pool": pool}

@@ -23,6 +23,7 @@ from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder, FusedEncoder, create_autoencoder
 from video_convmae.models.classifier import Classifier, create_classifier
 from video_convmae.models.encoder import EncoderParts
+from video_convmae.models.lora import without_lora
 from video_convmae.models.probe import Probe
 from video_convmae.models.pytorchvideo import LibraryClassifier
 from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig, EncoderConfig
@@ -268,7 +269,10 @@ def _targets(model: nn.Module) -> Tensors:
     if isinstance(model, LibraryClassifier):
         theirs = {name.removeprefix(NET): tensor for name, tensor in tensors.items()}
         return {ours: theirs[name] for name, ours in our_names(theirs).items()}
-    return rename_norm(tensors) if isinstance(model, Classifier) else tensors
+    if not isinstance(model, Classifier):
+        return tensors
+    named = ((without_lora(name), tensor) for name, tensor in tensors.items())
+    return rename_norm({name: tensor for name, tensor in named if name is not None})
 
 
 @dataclass
@@ -313,6 +317,9 @@ class _Plan:
             for tensors in (self.targets, self.weights.tensors)
         )
         if not wanted or (part not in ("encoder", "net") and not self.weights.has(part)):
+            return
+        if part in ("fc_norm", "pooling", "head") and (difference := self._compare_pools()):
+            self.notes.append(f"the {part.removeprefix('fc_')} is new: {difference}")
             return
         faults = _compare_shapes(wanted, given)
         if not faults and part == "encoder":
@@ -407,6 +414,16 @@ class _Plan:
             return None
         pairs = enumerate(zip(theirs, ours))
         return next((f"class {n} is {old!r} there and {new!r} here" for n, (old, new) in pairs if old != new), None)
+
+    def _compare_pools(self) -> str | None:
+        """Return how the file's head reads other features than the model's; None: it does not, as far as is known."""
+        if not isinstance(self.config, ClassifierConfig) or self.config.probe == "attentive":
+            return None
+        weights, ours = self.weights, self.config.pool
+        theirs = "attentive" if weights.has("pooling") else weights.pool
+        if theirs is None and len(weights.tensors.get("fc_norm.weight", ())) == self.config.widths[-1]:
+            theirs = "mean"
+        return None if theirs in (None, ours) else f"the file's reads pool {theirs}, the model's {ours}"
 
     def add_positions(self) -> None:
         """Take learnable positions, resized to the model's grid; compare fixed ones with the model's own."""

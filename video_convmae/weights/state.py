@@ -17,16 +17,17 @@ from torch import Tensor
 from video_convmae.errors import UserError
 from video_convmae.masking import Grid
 from video_convmae.models.positions import TABLES
-from video_convmae.models.sizes import PositionTable, Target
+from video_convmae.models.sizes import Pool, PositionTable, Target
 
 from .files import Tensors
 
 # Of a model; only the encoder is required. `norm` is over tokens, before a decoder or a probe's head; `fc_norm` is a
-# classifier's, over the mean of tokens. `feature_heads` predict a teacher's features in pretraining.
-PARTS = ("encoder", "norm", "fc_norm", "fusion", "decoder", "feature_heads", "head")
+# classifier's, over the pooled tokens, `pooling` what pools them with parameters. `feature_heads` predict a teacher's
+# features in pretraining.
+PARTS = ("encoder", "norm", "fc_norm", "fusion", "decoder", "feature_heads", "pooling", "head")
 GEOMETRY = (
     *("strides", "tubelet", "channels", "heads", "frames", "position_table", "decoder_heads", "target"),
-    *("preprocessing", "class_names"),
+    *("preprocessing", "class_names", "pool", "pool_heads"),
 )
 POSITIONS = ("encoder.positions", "decoder.positions")
 
@@ -50,6 +51,8 @@ class Weights:
     preprocessing: how clips are made for the model, by names of a run's configuration (`data.mean`, `data.stride`,
         `test.segments`); what is unknown is not there.
     class_names: names of the head's classes; None: unknown.
+    pool: what the head reads; None: unknown, or no classifier.
+    pool_heads: attention heads of attentive pooling; 0: the encoder's, or none.
     names: our name -> name in the file, where it differs.
     dropped: name in the file without a counterpart here -> reason.
     notes: sentences for the report.
@@ -72,6 +75,8 @@ class Weights:
     target: Target | None = None
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
+    pool: Pool | None = None
+    pool_heads: int = 0
     names: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

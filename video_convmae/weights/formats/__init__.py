@@ -107,6 +107,9 @@ def to_format(source: Source, name: str, image_size: int | tuple[int, int] | Non
     if writer is None or writer.before_write is None:
         raise ValueError(f"format is {name!r}; expected one of {', '.join(WRITABLE)} (MAE has a CLS token, ours none)")
     weights = read_weights(source)
-    if weights.has("fc_norm") and len(weights.tensors["fc_norm.weight"]) != len(embedding_weights(weights.tensors)[-1]):
-        raise ValueError("the published formats hold classifiers on the mean over tokens; this one pools motion")
+    if weights.has("fc_norm"):
+        narrow = len(weights.tensors["fc_norm.weight"]) == len(embedding_weights(weights.tensors)[-1])
+        if weights.has("pooling") or not narrow:
+            pool = weights.pool or "otherwise"
+            raise ValueError(f"the published formats hold classifiers on the mean over tokens; this one pools {pool}")
     return writer.write(writer.before_write(weights, image_size))

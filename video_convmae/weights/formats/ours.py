@@ -12,6 +12,7 @@ from torch import nn
 
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
+from video_convmae.models.lora import merge_lora
 from video_convmae.models.sizes import EncoderConfig
 
 from ..files import Tensors
@@ -33,8 +34,11 @@ def from_model(model: nn.Module) -> Weights:
     if not isinstance(model, (Autoencoder, Classifier)):
         raise ValueError(f"a {type(model).__name__}; expected an Autoencoder or a Classifier")
     tensors = model.state_dict()
-    tensors = rename_norm(tensors) if isinstance(model, Classifier) else tensors
+    if isinstance(model, Classifier):
+        tensors = rename_norm(merge_lora(tensors, model.config.lora_scale))
     properties = _properties(model.encoder.config)
+    if isinstance(model, Classifier):
+        properties |= {"pool": model.config.pool, "pool_heads": model.config.pool_heads}
     if isinstance(model, Autoencoder):
         properties |= {"decoder_heads": model.decoder.config.decoder[2], "target": model.target}
     return Weights("VideoConvMAE", tensors, **properties)
@@ -44,9 +48,11 @@ def from_tensors(tensors: Tensors, contents: Mapping[str, Any]) -> Weights:
     """Take tensors with our names. The contents of their file may state what they do not determine."""
     if unknown := [name for name in tensors if name.split(".")[0] not in PARTS]:
         raise ValueError(f"weights with names that no model of ours has: {summarize_names(unknown)}")
-    tensors = rename_norm(tensors) if "head.weight" in tensors else tensors
     config, geometry = contents.get("config"), contents.get("geometry")
     model = config.get("model") if isinstance(config, Mapping) else None
+    rank = model.get("lora_rank") if isinstance(model, Mapping) else None
+    tensors = merge_lora(tensors, model["lora_alpha"] / rank if isinstance(model, Mapping) and rank else None)
+    tensors = rename_norm(tensors) if "head.weight" in tensors else tensors
     if isinstance(model, Mapping) and {"size", "num_frames", "image_size"} <= model.keys():  # a run's
         assert isinstance(config, Mapping)
         options = {name: model[name] for name in EncoderConfig.__dataclass_fields__ if model.get(name) is not None}
@@ -71,6 +77,8 @@ def run_properties(config: Mapping[str, Any], weights: Weights) -> dict[str, Any
     properties: dict[str, Any] = {
         "preprocessing": {name: value for name in _PREPROCESSING if (value := _field(config, name)) is not None},
         "class_names": labels if isinstance(labels, (list, tuple)) and weights.num_classes else None,
+        "pool": model.get("pool"),
+        "pool_heads": model.get("pool_heads"),
     }
     if weights.has("decoder"):
         decoder, target = model.get("decoder"), model.get("target")
