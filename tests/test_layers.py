@@ -36,7 +36,7 @@ ALLOWED = {
     "timm": {"models", "dense", "weights"},
     "export": {"runs", "predictor", "config", "dense", *PARTS},
     "prepare": {"data"},
-    "visualize": {"build", "runs", "predictor", "config", *PARTS},
+    "visualize": {"lists", "build", "runs", "predictor", "config", *PARTS},
     "benchmark": {"build", "runs", "config", "prepare", *PARTS},
     "cli": {
         "lists",

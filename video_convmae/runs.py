@@ -43,9 +43,13 @@ COMMANDS: dict[RunKind, str] = {  # that make a run of each kind
 def run_kind(source: Source) -> RunKind | None:
     """Return the kind of run that wrote a checkpoint or a file of weights; None: no run of ours."""
     try:
-        config = source.config if isinstance(source, Checkpoint) else run_config(Path(source))
+        return kind_of(source.config if isinstance(source, Checkpoint) else run_config(Path(source)))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, UnpicklingError):
         return None
+
+
+def kind_of(config: Any) -> RunKind | None:
+    """Return the kind of run of a configuration as plain data; None: of none of ours."""
     if not isinstance(config, dict) or not {"data", "model", "init"} <= config.keys():
         return None
     if "head_norm" in config["model"]:

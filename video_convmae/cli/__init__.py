@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "test a classifier on a list, a detector or a segmenter",
     "predict": "print the most probable classes of files, detect objects or segment pictures",
     "features": "write the features of every record of a list",
+    "report": "make a page of a run: curves, clips, mistakes",
     "reconstruct": "draw masked and reconstructed clips",
     "show-features": "draw what a model computes for one file",
     "export": "write a model as ONNX or torch.export, compared with it first",

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from video_convmae import __version__
 from video_convmae.atomic import read_json, read_json_lines, whole_lines, write_text
 from video_convmae.data.datasets import BadRecord
 from video_convmae.errors import UserError
@@ -141,12 +146,12 @@ class RankLog:
     """Log of one rank: `logs/rank_NNNN.jsonl` with a line a logged step, and the error that ended it, if any."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._path = folder / "logs" / f"rank_{rank:04d}.jsonl"
+        self._path, self._rank = folder / "logs" / f"rank_{rank:04d}.jsonl", rank
 
     def __enter__(self) -> RankLog:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self._path, "a", encoding="utf-8")
-        self.write({"host": platform.node(), "pid": os.getpid()})
+        self.write({"host": platform.node(), "pid": os.getpid()} | ({} if self._rank else describe_process()))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
@@ -159,6 +164,25 @@ class RankLog:
         line = {"time": datetime.now().astimezone().isoformat(timespec="milliseconds")} | values
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+
+def describe_process() -> dict[str, Any]:
+    """Return what a run is of: the command, the version, in a clone its commit, torch, and the device's name."""
+    package = Path(__file__).parent.parent
+    commit = None
+    if (package.parent / ".git").exists():
+        git = ["git", "-C", str(package), "describe", "--always", "--dirty", "--exclude", "*"]
+        with suppress(OSError, subprocess.SubprocessError):
+            commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor_name()
+    versions = {"version": __version__, "commit": commit, "torch": torch.__version__}
+    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), **versions, "device": device}
+
+
+def _processor_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 class Trace:
