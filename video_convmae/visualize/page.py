@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
@@ -19,6 +19,7 @@ from PIL import Image
 MOST_POINTS = 300  # of a curve; of a longer one, means over equal runs of points
 COLOURS = 6  # of curves in page.css
 
+Cell = str | tuple[str, float]  # of a table: text, and a share of 0..1 that is drawn behind it
 Point = tuple[float, float | None]  # step and value; None: not finite
 
 
@@ -95,18 +96,17 @@ def draw_heat_map(shares: np.ndarray, alt: str) -> str:
     return f'<img class="map" src="{source}" width="{width}" height="{height}" alt="{escape(alt)}">'
 
 
-def draw_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", kind: str = "") -> str:
-    """Return a table of escaped cells. The first column is text and a row's head, the others are numbers.
+def draw_table(head: Sequence[str], rows: Iterable[Sequence[Cell]], caption: str = "", kind: str = "") -> str:
+    """Return a table; the first column is each row's head. kind: a class of page.css."""
 
-    A cell may be a pair: text, and a share of 0..1 that is drawn behind it.
-    """
-
-    def cell(value: str | tuple[str, float]) -> str:
+    def cell(value: Cell) -> str:
         text, share = (value, None) if isinstance(value, str) else value
         style = "" if share is None else f' style="--share:{share:.3f}"'
         return f"<td{style}>{escape(text)}</td>"
 
-    lines = "".join(f'<tr><th scope="row">{escape(first)}</th>{"".join(map(cell, rest))}</tr>' for first, *rest in rows)
+    lines = "".join(
+        f'<tr><th scope="row">{escape(str(first))}</th>{"".join(map(cell, rest))}</tr>' for first, *rest in rows
+    )
     columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     css = f' class="{kind}"' if kind else ""
@@ -178,7 +178,7 @@ def draw_plot(plot: Plot) -> str:
     return f"<figure><h3>{escape(plot.title + unit)}</h3><ul class=legend>{''.join(legend)}</ul>{svg}</figure>"
 
 
-def _draw_lines(curve: Curve, style: str, place) -> list[str]:  # type: ignore[no-untyped-def]
+def _draw_lines(curve: Curve, style: str, place: Callable[[float, float], str]) -> list[str]:
     """Return a curve's lines, cut where a value is not finite; a point that stands alone is a dot."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for step, value in thin(curve.points):

@@ -15,7 +15,7 @@ from functools import cached_property
 from html import escape
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from video_convmae.runs import RunKind, kind_of
 
 from .accuracy import confusion_matrix
 from .page import (
+    Cell,
     Clip,
     Curve,
     Plot,
@@ -320,7 +321,7 @@ def head_numbers(run: Run) -> list[tuple[str, str, str]]:
         values = [value for _, value in run.points(name) if value is not None]
         if values:
             numbers.append((words, show(values[-1], unit), f"{show(values[0], unit)} at the start"))
-    if "step" in last:
+    if last.get("step"):
         of = "" if run.steps is None or run.metrics else f"of {run.steps:,}"
         numbers.append(("Steps", f"{last['step']:,}", of or f"{show(last.get('epoch'))} epochs"))
     return numbers
@@ -382,14 +383,13 @@ def draw_last_values(run: Run) -> str:
     """Return a table of every logged value: the last, at which step, and its range."""
     rows = []
     for name in run.last:
-        points = [(s, v) for s, v in run.points(name) if isinstance(v, (int, float)) and not isinstance(v, bool)]
-        if not points or name in ("step", "eta_seconds"):
-            continue
-        values, unit = [value for _, value in points], _unit(name)
-        step, value = points[-1]
-        rows.append(
-            (name, show(value, unit), f"{step:,}", show(min(values), unit), show(max(values), unit), str(len(points)))
-        )
+        points = run.points(name) or [(run.metrics.get("step", 0), run.metrics.get(name))]  # a probe, fitted at once
+        values = [v for _, v in points if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        if values and name not in ("step", "eta_seconds"):
+            (step, value), unit = points[-1], _unit(name)
+            shown = (show(each, unit) for each in (value, min(values), max(values)))
+            last, *least_and_largest = shown
+            rows.append((name, last, f"{step:,}", *least_and_largest, str(len(values))))
     if not rows:
         raise UserError("nothing is logged")
     return draw_table(("value", "last", "at step", "least", "largest", "logged"), rows)
@@ -414,6 +414,15 @@ def draw_bad_records(run: Run) -> str:
 
 
 # Clips, accuracy, mistakes
+
+
+class Scored(NamedTuple):
+    """Scores of a list, the paths of its records, a sentence that says what they are, and accuracies of baselines."""
+
+    evaluation: Evaluation
+    paths: list[str]
+    about: str
+    baselines: dict[str, float]
 
 
 class Shown:
@@ -473,7 +482,8 @@ class Shown:
             beside = f"squared error <b>{ours}</b>, of mean patches {mean}"
             thirds = "<div class=thirds><span>original</span><span>masked</span><span>reconstructed</span></div>"
             parts.append(
-                f"<figure>{thirds}{draw_clip(clip, alt)}<figcaption>{beside}<br>{escape(name)}</figcaption></figure>"
+                f"<figure>{thirds}{draw_clip(clip, alt)}"
+                f"<figcaption>{beside}<br>{_breakable(name)}</figcaption></figure>"
             )
         every = Reconstructions(*(torch.cat(each) for each in zip(*(vars(result).values() for result in results))))
         error = measure_hidden_error(model, every)
@@ -499,8 +509,8 @@ class Shown:
     # Classifiers
 
     @cached_property
-    def scored(self) -> tuple[Evaluation, list[str], str]:
-        """Scores, paths of the records, and a sentence that says of what; from the newest evaluation in the run."""
+    def scored(self) -> Scored:
+        """The newest evaluation in the run, else one that is made now."""
         found = sorted(
             (path.parent for path in self.run.folder.glob("*/scores.npz") if (path.parent / "metrics.json").exists()),
             key=lambda folder: (folder / "metrics.json").stat().st_mtime,
@@ -512,10 +522,10 @@ class Shown:
             weights = Path(metrics.get("weights", "")).name
             about = f"Evaluation in {found[-1].name}/ of {weights}, {views} views."
             about += f" {len(found) - 1} older ones are left out." if len(found) > 1 else ""
-            return evaluation, paths, about
+            return Scored(evaluation, paths, about, metrics.get("baselines", {}))
         return self._classify()
 
-    def _classify(self) -> tuple[Evaluation, list[str], str]:
+    def _classify(self) -> Scored:
         """Classify the validation list, or part of it, as the run's own validation does."""
         data = self.run.config["data"]
         advice = f"video-convmae evaluate --weights {self.run.folder} --list LIST --output {self.run.folder}/test"
@@ -537,7 +547,7 @@ class Shown:
         views = f"{protocol.segments} × {protocol.crops} views"
         about = f"Classified for this page: {part} records of the validation list, {views}."
         about += f" {advice} tests all of them." if len(records) < len(every) else ""
-        return evaluation, [record.path for record in records], about
+        return Scored(evaluation, [record.path for record in records], about, {})
 
     @property
     def _reader(self) -> Any:
@@ -551,21 +561,28 @@ class Shown:
         if not names:
             config = self.predictor.config
             names = list((isinstance(config.data, LabelledDataConfig) and lists.read_class_names(config.data)) or ())
-        count = self.scored[0].scores.shape[1]
+        count = self.scored.evaluation.scores.shape[1]
         return [names[label] if label < len(names) else str(label) for label in range(count)]
 
     def accuracy(self) -> str:
         """Return a table of accuracies, beside the share of the largest class."""
-        evaluation, _, about = self.scored
+        evaluation, _, about, baselines = self.scored
         metrics = evaluation.metrics()
         top1 = metrics["top1"]
         if top1 is None:
             raise UserError("no record that was scored has a label")
         scored = metrics["scored"] or 0
         error = sqrt(top1 * (1 - top1) / scored)
-        rows = [("top-1", f"{show(top1, '%')} ± {show(error, '%')}"), ("top-5", show(metrics["top5"], "%"))]
+        rows = [("top-1", f"{show(top1, '%')} ± {show(error, '%')}")]
+        if len(self.names) > 5:
+            rows.append(("top-5", show(metrics["top5"], "%")))
         rows += [("mean class accuracy", show(metrics["mean_class_accuracy"], "%"))]
-        rows += [("share of the largest class", show(metrics["largest_class"], "%"))]
+        rows += [("always the largest class", show(metrics["largest_class"], "%"))]
+        rows += [
+            (f"baseline: {name.replace('_', ' ')}", show(value, "%"))
+            for name, value in baselines.items()
+            if name != "largest_class"
+        ]
         rows += [("share predicted most often", show(metrics["predicted_largest"], "%"))]
         rows += [("records scored", f"{scored:,}"), ("could not be read", f"{metrics['failed']:,}")]
         verdict = evaluation.judge(self.names)["verdict"]
@@ -577,7 +594,7 @@ class Shown:
 
     def confusion(self) -> str:
         """Return the confusion matrix, and the pairs that are confused most often."""
-        evaluation, names = self.scored[0], self.names
+        evaluation, names = self.scored.evaluation, self.names
         shares, (labels, predicted) = confusion_matrix(evaluation), _counted(evaluation)
         wrong = labels != predicted
         pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
@@ -592,7 +609,7 @@ class Shown:
 
     def classes(self) -> str:
         """Return the accuracy of each class, the worst first; of many, the worst and the best."""
-        evaluation, names = self.scored[0], self.names
+        evaluation, names = self.scored.evaluation, self.names
         labels, _ = _counted(evaluation)
         shares = confusion_matrix(evaluation)
         found, counts = np.unique(labels, return_counts=True)
@@ -601,7 +618,7 @@ class Shown:
         if len(order) > MOST_CLASSES:
             left_out = f" {len(order) - 2 * ENDS} classes between the {ENDS} worst and the {ENDS} best are left out."
             order = np.concatenate([order[:ENDS], order[-ENDS:]])
-        rows = []
+        rows: list[Sequence[Cell]] = []
         for label, count in zip(found[order].tolist(), counts[order].tolist()):
             others = shares[label].copy()
             others[label] = 0
@@ -614,7 +631,7 @@ class Shown:
 
     def mistakes(self) -> str:
         """Return the wrong predictions of the highest scores, with their clips."""
-        evaluation, paths, _ = self.scored
+        evaluation, paths = self.scored.evaluation, self.scored.paths
         best, counted = evaluation.scores.argmax(axis=1), ~evaluation.failed & (evaluation.labels >= 0)
         wrong = np.flatnonzero(counted & (best != evaluation.labels))
         if not len(wrong):
@@ -630,7 +647,7 @@ class Shown:
                 shown += encoded is not None
                 picture = "" if encoded is None else draw_clip(encoded, f"Clip of {path}")
             said, right = (f"{escape(self.names[c])}</b> {show(float(scores[c]), '%')}" for c in (predicted, label))
-            caption = f"<b>{said}<br>label <b>{right}<br>{escape(path)}"
+            caption = f"<b>{said}<br>label <b>{right}<br>{_breakable(path)}"
             parts.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
         about = [f"{len(order)} of {len(wrong):,} mistakes, by the score of the predicted class."]
         about += self._left_out(len(pictures) - shown, "clips") + [f"Could not be read: {e}" for e in errors]
@@ -672,7 +689,7 @@ def _draw_matrix(shares: np.ndarray, labels: np.ndarray, predicted: np.ndarray, 
         )
         return f"<figure>{draw_heat_map(shares, alt)}<figcaption>{caption}</figcaption></figure>"
     counts = np.bincount(labels * count + predicted, minlength=count * count).reshape(count, count)
-    rows: list[tuple] = [
+    rows: list[Sequence[Cell]] = [
         (
             f"{place}  {name}",
             *((str(n) if n else "", float(s)) for n, s in zip(counts[place], np.nan_to_num(shares[place]))),
@@ -707,6 +724,11 @@ def _beside_each_other(clips: Sequence[np.ndarray], gap: int = 4) -> np.ndarray:
     """Join clips `(T, H, W, 3)` along their width, with a grey line between two."""
     line = np.full((*clips[0].shape[:2], gap, 3), 128, np.uint8)
     return np.concatenate([each for clip in clips for each in (clip, line)][:-1], axis=2)
+
+
+def _breakable(path: str) -> str:
+    """Return a path as HTML that may be broken after its slashes and underscores."""
+    return escape(path).replace("/", "/<wbr>").replace("_", "_<wbr>")
 
 
 def _short_path(path: str, root: str | None) -> str:
