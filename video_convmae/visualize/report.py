@@ -497,7 +497,7 @@ class Shown:
             )
         ]
         caption = f"Mean squared error on hidden pixels (0 to 1) of {len(results)} clips, fixed masks"
-        about = [f"From {source}, evenly over it. Rows of time play at 8 frames a second."]
+        about = [f"From {source}, evenly over it. The clips play at 8 frames a second."]
         about += [write_caption(config, model).partition("; ")[2].capitalize() + "."]
         about += self._left_out(len(results) - len(parts), "clips") + [f"Could not be read: {e}" for e in errors]
         return (
