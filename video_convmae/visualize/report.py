@@ -27,7 +27,7 @@ from video_convmae.atomic import read_json, read_json_lines
 from video_convmae.build import build_inference, cap_workers
 from video_convmae.config import FinetuneConfig, LabelledDataConfig, PretrainConfig
 from video_convmae.data.decoding import DecodeError
-from video_convmae.data.records import Records, read_list
+from video_convmae.data.records import Records
 from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.evaluation import Evaluation, evaluate_list, read_evaluation
 from video_convmae.engine.log import SCORES, judge_pretraining
@@ -54,7 +54,15 @@ from .page import (
     show,
     write_page,
 )
-from .reconstruct import Reconstructions, draw_masks, enlarge, measure_hidden_error, reconstruct_clips, write_caption
+from .reconstruct import (
+    Reconstructions,
+    choose_shown,
+    draw_masks,
+    enlarge,
+    measure_hidden_error,
+    reconstruct_clips,
+    write_caption,
+)
 
 RECONSTRUCTIONS, MISTAKES = 6, 12  # shown at most
 CLIP_WIDTHS = (192, 128)  # of a reconstruction's picture and of a mistake's, in pixels
@@ -459,8 +467,7 @@ class Shown:
         assert isinstance(model, Autoencoder)
         assert isinstance(config, PretrainConfig)
         source = config.probe.list or config.data.train
-        records = read_list(source, config.data.format, config.data.root)
-        chosen = [records[int(index)].path for index in choose_records(records.labels, RECONSTRUCTIONS)]
+        chosen = [record.path for record in choose_shown(config, RECONSTRUCTIONS)]
         pictures, errors = self._read(chosen)
         if not pictures:
             raise UserError(f"none of {len(chosen)} records of {source} that were tried can be read ({errors[0]})")
