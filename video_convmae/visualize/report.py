@@ -28,6 +28,7 @@ from video_convmae.build import build_inference, cap_workers
 from video_convmae.config import FinetuneConfig, LabelledDataConfig, PretrainConfig
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.records import Records
+from video_convmae.engine.checkpoint import Checkpoint, find_weights
 from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.evaluation import Evaluation, evaluate_list, read_evaluation
 from video_convmae.engine.log import SCORES, judge_pretraining
@@ -313,11 +314,9 @@ def head_numbers(run: Run) -> list[tuple[str, str, str]]:
         if scores:
             best, step = max(scores, key=lambda each: each[0])
             largest = last.get("val_largest_class" if name == "top1" else f"val_largest_class_{name}")
-            beside = "" if scores[-1][1] == step else f"the last {show(scores[-1][0], '%')}"
-            if largest is not None:
-                beside = f"largest class {show(largest, '%')}" + (f"; {beside}" if beside else "")
-            at = f", best (step {step:,})" if len(scores) > 1 else ""
-            numbers.append((f"Validation {words}{at}", show(best, "%"), beside))
+            compared = [] if largest is None else [f"largest class {show(largest, '%')}"]
+            compared += [] if step == scores[-1][1] else [f"best {show(best, '%')} at step {step:,}"]
+            numbers.append((f"Validation {words}", show(scores[-1][0], "%"), "; ".join(compared)))
     if last.get("train_top1") is not None:
         numbers.append(("Train top-1", show(last["train_top1"], "%"), "augmented clips"))
     if "loss" in last:
@@ -447,10 +446,14 @@ class Shown:
         self._left = MOST_BYTES
 
     @cached_property
+    def source(self) -> Checkpoint | Path:
+        """The run's newest checkpoint, as `evaluate` takes it: the best was chosen on the list that is shown."""
+        return find_weights(self.run.folder)
+
+    @cached_property
     def predictor(self) -> Predictor:
-        """The model: a classifier's best checkpoint, else the newest."""
-        best = self.run.folder / "checkpoints" / "best"
-        loaded = load(best if self.run.kind == "finetune" and best.exists() else self.run.folder)
+        """The model, on the device."""
+        loaded = load(self.source)
         loaded.model.to(self.info.device)
         return loaded
 
@@ -552,7 +555,8 @@ class Shown:
             evaluation = evaluate_list(inference, int(config.data.num_classes or 0))
         part = f"{len(records):,} of the {len(every):,}" if len(records) < len(every) else f"the {len(every):,}"
         views = f"{protocol.segments} × {protocol.crops} views"
-        about = f"Classified for this page: {part} records of the validation list, {views}."
+        name = (self.source.path if isinstance(self.source, Checkpoint) else self.source).name
+        about = f"Classified for this page by {name}: {part} records of the validation list, {views}."
         about += f" {advice} tests all of them." if len(records) < len(every) else ""
         return Scored(evaluation, [record.path for record in records], about, {})
 
