@@ -245,9 +245,10 @@ class Background:
 
     def write(self, values: Values) -> None:
         """Log numbers, those that are new."""
+        line = numbers(values) | {"step": values["step"]}
 
         def send() -> None:
-            if len(new := self._memory.new(values)) > 1:
+            if len(new := self._memory.new(line)) > 1:
                 self._logger.write(new)
                 self._memory.add(new)
 
