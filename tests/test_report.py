@@ -136,7 +136,7 @@ def test_a_run_that_goes_on_says_so_and_one_without_anything_says_what_is_missin
     (alone / "config.yaml").write_text(re.sub(r"  validation: .*", "  validation: null", config))
     text = make(alone, tmp_path / "c.html")
     assert "Not shown: the run has no data.validation and no evaluation; video-convmae evaluate" in text
-    assert "Course of the training" in titles(text)
+    assert titles(text) == ["Curves", "Accuracy", "Course of the training", "Last values", "Configuration"]
 
 
 def test_what_is_no_run_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
