@@ -156,7 +156,7 @@ def browse(tmp_path: Path, *options: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=REASON)
-@pytest.mark.parametrize("kind", ["pretrained", "finetuned"])
+@pytest.mark.parametrize("kind", ["pretrained", pytest.param("finetuned", marks=pytest.mark.slow)])
 def test_a_browser_shows_it_without_complaint(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """No message in the console, every picture decoded, nothing wider than a phone; a screenshot and a print."""
     make(request.getfixturevalue(kind), tmp_path / "page.html")
