@@ -512,7 +512,8 @@ class Shown:
             )
         ]
         caption = f"Mean squared error on hidden pixels (0 to 1) of {len(results)} clips, fixed masks"
-        about = [f"From {source}, evenly over it. The clips play at 8 frames a second."]
+        about = [f"From {source}, evenly over it."]
+        about += ["The clips play at 8 frames a second."] if config.model.num_frames > 1 else []
         about += [write_caption(config, model).partition("; ")[2].capitalize() + "."]
         about += self._left_out(len(results) - len(parts), "clips") + [f"Could not be read: {e}" for e in errors]
         return (
@@ -543,9 +544,9 @@ class Shown:
     def _classify(self) -> Scored:
         """Classify the validation list, or part of it, as the run's own validation does."""
         data = self.run.config["data"]
-        advice = f"video-convmae evaluate --weights {self.run.folder} --list LIST --output {self.run.folder}/test"
+        advice = f"video-convmae evaluate --weights {self.run.folder} --output {self.run.folder}/test"
         if not data.get("validation"):
-            raise UserError(f"the run has no data.validation and no evaluation; {advice} makes one")
+            raise UserError(f"the run has no data.validation and no evaluation; {advice} --list LIST makes one")
         if not self.records:
             raise UserError(f"the run has no evaluation and --records is 0; {advice} makes one")
         config = self.predictor.config
@@ -707,7 +708,7 @@ def _draw_matrix(shares: np.ndarray, labels: np.ndarray, predicted: np.ndarray, 
     counts = np.bincount(labels * count + predicted, minlength=count * count).reshape(count, count)
     rows: list[Sequence[Cell]] = [
         (
-            f"{place}  {name}",
+            str(place) if name == str(place) else f"{place}  {name}",
             *((str(n) if n else "", float(s)) for n, s in zip(counts[place], np.nan_to_num(shares[place]))),
         )
         for place, name in enumerate(names)
