@@ -238,7 +238,9 @@ class Predictor(hub.Pretrained):
 
     def _hub_folder(self) -> hub.Folder:
         if isinstance(self.model, LibraryClassifier):
-            raise UserError("a model of pytorchvideo is not saved for the hub; expected one of ours: keep its run folder")
+            raise UserError(
+                "a model of pytorchvideo is not saved for the hub; expected one of ours: keep its run folder"
+            )
         own = self.model._hub_folder()
         config = to_plain(self.config) | {"model": to_plain(self.model.encoder.config)}
         if self.class_names is not None:

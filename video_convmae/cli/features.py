@@ -50,8 +50,8 @@ def extract_features(config: FeaturesConfig) -> Path:
         write_features,
     )
     from video_convmae.engine.inference import chunk_folder
-    from video_convmae.models.pytorchvideo import LibraryClassifier
     from video_convmae.engine.windows import WindowStore, extract_windows, forget_finished, write_windows
+    from video_convmae.models.pytorchvideo import LibraryClassifier
 
     folder = output_folder(config)
     file = folder / "features.npz"
@@ -67,7 +67,7 @@ def extract_features(config: FeaturesConfig) -> Path:
             records = read_list(config.list, data.format, data.root)
         plan = None
         if config.window is not None:
-            plan = build.plan_windows(data, loaded.model.encoder.config, config.window, config.hop)
+            plan = build.plan_windows(data, loaded.model.config, config.window, config.hop)
             check_views(config.kind, protocol)
         shape, source = feature_shape(loaded.model, config.kind), feature_source(loaded.model, config.kind)
         about = {

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     predictor = load(args.weights, labels=args.labels)
     if isinstance(predictor.model, Autoencoder):
         raise UserError(f"{args.weights} was pretrained only: it has no classes (video-convmae finetune adds them)")
-    if args.window not in (None, frames := predictor.model.encoder.config.num_frames):
+    if args.window not in (None, frames := predictor.model.config.num_frames):
         raise UserError(f"--window is {args.window}, and the model takes {frames} frames; expected {frames}")
     names = timeline_names(args.files)
     if args.output is not None:
