@@ -47,12 +47,14 @@ class Record:
         label: class; None where the list has none.
         num_frames: number of frames of a folder; None: all pictures in it, or not a folder.
         format: kind of record.
+        source: of a mixture, the place of its list.
     """
 
     path: str
     label: int | None = None
     num_frames: int | None = None
     format: ListFormat = "video"
+    source: int = 0
 
 
 class Records(Sequence[Record]):
@@ -95,6 +97,14 @@ class Records(Sequence[Record]):
         path = os.fsdecode(self._paths[start : self._ends[index]].tobytes())
         label, frames = int(self.labels[index]), int(self._num_frames[index])
         return Record(path, label if label >= 0 else None, frames if frames >= 0 else None, self.format)
+
+    def same_list(self, index: int) -> range:
+        """Return the indices of the records in a record's list: all of them."""
+        return range(len(self))
+
+    def select(self, indices: Iterable[int]) -> Records:
+        """Return some of the records."""
+        return Records([self[int(index)] for index in indices], self.format)
 
     def digest(self, root: str | Path | None = None) -> str:
         """Return the SHA-256 of the records in their order: the same for the same list under another file name.
