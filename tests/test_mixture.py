@@ -295,7 +295,7 @@ def test_a_run_is_resumed_exactly_with_the_same_weights(
     assert [line["loss"] for line in resumed] == [line["loss"] for line in whole]
     ours, theirs = (load_state(tmp_path / name)["model"] for name in ("resumed", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    with pytest.raises(ValueError, match="the records of .* are not those that .* began with"):
+    with pytest.raises(ValueError, match=r"the records of .* are not those that .* began with"):
         run("whole", "a, weight: 1", "b, weight: 1, stride: 1", "c, weight: 1, format: image")
 
 

@@ -243,8 +243,8 @@ def _check_resumed(config: RunConfig, train: str, checkpoint: Checkpoint, digest
     if records not in (None, digest):
         raise UserError(
             f"the records of {train} are not those that {config.output} began with; expected the same list "
-            f"in the same order, of several with the same weights and options: restore it, or give another --output (--init.weights {config.output} starts from "
-            "these weights)"
+            f"in the same order, of several with the same weights and options: restore it, or give another --output "
+            f"(--init.weights {config.output} starts from these weights)"
         )
     if info.is_main:
         for line in changed:

@@ -94,8 +94,8 @@ class SourceConfig:
     """Data of a training run, of whatever kind."""
 
     train: tuple[ListConfig, ...] | str
-    """List file, whose forms data_lists/README.md describes; or several, a list of list, root, weight, format, sampling,
-    stride (docs/data.md, Several lists)."""
+    """List file, whose forms data_lists/README.md describes; or several: list, root, weight, format, sampling, stride and
+    fps of each (docs/data.md, Several lists)."""
     root: str = ""
     """Folder that the list's relative paths are joined to."""
     decode_timeout: Annotated[float, Bounds(above=0)] = 60.0

@@ -120,8 +120,8 @@ def read_class_names(data: LabelledDataConfig) -> tuple[str, ...] | None:
     for path, names in named[1:]:
         if names != named[0][1]:
             raise ListError(
-                f"the classes of {named[0][0]} ({len(named[0][1])}) and of {path} ({len(names)}) differ, so their numbers "
-                "mean different things: make the lists of data.train with the same class names (video-convmae "
+                f"the classes of {named[0][0]} ({len(named[0][1])}) and of {path} ({len(names)}) differ, so their "
+                "numbers mean different things: make the lists of data.train with the same class names (video-convmae "
                 "make-list), or name those of all with data.labels"
             )
     return tuple(named[0][1]) if named else None

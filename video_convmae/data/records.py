@@ -102,7 +102,7 @@ class Records(Sequence[Record]):
         """Return the indices of the records in a record's list: all of them."""
         return range(len(self))
 
-    def select(self, indices: Iterable[int]) -> Records:
+    def select(self, indices: Sequence[int] | np.ndarray) -> Records:
         """Return some of the records."""
         return Records([self[int(index)] for index in indices], self.format)
 

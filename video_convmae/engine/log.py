@@ -248,7 +248,7 @@ class BadRecordLog:
     def _list_of(self, record: BadRecord) -> dict[str, str]:
         """Return the name of a record's list, where there are several."""
         spans = self.records.spans() if isinstance(self.records, Mixture) else []
-        return {"list": name for name, indices in spans if record.index in indices}
+        return next(({"list": name} for name, indices in spans if record.index in indices), {})
 
 
 def write_run_metrics(folder: Path, seconds: float) -> None:
