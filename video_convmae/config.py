@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 
 from video_convmae.bounds import Bounds, check_bounds
 from video_convmae.data.options import (
+    UNIFORM_HAS_NO_RATE,
     AugmentationConfig,
     CropConfig,
     JitterConfig,
@@ -78,7 +79,9 @@ class ListConfig:
     sampling: SamplingKind | None = None
     """dense or uniform."""
     stride: Annotated[int | None, Bounds(least=1)] = None
-    """Frames between two of a dense clip."""
+    """Frames of the file from one of a dense clip to the next; replaces data.fps."""
+    fps: Annotated[float | None, Bounds(above=0)] = None
+    """Frames a second of a dense clip; replaces data.stride."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -86,7 +89,7 @@ class ListConfig:
         return {name: value for name in OF_A_LIST if (value := getattr(self, name)) is not None}
 
 
-OF_A_LIST = ("format", "sampling", "stride")  # fields of data that each list of a mixture may set; so is root
+OF_A_LIST = ("format", "sampling", "stride", "fps")  # fields of data that each list of a mixture may set; so is root
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class SourceConfig:
     """Data of a training run, of whatever kind."""
 
     train: tuple[ListConfig, ...] | str
-    """List file, whose forms data_lists/README.md describes; or several: list, root, weight, format, sampling, stride and
+    """List file, whose forms data_lists/README.md describes; or several: list, root, weight, format, sampling, stride,
     fps of each (docs/data.md, Several lists)."""
     root: str = ""
     """Folder that the list's relative paths are joined to."""
@@ -135,7 +138,10 @@ class DataConfig(SourceConfig):
     sampling: SamplingKind = "dense"
     """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
     stride: Annotated[int, Bounds(least=1)] = 4
-    """Frames between two of a dense clip."""
+    """Frames of the file from one of a dense clip to the next; with fps it does not count."""
+    fps: Annotated[float | None, Bounds(above=0)] = None
+    """Frames a second of a dense clip, by the times at which the file shows its frames, whatever its rate: 7.5 is every
+    fourth of 30. Replaces stride; none: stride counts. Not for folders of pictures, which have no times."""
     repeats: Annotated[int, Bounds(least=1)] = 1
     """Clips of each decoded record, each with its own start, crop and mask; not counted in the batch size."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
@@ -153,6 +159,15 @@ class DataConfig(SourceConfig):
         weights = [each.weight for each in lists]
         if None in weights and any(weights):
             raise ValueError(f"data.train has weights {weights}; expected one for every list, or for none")
+        if self.fps is not None and self.sampling == "uniform":
+            raise ValueError(f"data.fps is {self.fps} and data.sampling uniform, {UNIFORM_HAS_NO_RATE}")
+        if self.fps is not None and self.format == "frames":
+            raise ValueError(
+                f"data.fps is {self.fps} and data.format frames: a folder of pictures does not say when each is shown; "
+                "expected data.stride, in pictures, and no data.fps"
+            )
+        if lists:
+            _ = self.sources  # which are checked as this is
 
     @property
     def sources(self: Data) -> tuple[Data, ...]:
@@ -166,8 +181,13 @@ Data = TypeVar("Data", bound=DataConfig)
 
 
 def _of_list(config: ListConfig, data: DataConfig) -> dict[str, Any]:
-    """Return the fields of data that a list of a mixture sets."""
-    return {"root": data.root if config.root is None else config.root} | config.options
+    """Return the fields of data that a list of a mixture sets.
+
+    Its stride takes the place of `data.fps`; pictures and uniform sampling have no rate.
+    """
+    has_rate = config.format in (None, "video") and config.sampling in (None, "dense") and config.stride is None
+    rate = {} if has_rate else {"fps": None}
+    return {"root": data.root if config.root is None else config.root} | rate | config.options
 
 
 @dataclass(frozen=True)
@@ -432,7 +452,9 @@ class InferenceConfig:
     sampling: SamplingKind | None = None
     """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
     stride: Annotated[int | None, Bounds(least=1)] = None
-    """Frames between two of a dense clip; of a published file: 4."""
+    """Frames of the file from one of a dense clip to the next; of a published file: 4. Replaces a run's data.fps."""
+    fps: Annotated[float | None, Bounds(above=0)] = None
+    """Frames a second of a dense clip, by the times at which the file shows them; replaces a run's data.stride."""
     segments: Annotated[int | None, Bounds(least=1)] = None
     """Clips over the length of a video; for features: 1."""
     crops: Annotated[int | None, Bounds(least=1)] = None
