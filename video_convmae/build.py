@@ -30,7 +30,6 @@ from video_convmae.config import (
 from video_convmae.data.datasets import ClipDataset, TestViewDataset
 from video_convmae.data.decoding import resolve_reader
 from video_convmae.data.decoding.memory import MemoryReader
-from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.labels import check_labels, count_labels
 from video_convmae.data.mixing import Mixing
 from video_convmae.data.mixture import Mixture
@@ -51,7 +50,7 @@ from video_convmae.engine.teachers import Teachers, feature_targets, load_teache
 from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
 from video_convmae.errors import UserError
-from video_convmae.lists import read_class_names, read_records, try_records, try_training_records
+from video_convmae.lists import open_process, read_class_names, read_records, try_records, try_training_records
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.encoder import EncoderParts
@@ -200,7 +199,7 @@ def build_clips(
             raise UserError(f"mask.ratio {mask.ratio}, mask.decoder_ratio {mask.decoder_ratio}: {error}") from error
         if visible.all():
             raise UserError(f"mask.ratio is {mask.ratio}, which hides none of {visible.numel()} tokens; expected more")
-    reader = ReaderProcess(data.reader, data.decode_timeout, data.max_side)
+    reader = open_process(data)
     return ClipDataset(
         records,
         build_sampling(data, encoder),
@@ -222,7 +221,7 @@ def build_views(data: DataConfig, records: Records, encoder: EncoderConfig, view
         views,
         Augmentation(data.augmentation),
         encoder.clip_shape[2:],
-        ReaderProcess(data.reader, data.decode_timeout, data.max_side),
+        open_process(data),
         build_samplings(data, records, encoder),
     )
 

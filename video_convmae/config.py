@@ -135,6 +135,11 @@ class DataConfig(SourceConfig):
     max_side: Annotated[int, Bounds(least=1)] = 4096
     """Longest side of a decoded picture; larger ones are divided by 2, 3, ... when they are read. 16 frames of 8K take
     1.6 GB in each of two processes; by this default a quarter of it."""
+    cache: str | None = None
+    """Folder of the copies of files that are named by URL (s3://...), of all processes of a machine; none:
+    video-convmae/objects in ~/.cache."""
+    cache_size: Annotated[float, Bounds(above=0)] = 100.0
+    """GiB that this folder may hold."""
     sampling: SamplingKind = "dense"
     """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
     stride: Annotated[int, Bounds(least=1)] = 4

@@ -14,6 +14,7 @@ from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.labels import check_labels, class_names, count_labels
 from video_convmae.data.mixture import MixedList, Mixture
 from video_convmae.data.records import ListError, Records, read_list
+from video_convmae.data.remote import ObjectCache, is_url, use_cache
 from video_convmae.engine.distributed import DistInfo, all_gather_object
 from video_convmae.errors import Note
 
@@ -24,6 +25,7 @@ def read_records(data: DataConfig) -> Records:
     Raises:
         ListError: a list cannot be used, or its root is no folder.
     """
+    use_cache(ObjectCache(data.cache, data.cache_size))
     if isinstance(data.train, str):
         check_root(data.root)
         return read_list(data.train, data.format, data.root)
@@ -36,6 +38,11 @@ def read_records(data: DataConfig) -> Records:
     return Mixture(lists)
 
 
+def open_process(data: DataConfig) -> ReaderProcess:
+    """Return the process that reads the records of these data."""
+    return ReaderProcess(data.reader, data.decode_timeout, data.max_side, ObjectCache(data.cache, data.cache_size))
+
+
 def try_training_records(data: DataConfig, records: Records, info: DistInfo) -> None:
     """Read a frame of some of the records of each training list. Raises as `try_records`."""
     parts = [each.records for each in records.lists] if isinstance(records, Mixture) else [records]
@@ -45,7 +52,7 @@ def try_training_records(data: DataConfig, records: Records, info: DistInfo) -> 
 
 def check_root(root: str, origin: str = "data.root") -> None:
     """Raise a ListError unless the folder exists that a list's relative paths are joined to."""
-    if root and not Path(root).is_dir():
+    if root and not is_url(root) and not Path(root).is_dir():
         raise ListError(f"{origin} is {root!r}, which is no folder here; expected the one that the list's paths lie in")
 
 
@@ -67,7 +74,7 @@ def try_records(data: DataConfig, path: str, records: Records, info: DistInfo, c
     error = None
     if info.is_main:
         errors: list[str] = []
-        with ReaderProcess(data.reader, data.decode_timeout, data.max_side) as process:
+        with open_process(data) as process:
             for place in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int):
                 try:
                     with process.open(records[int(place)]) as reader:
