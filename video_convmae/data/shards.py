@@ -56,6 +56,23 @@ def holds(shard: str, member: str) -> bool:
     return True
 
 
+def members(shard: str) -> list[str]:
+    """Return the names of the files of an archive, in its order.
+
+    Raises:
+        ShardError: the file is an archive of another kind, or damaged.
+        OSError: it cannot be read.
+    """
+    if remote.is_url(shard):
+        index = _remote_index(shard)
+    else:
+        status = os.stat(shard)
+        index = _index(shard, status.st_size, status.st_mtime_ns)
+    if not index.whole:
+        raise ShardError(f"the archive is damaged or cut off behind its {len(index.files)} files")
+    return list(index.files)
+
+
 def path_or_bytes(path: str) -> str | io.BytesIO:
     """Return an argument that libraries can open: an absolute path, that of a URL's copy, or a member's bytes.
 
