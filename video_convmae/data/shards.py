@@ -179,7 +179,7 @@ def _read_index(path: str | None, file: Any = None) -> _Index:
                     parts: Any = entry.sparse  # undocumented
                     if parts is not None:
                         sparse[name] = parts
-                archive.members = []  # private; it would keep 1 kB for each member
+                archive.members = []  # type: ignore[attr-defined]  # private; it would keep 1 kB for each member
                 remote.report_progress()
     except tarfile.TarError:
         whole = False
