@@ -26,7 +26,7 @@ TOP, WIDTH, HEIGHT = 74, 370, 200  # of a panel
 def draw_adaptation(path: Path) -> None:
     """Write the figure: the loss of both runs, and that of the first on a scale of its own."""
     runs = json.loads((HERE.parent / "adaptation.json").read_text("utf-8"))
-    drawing = Drawing(960, 374, "Loss over the steps of adapting weights to new videos, and of pretraining from nothing")
+    drawing = Drawing(960, 374, "Loss over the steps of adapting weights to new videos, and from nothing")
     drawing.text(14, 28, "What a normal loss is, on videos of one's own", 17, "start", font_weight="bold")
     for number, (title, ticks, count) in enumerate(PANELS):
         left = 56 + number * (WIDTH + 100)
