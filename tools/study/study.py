@@ -159,7 +159,7 @@ FEW_LABELS = Measurement("how", "finetune", 200, 400)
 MEASUREMENTS = (
     FEW_LABELS,
     Measurement("how", "finetune", 1000, 400),
-    # With the mean over tokens *what* stays at chance: a digit is few of the 64 tokens. `motion` pools maxima as well.
+    # With the mean over tokens *what* stays at chance: a digit is few of the 64 tokens (docs/results.md).
     Measurement("what", "finetune", 10_000, 2000, (*UNMIXED, "--validate.every_steps=200", "--model.pool=motion")),
     Measurement("how", "attentive", 1000, 1000, (*PROBE, "--model.probe=attentive")),
     Measurement("how", "linear", 1000, 1000, (*PROBE, "--model.probe=linear", "--optim.lr=1e-2")),
@@ -390,7 +390,10 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Return top-1 in percent, mean and standard deviation over the seeds (and their number)."""
+    """Return top-1 in percent, mean and standard deviation over the seeds (and their number).
+
+    Of *what*, also the first validation above 50%, in steps, mean over the seeds that reach it.
+    """
     whole = max((row["pretrain_steps"] for row in rows), default=0)
     shown = [row for row in rows if row["pretrain_steps"] in (0, whole)]
     columns = [column for column in (*MEASUREMENTS, AS_LONG_AS_THEY_LIKE) if any(map(column.matches, shown))]
@@ -398,7 +401,11 @@ def table(rows: list[Row]) -> str:
     for name in [*MODELS, *BASELINES]:
         cells = []
         for column in columns:
-            cells.append(cell([row["top1"] for row in shown if row["model"] == name and column.matches(row)]))
+            matching = [row for row in shown if row["model"] == name and column.matches(row)]
+            cells.append(cell([row["top1"] for row in matching]))
+            halves = [row["steps_to_half"] for row in matching if row.get("steps_to_half")]
+            if column.task == "what" and halves:
+                cells[-1] += f", 50% at step {statistics.mean(halves):.0f}"
         if any(each != "-" for each in cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", origins(rows)])
