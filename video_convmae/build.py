@@ -176,7 +176,7 @@ def cap_workers(workers: int, info: DistInfo) -> int:
 
 def build_sampling(data: DataConfig, encoder: EncoderConfig) -> Sampling:
     """Build the frame sampling of clips that this encoder takes."""
-    return Sampling(data.sampling, encoder.num_frames, data.stride)
+    return Sampling(data.sampling, encoder.num_frames, data.stride, data.fps)
 
 
 def build_clips(

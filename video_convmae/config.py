@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 
 from video_convmae.bounds import Bounds, check_bounds
 from video_convmae.data.options import (
+    UNIFORM_HAS_NO_RATE,
     AugmentationConfig,
     CropConfig,
     JitterConfig,
@@ -103,11 +104,23 @@ class DataConfig(SourceConfig):
     sampling: SamplingKind = "dense"
     """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
     stride: Annotated[int, Bounds(least=1)] = 4
-    """Frames between two of a dense clip."""
+    """Frames of the file from one of a dense clip to the next; with fps it does not count."""
+    fps: Annotated[float | None, Bounds(above=0)] = None
+    """Frames a second of a dense clip, by the times at which the file shows its frames, whatever its rate: 7.5 is every
+    fourth of 30. Replaces stride; none: stride counts. Not for folders of pictures, which have no times."""
     repeats: Annotated[int, Bounds(least=1)] = 1
     """Clips of each decoded record, each with its own start, crop and mask; not counted in the batch size."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     """Augmentation of a training clip."""
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and self.sampling == "uniform":
+            raise ValueError(f"data.fps is {self.fps} and data.sampling uniform, {UNIFORM_HAS_NO_RATE}")
+        if self.fps is not None and self.format == "frames":
+            raise ValueError(
+                f"data.fps is {self.fps} and data.format frames: a folder of pictures does not say when each is shown; "
+                "expected data.stride, in pictures, and no data.fps"
+            )
 
 
 @dataclass(frozen=True)
@@ -362,7 +375,9 @@ class InferenceConfig:
     sampling: SamplingKind | None = None
     """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
     stride: Annotated[int | None, Bounds(least=1)] = None
-    """Frames between two of a dense clip; of a published file: 4."""
+    """Frames of the file from one of a dense clip to the next; of a published file: 4. Replaces a run's data.fps."""
+    fps: Annotated[float | None, Bounds(above=0)] = None
+    """Frames a second of a dense clip, by the times at which the file shows them; replaces a run's data.stride."""
     segments: Annotated[int | None, Bounds(least=1)] = None
     """Clips over the length of a video; for features: 1."""
     crops: Annotated[int | None, Bounds(least=1)] = None

@@ -252,7 +252,7 @@ def _assumed_settings(weights: Weights, config: PretrainConfig | FinetuneConfig)
     data, assumed = config.data, []
     if not {"data.mean", "data.std"} <= weights.preprocessing.keys():
         assumed.append("ImageNet's mean and deviation of pixels")
-    if data.format != "image" and "data.stride" not in weights.preprocessing:
+    if data.format != "image" and not {"data.stride", "data.fps"} & weights.preprocessing.keys():
         assumed.append(f"frames {data.stride} apart")
     return assumed
 

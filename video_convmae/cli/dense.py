@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     from video_convmae.engine.distributed import DistInfo
 
 PICTURES = "pictures"  # folder of drawn pictures
-FROM_CLASSIFIERS = ("format", "sampling", "stride", "segments", "crops", "crop_pct", "reader", "labels", "baselines")
+FROM_CLASSIFIERS = (
+    "format",
+    "sampling",
+    "stride",
+    "fps",
+    "segments",
+    "crops",
+    "crop_pct",
+    "reader",
+    "labels",
+    "baselines",
+)
 
 Data = TypeVar("Data", DetectionDataConfig, SegmentationDataConfig)
 

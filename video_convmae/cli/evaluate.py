@@ -181,19 +181,40 @@ def merge_options(config: InferenceConfig, loaded: Predictor, info: DistInfo) ->
 
     Raises:
         ListError: the folder of the list's paths does not exist; the message says who named it.
+        UserError: the options contradict one another, or the run.
     """
     from video_convmae.build import cap_workers
     from video_convmae.lists import check_root
 
     run, options = loaded.config, vars(config)
-    data_fields = ("root", "format", "sampling", "stride", "workers")
-    data = replace(run.data, **{name: options[name] for name in data_fields if options[name] is not None})
+    data_fields = ("root", "format", "sampling", "stride", "fps", "workers")
+    given = {name: options[name] for name in data_fields if options[name] is not None}
+    data = replace_options(run.data, given)
     data = replace(data, workers=cap_workers(data.workers, info))
     check_root(data.root, f"data.root of {config.weights}" if config.root is None else "--root")
     protocol = getattr(run, "test", ProtocolConfig())
     fields = {name: options[name] for name in ProtocolConfig.__dataclass_fields__ if options[name] is not None}
     fields.setdefault("precision", protocol.precision or run.train.precision)
     return data, replace(protocol, **fields)
+
+
+def replace_options(data: DataConfig, given: dict[str, Any]) -> DataConfig:
+    """Return the data of a run with options in their place; --stride and --sampling uniform replace a run's fps.
+
+    Raises:
+        UserError: the options contradict one another, or the run.
+    """
+    if {"stride", "fps"} <= given.keys():
+        raise UserError(
+            f"--stride {given['stride']} and --fps {given['fps']:g} are both given; expected one: frames of the file, "
+            "or frames a second"
+        )
+    if "stride" in given or given.get("sampling") == "uniform":
+        given = {"fps": None} | given
+    try:
+        return replace(data, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def metrics_line(metrics: dict[str, Any]) -> str:

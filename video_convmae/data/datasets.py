@@ -128,6 +128,30 @@ def read_or_replace(
     )
 
 
+class KnowsTimes(Protocol):
+    """What sampling by time asks of a record that is open, whatever reads it."""
+
+    @property
+    def times(self) -> np.ndarray | None: ...
+
+
+def times_for(sampling: Sampling, opened: KnowsTimes, path: str) -> np.ndarray | None:
+    """Return the times of an open record's frames, if the sampling goes by them.
+
+    Raises:
+        DecodeError: it does, and the record has none.
+    """
+    if sampling.fps is None:
+        return None
+    times = opened.times
+    if times is None:
+        raise DecodeError(
+            f"{path}: nothing says when its frames are shown, and data.fps is {sampling.fps:g}; expected a video with "
+            "a frame rate, or data.stride in place of data.fps"
+        )
+    return times
+
+
 def read_picture(path: str, reader: ReaderProcess | MemoryReader) -> np.ndarray:
     """Return a picture, uint8 `(H, W, 3)`. Raises DecodeError: it cannot be read."""
     with reader.open(Record(path, format="image")) as opened:
@@ -183,7 +207,8 @@ class ClipDataset(Dataset[Sample]):
     ) -> tuple[Tensor | RaggedCrops, Tensor | None, Tensor | None]:
         """Decode a record once; draw a clip and a mask with each generator. Returns clips, visible, predicted."""
         with self.reader.open(record) as reader:
-            indices = np.stack([self.sampling.clip(len(reader), generator) for generator in generators])
+            times = times_for(self.sampling, reader, record.path)
+            indices = np.stack([self.sampling.clip(len(reader), generator, times) for generator in generators])
             wanted, places = np.unique(indices, return_inverse=True)  # repeats that overlap share their frames
             frames = reader.read(wanted)
         # Each generator gives the numbers of one clip in this order: start, transform, mask.
@@ -233,7 +258,8 @@ class TestViewDataset(Dataset[Sample]):
         label = -1 if record.label is None else record.label
         try:
             with self.reader.open(record) as reader:
-                segments = self.sampling.views(len(reader), self.views.segments)
+                times = times_for(self.sampling, reader, record.path)
+                segments = self.sampling.views(len(reader), self.views.segments, times)
                 wanted, places = np.unique(segments, return_inverse=True)  # segments of short videos overlap
                 frames = reader.read(wanted)
         except DecodeError as error:

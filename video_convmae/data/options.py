@@ -15,6 +15,8 @@ from video_convmae.bounds import Bounds, check_bounds
 ListFormat = Literal["video", "frames", "image"]
 ReaderName = Literal["auto", "torchcodec", "pyav", "decord", "torchcodec_cuda"]
 
+UNIFORM_HAS_NO_RATE = "which takes frames over the whole video, at no rate; expected dense sampling, or no fps"
+
 # Names of files that the readers can open, of whichever case. MPEG transport streams are named so that they are listed
 # and refused with a reason, not passed over.
 IMAGE_SUFFIXES = (

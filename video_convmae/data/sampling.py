@@ -6,17 +6,28 @@ frame count: 4 frames at strides 1, 2, 3 span 4, 7, 10 frames.
     frames   0 1 2 3 4 5 6 7 8 9
     stride 2 x . x . x . x           the first of 4 possible starts, 0 to 3
 
+By time (`fps`) they lie 1 / fps seconds apart instead, whatever the rate of the file: each is the frame that is shown
+nearest to its time, so that the same scene at 24 and at 60 frames a second gives the same moments.
+
+    shown at 0.0  0.1  0.2  0.3  0.4  0.5  0.6     10 frames a second
+    fps 4    x              x              x       the times asked for are 0, 0.25, 0.5: the nearest frames 0, 2, 5
+
 Uniform sampling (Something-Something V2, finetuning and testing) cuts the whole video into T segments and takes one
 frame of each. A video with fewer than T frames shows some of them more than once, in order.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+
+from .options import UNIFORM_HAS_NO_RATE
+
+_ROUNDING = 1e-6  # seconds; the times of a file are rounded, and two frames equally near must not depend on that
 
 
 @dataclass(frozen=True)
@@ -27,35 +38,53 @@ class Sampling:
         kind: dense or uniform.
         num_frames: T.
         stride: frames from one frame of a dense clip to the next; unused by uniform sampling.
+        fps: frames a second of a dense clip, which replace `stride`; None: `stride` counts.
 
     Raises:
-        ValueError: an unknown kind, or a number below 1.
+        ValueError: an unknown kind, a number out of bounds, or uniform sampling with `fps`.
     """
 
     kind: Literal["dense", "uniform"] = "dense"
     num_frames: int = 16
     stride: int = 4
+    fps: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("dense", "uniform"):
             raise ValueError(f"sampling is {self.kind!r}; expected 'dense' or 'uniform'")
         if self.num_frames < 1 or self.stride < 1:
             raise ValueError(f"num_frames is {self.num_frames} and stride {self.stride}; expected 1 or more")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"fps is {self.fps}; expected a number above 0")
+        if self.fps is not None and self.kind == "uniform":
+            raise ValueError(f"fps is {self.fps} and sampling uniform, {UNIFORM_HAS_NO_RATE}")
 
-    def clip(self, count: int, generator: torch.Generator | None = None) -> np.ndarray:
+    def clip(self, count: int, generator: torch.Generator | None = None, times: np.ndarray | None = None) -> np.ndarray:
         """Draw a training clip: `(T,)` int64 indices into a video of `count` frames.
 
+        Args:
+            count: frames of the video.
+            generator: source of the numbers; one is drawn for the start.
+            times: `(count,)` seconds at which each frame is shown, ascending from 0; needed with `fps` alone.
+
         Raises:
-            ValueError: the video has no frames.
+            ValueError: the video has no frames, or `fps` is given and no times are.
         """
         if count < 1:
             raise ValueError(f"the video has {count} frames; expected at least one")
+        if self.fps is not None:
+            return timed_clip(_known(times), self.num_frames, self.fps, generator)
         if self.kind == "uniform":
             return uniform_clip(count, self.num_frames, generator)
         return dense_clip(count, self.num_frames, self.stride, generator)
 
-    def views(self, count: int, segments: int) -> np.ndarray:
-        """Return test views: `(segments, T)` int64 indices into a video of `count` frames, 1 or more."""
+    def views(self, count: int, segments: int, times: np.ndarray | None = None) -> np.ndarray:
+        """Return test views: `(segments, T)` int64 indices into a video of `count` frames, 1 or more.
+
+        `times` are those of `clip`.
+        """
+        if self.fps is not None:
+            return timed_views(_known(times), self.num_frames, self.fps, segments)
         if self.kind == "uniform":
             return uniform_views(count, self.num_frames, segments)
         return dense_views(count, self.num_frames, self.stride, segments)
@@ -81,6 +110,57 @@ def dense_views(count: int, num_frames: int, stride: int, segments: int) -> np.n
     latest_start = max(0, count - 1 - (num_frames - 1) * stride)
     starts = np.array([latest_start // 2]) if segments == 1 else np.arange(segments) * latest_start // (segments - 1)
     return np.minimum(starts[:, None] + stride * np.arange(num_frames), count - 1)
+
+
+def timed_clip(times: np.ndarray, num_frames: int, fps: float, generator: torch.Generator | None = None) -> np.ndarray:
+    """Draw a start among all times that fit: `(num_frames,)` int64 indices of the frames 1 / fps seconds apart.
+
+    A clip takes num_frames / fps seconds: each of its frames stands for 1 / fps. So the starts are the same at any rate
+    of the file. A shorter video starts at 0 and repeats its last frame.
+
+    Args:
+        times: `(N,)` seconds at which each frame is shown, ascending from 0.
+        num_frames: T.
+        fps: frames a second; above the file's own rate frames are repeated.
+        generator: source of one number.
+    """
+    latest_start = max(0.0, duration(times) - num_frames / fps)
+    start = latest_start * float(torch.rand((), generator=generator, dtype=torch.float64))
+    return nearest_frames(times, start + np.arange(num_frames) / fps)
+
+
+def timed_views(times: np.ndarray, num_frames: int, fps: float, segments: int) -> np.ndarray:
+    """Spread the starts evenly from time 0 to the last possible one; a single view lies in the middle.
+
+    Returns:
+        `(segments, num_frames)` int64 indices of frames shown at `times`, as in `timed_clip`.
+    """
+    latest_start = max(0.0, duration(times) - num_frames / fps)
+    starts = np.array([0.5]) if segments == 1 else np.linspace(0, 1, segments)
+    return nearest_frames(times, latest_start * starts[:, None] + np.arange(num_frames) / fps)
+
+
+def duration(times: np.ndarray) -> float:
+    """Return the seconds for which a video is shown; the last frame for as long as the others on average."""
+    return float(times[-1]) * len(times) / (len(times) - 1) if len(times) > 1 else 0.0
+
+
+def nearest_frames(times: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Return the indices of the frames shown nearest to the times asked for; of two as near, the earlier.
+
+    Args:
+        times: `(N,)` seconds, ascending, 1 or more.
+        asked: seconds, of any shape; those behind the last frame get it.
+    """
+    after = np.searchsorted(times, asked).clip(0, len(times) - 1)
+    before = np.maximum(after - 1, 0)
+    return np.where(asked - times[before] <= times[after] - asked + _ROUNDING, before, after)
+
+
+def _known(times: np.ndarray | None) -> np.ndarray:
+    if times is None:
+        raise ValueError("sampling by fps needs the times at which the frames are shown; got none")
+    return times
 
 
 def uniform_clip(count: int, num_frames: int, generator: torch.Generator | None = None) -> np.ndarray:

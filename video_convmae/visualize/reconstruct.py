@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from video_convmae.config import PretrainConfig
+from video_convmae.data.datasets import times_for
 from video_convmae.data.decoding import open_frames, resolve_reader
 from video_convmae.data.records import Record
 from video_convmae.data.sampling import Sampling
@@ -50,11 +51,12 @@ def read_middle_clips(records: Iterable[Record], config: PretrainConfig, size: t
     Raises:
         DecodeError: a file cannot be read.
     """
-    sampling = Sampling(config.data.sampling, config.model.num_frames, config.data.stride)
+    sampling = Sampling(config.data.sampling, config.model.num_frames, config.data.stride, config.data.fps)
     name, clips = resolve_reader(config.data.reader), []
     for record in records:
         with open_frames(record, name, config.data.max_side) as reader:
-            frames = reader.read(sampling.views(len(reader), 1)[0])
+            times = times_for(sampling, reader, record.path)
+            frames = reader.read(sampling.views(len(reader), 1, times)[0])
         height, width = frames.shape[1:3]
         (crop,) = view_crops(height, width, size, 1)
         clips.append(Augmentation(config.data.augmentation).apply(frames, crop, size))

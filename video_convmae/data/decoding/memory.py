@@ -27,19 +27,20 @@ class MemoryReader:
         self.reader = reader
         self.gigabytes = gigabytes
         self.kept_bytes = 0
-        self._kept: dict[str, np.ndarray] = {}
+        self._kept: dict[str, KeptRecord] = {}
 
     def open(self, record: Record) -> RemoteReader | KeptRecord:
         """Open a record, as `ReaderProcess.open` does; one that is kept comes from memory."""
         if record.path in self._kept:
-            return KeptRecord(self._kept[record.path])
+            return self._kept[record.path]
         opened = self.reader.open(record)
         size = len(opened) * opened.read([0]).nbytes
         if self.kept_bytes + size > self.gigabytes * 2**30:
             return opened
-        self._kept[record.path] = opened.read(np.arange(len(opened)))
+        kept = KeptRecord(opened.read(np.arange(len(opened))), opened.times)
+        self._kept[record.path] = kept
         self.kept_bytes += size
-        return KeptRecord(self._kept[record.path])
+        return kept
 
     def __reduce__(self) -> tuple[type[MemoryReader], tuple[ReaderProcess, float]]:
         return MemoryReader, (self.reader, self.gigabytes)
@@ -48,8 +49,9 @@ class MemoryReader:
 class KeptRecord(contextlib.AbstractContextManager["KeptRecord"]):
     """A record in memory, used like a `RemoteReader`."""
 
-    def __init__(self, frames: np.ndarray) -> None:
+    def __init__(self, frames: np.ndarray, times: np.ndarray | None = None) -> None:
         self._frames = frames
+        self.times = times
 
     def __len__(self) -> int:
         return len(self._frames)

@@ -71,6 +71,7 @@ class ImageReader(FrameReader):
     """Picture as a video of one frame."""
 
     name = "pillow"
+    times = np.zeros(1)
 
     def __init__(self, path: str, max_side: int | None = None) -> None:
         self.path = path

@@ -25,6 +25,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, BinaryIO, get_args
 
 import numpy as np
@@ -36,6 +37,8 @@ from video_convmae.errors import UserError
 
 _START_SECONDS = 300.0  # to import the libraries, perhaps from a slow disk; no record is to blame for it
 _KILL_SECONDS = 5.0  # a killed process that waits for a dead file server ends only when that answers
+
+_TIMES = "times"  # a request
 
 Handler = Callable[[Any], Any]  # from a request to its reply
 
@@ -119,6 +122,12 @@ class RemoteReader(contextlib.AbstractContextManager["RemoteReader"]):
         frames, self.name, self.note = self._ask(indices)
         return frames
 
+    @cached_property
+    def times(self) -> np.ndarray | None:
+        """As in `FrameReader`; sent by the child when first asked for."""
+        times, self.name, self.note = self._ask(_TIMES)
+        return times
+
     def close(self, *exception: object) -> None:
         """Forbid further reads. The child closes the file when the next record is opened."""
         self._child = None
@@ -140,11 +149,11 @@ class RemoteReader(contextlib.AbstractContextManager["RemoteReader"]):
 
 
 def serve_frames(progress: Callable[[], None], reader: ReaderName, max_side: int | None = None) -> Handler:
-    """Return the handler of a reader process: a record opens it, anything else is indices of frames to read."""
+    """Return the handler of a reader process: a record opens it, anything else is asked of the one that is open."""
     reader = resolve_reader(reader)
     opened: FrameReader | None = None
 
-    def handle(request: Record | Sequence[int] | np.ndarray) -> tuple[int | np.ndarray, str, str | None]:
+    def handle(request: Record | str | Sequence[int] | np.ndarray) -> tuple[int | np.ndarray | None, str, str | None]:
         nonlocal opened
         if isinstance(request, Record):
             if opened is not None:
@@ -153,6 +162,8 @@ def serve_frames(progress: Callable[[], None], reader: ReaderName, max_side: int
             opened = open_frames(request, reader, max_side)
             return len(opened), opened.name, opened.note
         assert opened is not None  # the parent reads only what it has opened
+        if isinstance(request, str):
+            return opened.times, opened.name, opened.note
         frames = np.ascontiguousarray(opened.read(request))  # first: a failure of its library changes the name
         return frames, opened.name, opened.note
 

@@ -55,6 +55,11 @@ class PyAVReader(FrameReader):
     def __len__(self) -> int:
         return self.scan.count
 
+    @property
+    def times(self) -> np.ndarray | None:  # type: ignore[override]  # computed where it is asked for
+        """Seconds at which each frame is shown; None: the file does not say, not even a rate."""
+        return self.scan.seconds()
+
     def close(self) -> None:
         self._container.close()
 

@@ -24,11 +24,13 @@ class FrameReader(ABC):
         name: library that decodes: "torchcodec", "torchcodec_cuda", "pyav" or "decord"; "pillow" for images. Not always
             the one asked for (see rules.py).
         note: what a user should know of the frames that were read; None: nothing.
+        times: `(len(self),)` seconds at which each frame is shown, ascending from 0; None: nothing says them.
     """
 
     path: str
     name: str
     note: str | None = None
+    times: np.ndarray | None = None
 
     @abstractmethod
     def __len__(self) -> int:

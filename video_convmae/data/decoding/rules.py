@@ -181,6 +181,7 @@ def _open_video(path: str, reader: str, max_side: int | None) -> FrameReader:
         other.close()
         return pyav
     pyav.close()
+    other.times = pyav.times
     return other
 
 

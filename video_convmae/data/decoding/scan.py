@@ -52,6 +52,15 @@ class Scan:
         """Return the indices of the frames that decoding can begin at."""
         return np.flatnonzero(np.isin(self.times, self.keyframes[:, 0]))
 
+    def seconds(self) -> np.ndarray | None:
+        """Return the seconds at which each frame is shown, `(count,)` from 0.
+
+        Frames of a file that has no times are spread evenly, at the rate that it says; None: it says none.
+        """
+        if self.timed:
+            return (self.times - self.times[0]) * float(self.tick)
+        return np.arange(self.count) / float(self.rate) if self.rate else None
+
 
 def check_first_bytes(path: str) -> None:
     """Raise DecodeError for an empty file or an MPEG transport stream, on which libraries hang or report nonsense."""
