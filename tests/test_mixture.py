@@ -185,6 +185,16 @@ def test_a_configuration_survives_a_round_trip(tmp_path: Path) -> None:
     assert edited.data.train == (ListConfig("a.txt"),)
 
 
+def test_a_list_samples_by_time_or_by_frames() -> None:
+    """Its stride replaces `data.fps`, its fps `data.stride`; pictures have no rate."""
+    train = (ListConfig("a"), ListConfig("b", stride=2), ListConfig("c", fps=5.0), ListConfig("d", format="image"))
+    assert [(each.fps, each.stride) for each in DataConfig(train, fps=7.5).sources] == [
+        (7.5, 4), (None, 2), (5.0, 4), (None, 4)
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"fps is 5.0 and data.format frames"):
+        DataConfig((ListConfig("a", format="frames", fps=5.0),))
+
+
 @pytest.mark.parametrize(
     ("lists", "error"),
     [
