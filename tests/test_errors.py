@@ -312,7 +312,7 @@ def test_errors_of_the_system_say_what_to_do(error: Exception, message: str, cap
     def work() -> None:
         raise error
 
-    assert cli.report("video-convmae pretrain", work) == 1
+    assert cli.report_errors("video-convmae pretrain", work) == 1
     assert message in error_of(capsys)
 
 
@@ -324,7 +324,7 @@ def test_advice_where_memory_ran_out_names_options_of_the_command(command: str, 
     def work() -> None:
         raise MemoryError("9 bytes")
 
-    assert cli.report(f"video-convmae {command}", work) == 1
+    assert cli.report_errors(f"video-convmae {command}", work) == 1
     advice = error_of(capsys).partition("9 bytes; ")[2]
     assert advice
     with pytest.raises(SystemExit):

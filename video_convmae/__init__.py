@@ -11,11 +11,12 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time see __getattr__
     from video_convmae.models.autoencoder import create_autoencoder
     from video_convmae.models.classifier import create_classifier
     from video_convmae.models.probe import create_probe
-    from video_convmae.predictor import load
+    from video_convmae.predictor import Predictor, load
     from video_convmae.weights.load import load_weights
 
 __version__ = "0.1.0"
 __all__ = [
+    "Predictor",
     "count_frames",
     "create_autoencoder",
     "create_classifier",
@@ -28,6 +29,7 @@ __all__ = [
 
 # Imported on first use: a reading process and `--help` import parts of this package without paying for torch.
 _HOMES = {
+    "Predictor": "video_convmae.predictor",
     "count_frames": "video_convmae.data.decoding",
     "create_autoencoder": "video_convmae.models.autoencoder",
     "create_classifier": "video_convmae.models.classifier",

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from video_convmae.config import (
     FinetuneConfig,
+    PretrainConfig,
     RunConfig,
     SourceConfig,
     flatten,
@@ -24,6 +25,7 @@ from video_convmae.data.mixture import Mixture
 from video_convmae.engine.checkpoint import Checkpoint, find_latest
 from video_convmae.engine.distributed import DistInfo, all_gather_object
 from video_convmae.engine.log import BadRecordLog
+from video_convmae.engine.loggers import check_loggers
 from video_convmae.engine.optim import HasLayers, NamesUndecayed, Optimization, Schedule, parameter_groups
 from video_convmae.engine.options import OptimConfig, TrainConfig
 from video_convmae.engine.parallel import parallelize, unwrap
@@ -162,6 +164,9 @@ class Parts:
 
 def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
     """Load initial weights or find the checkpoint to resume from; build everything that depends on the processes."""
+    check_loggers(config.log.to)
+    if config.log.pictures is not None and not isinstance(config, PretrainConfig):
+        raise UserError("log.pictures is set, and only pretraining has pictures of reconstructions; leave it out")
     folder, model, data, records = Path(config.output), parts.model, parts.data, parts.records
     resume_from = _checkpoint_to_resume(folder / "checkpoints", info)
     if resume_from is not None:

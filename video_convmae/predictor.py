@@ -8,15 +8,17 @@ for prediction in predictor("clip.mp4"):
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from video_convmae.build import build_normalizer, build_sampling
+from video_convmae import hub
+from video_convmae.build import AnyClassifier, build_normalizer, build_sampling
 from video_convmae.config import (
     DataConfig,
     FinetuneConfig,
@@ -38,8 +40,9 @@ from video_convmae.lists import open_process, read_class_names
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
+from video_convmae.models.pytorchvideo import LibraryClassifier
 from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
-from video_convmae.runs import load_autoencoder, load_classifier, run_kind
+from video_convmae.runs import load_autoencoder, load_classifier, run_kind, run_metrics
 from video_convmae.weights.formats import read_weights
 from video_convmae.weights.load import model_from
 from video_convmae.weights.state import Weights, summarize_names
@@ -54,8 +57,11 @@ class Prediction(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Predictor:
+class Predictor(hub.Pretrained):
     """A model in evaluation mode with its preprocessing.
+
+    `save_pretrained(folder)`, `push_to_hub(name)` and `Predictor.from_pretrained(folder or name)` keep all of it, and
+    the numbers of the run in the model card (hub.py). The run's paths are left out.
 
     Files are decoded in a separate process, which lives as long as the predictor: not for several threads at once. The
     model computes in float32, or under the caller's autocast.
@@ -64,11 +70,13 @@ class Predictor:
     config: of the run; for a published file, what its configuration states (config.json and preprocessor_config.json of
         Hugging Face's), else the usual settings of its kind.
     class_names: None if nothing names them.
+    metrics: of the run.
     """
 
-    model: Autoencoder | Classifier | Probe
+    model: Autoencoder | AnyClassifier
     config: PretrainConfig | FinetuneConfig
     class_names: tuple[str, ...] | None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, path: str | Path, top: int = 5, views: ViewConfig | None = None) -> list[Prediction]:
         """Return the `top` most probable classes of a video or image file, or of a folder of frames.
@@ -102,6 +110,8 @@ class Predictor:
         Raises:
             DecodeError: the file cannot be read.
         """
+        if isinstance(self.model, LibraryClassifier):
+            raise TypeError(f"the model is {self.model.config.size}; expected one of ours: it has no tokens")
         with torch.inference_mode():
             return self.model.encode(self.clips(path, views or self.middle))
 
@@ -119,9 +129,9 @@ class Predictor:
         return self.normalise(self.pictures(path, views))
 
     def normalise(self, pictures: Tensor) -> Tensor:
-        """Normalise views `(V, C, T, H, W)` uint8, on the model's device."""
-        device = next(self.model.parameters()).device
-        return build_normalizer(self.config.data, device).normalise(pictures)
+        """Normalise views `(V, C, T, H, W)` uint8, on the model's device and of its type."""
+        parameter = next(self.model.parameters())
+        return build_normalizer(self.config.data, parameter.device).normalise(pictures).to(parameter.dtype)
 
     def pictures(self, path: str | Path, views: ViewConfig) -> Tensor:
         """Return the file's views before normalisation, `(V, C, T, H, W)` uint8 RGB on the CPU.
@@ -132,7 +142,7 @@ class Predictor:
         Raises:
             DecodeError: the file cannot be read.
         """
-        data, encoder = self.config.data, self.model.encoder.config
+        data, encoder = self.config.data, self.model.config
         record = record_at(path)
         records, size = Records([record], record.format), encoder.clip_shape[2:]
         sampling, augmentation = build_sampling(data, encoder), Augmentation(data.augmentation)
@@ -151,6 +161,23 @@ class Predictor:
     def _reader(self) -> ReaderProcess:
         return open_process(self.config.data)
 
+    def _hub_folder(self) -> hub.Folder:
+        if isinstance(self.model, LibraryClassifier):
+            raise UserError("a model of pytorchvideo is not saved for the hub; expected one of ours")
+        own = self.model._hub_folder()
+        config = to_plain(self.config) | {"model": to_plain(self.model.encoder.config)}
+        if self.class_names is not None:
+            config["data"]["labels"] = list(self.class_names)
+        return hub.Folder(own.architecture, config, own.num_classes, self.metrics)
+
+    def _hub_tensors(self) -> dict[str, Tensor]:
+        assert not isinstance(self.model, LibraryClassifier)
+        return self.model._hub_tensors()
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> Predictor:
+        return load(folder)
+
 
 def load(
     path_or_run: str | Path | Checkpoint,
@@ -162,8 +189,8 @@ def load(
     """Load a model with its preprocessing and class names.
 
     Args:
-        path_or_run: a run folder, a checkpoint, a published file, a folder of Hugging Face's, or the name of shipped
-            weights (tiny-moving-digits).
+        path_or_run: a run folder, a checkpoint, a published file, a folder of `save_pretrained` or of Hugging Face's,
+            or the name of shipped weights (tiny-moving-digits).
         labels: class names: a file whose line n names class n, or a shipped name; None: those of the run or file.
         ema: take the moving average of the weights; None: for a classifier, if the run kept one.
         reader: auto, torchcodec, pyav or decord; None: the run's, or another if that does not work here.
@@ -176,7 +203,7 @@ def load(
     source = path_or_run if isinstance(path_or_run, Checkpoint) else find_weights(path_or_run)
     kind = run_kind(source)
     names: tuple[str, ...] | None = None
-    model: Autoencoder | Classifier | Probe
+    model: Autoencoder | AnyClassifier
     config: PretrainConfig | FinetuneConfig
     if kind in ("detection", "segmentation"):
         raise UserError(f"{path_or_run} is a run of {kind}; expected a classifier or a pretrained model")
@@ -197,7 +224,8 @@ def load(
             )
     chosen = _working_reader(config.data.reader) if reader is None else resolve_reader(reader)
     data = replace(config.data, reader=chosen)
-    return Predictor(model, replace(config, data=data), names)  # type: ignore[arg-type]  # data of the same kind
+    metrics = run_metrics(source)
+    return Predictor(model, replace(config, data=data), names, metrics)  # type: ignore[arg-type]  # data of the same kind
 
 
 def _working_reader(reader: ReaderName) -> ReaderName:
@@ -210,11 +238,16 @@ def _working_reader(reader: ReaderName) -> ReaderName:
         return substitute
 
 
-def _load_published(path: Path) -> tuple[Autoencoder | Classifier, PretrainConfig | FinetuneConfig]:
+def _load_published(path: Path) -> tuple[Autoencoder | AnyClassifier, PretrainConfig | FinetuneConfig]:
     """Load a published file. Only parts that the file holds are built and read.
 
     The settings are those that its configuration states, else the usual ones of its kind, with a note.
     """
+    if path.name == hub.WEIGHTS and (saved := hub.read_folder(path.parent)) is not None:  # a model that was saved alone
+        whole = {kind.__name__: kind for kind in (Autoencoder, Classifier, Probe)}[saved.architecture]
+        warnings.warn(f"{path.parent} is a model without preprocessing: the usual one is assumed", Note, stacklevel=3)
+        alone: Autoencoder | Classifier | Probe = whole.from_pretrained(path.parent)
+        return alone, _usual_settings(alone)
     weights = read_weights(path)
     # Without a decoder the sizes cannot say whether there was a fusion; an untrained one would spoil the features.
     built = {} if weights.has("head") else {"msd": weights.has("fusion")}
@@ -256,9 +289,9 @@ def _assumed_settings(weights: Weights, config: PretrainConfig | FinetuneConfig)
     return assumed
 
 
-def _usual_settings(model: Autoencoder | Classifier) -> PretrainConfig | FinetuneConfig:
+def _usual_settings(model: Autoencoder | AnyClassifier) -> PretrainConfig | FinetuneConfig:
     """Return the usual settings: images resized to 256 and cropped to 224, bicubic; videos dense, stride 4."""
-    encoder = model.encoder.config
+    encoder = model.config
     is_image = encoder.num_frames == 1
     augmentation = AugmentationConfig(interpolation="bicubic" if is_image else "bilinear")
     list_format: ListFormat = "image" if is_image else "video"
@@ -266,12 +299,14 @@ def _usual_settings(model: Autoencoder | Classifier) -> PretrainConfig | Finetun
         data = DataConfig(train="", format=list_format, augmentation=augmentation)
         shape = AutoencoderConfig(num_frames=encoder.num_frames, image_size=encoder.image_size)
         return PretrainConfig(output="", data=data, model=shape)
+    if isinstance(model, LibraryClassifier):
+        classifier = model.config
+    else:
+        classifier = ClassifierConfig(num_frames=encoder.num_frames, image_size=encoder.image_size)
     test = ProtocolConfig(crop_pct=0.875) if is_image else ProtocolConfig(segments=5, crops=3)
     return FinetuneConfig(
         output="",
-        data=LabelledDataConfig(
-            train="", format=list_format, augmentation=augmentation, num_classes=model.head.out_features
-        ),
-        model=ClassifierConfig(num_frames=encoder.num_frames, image_size=encoder.image_size),
+        data=LabelledDataConfig(train="", format=list_format, augmentation=augmentation, num_classes=model.num_classes),
+        model=classifier,
         test=test,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, TypeVar
@@ -9,7 +10,9 @@ from typing import Any, Literal, TypeVar
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from video_convmae.build import build_classifier
+from video_convmae import hub
+from video_convmae.atomic import read_json
+from video_convmae.build import AnyClassifier, build_classifier
 from video_convmae.config import (
     FinetuneConfig,
     PretrainConfig,
@@ -22,8 +25,6 @@ from video_convmae.dense.segmentation import Segmenter
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
 from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import Autoencoder
-from video_convmae.models.classifier import Classifier
-from video_convmae.models.probe import Probe
 from video_convmae.weights.files import check_finite, read_file, run_config
 
 Source = str | Path | Checkpoint
@@ -42,9 +43,13 @@ COMMANDS: dict[RunKind, str] = {  # that make a run of each kind
 def run_kind(source: Source) -> RunKind | None:
     """Return the kind of run that wrote a checkpoint or a file of weights; None: no run of ours."""
     try:
-        config = source.config if isinstance(source, Checkpoint) else run_config(Path(source))
+        return kind_of(source.config if isinstance(source, Checkpoint) else run_config(Path(source)))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, UnpicklingError):
         return None
+
+
+def kind_of(config: Any) -> RunKind | None:
+    """Return the kind of run of a configuration as plain data; None: of none of ours."""
     if not isinstance(config, dict) or not {"data", "model", "init"} <= config.keys():
         return None
     if "head_norm" in config["model"]:
@@ -71,7 +76,7 @@ def load_autoencoder(source: Source, ema: bool = False) -> tuple[Autoencoder, Pr
     return _filled(Autoencoder(config.model), weights, path), config
 
 
-def load_classifier(source: Source, ema: bool | None = None) -> tuple[Classifier | Probe, FinetuneConfig]:
+def load_classifier(source: Source, ema: bool | None = None) -> tuple[AnyClassifier, FinetuneConfig]:
     """Load a finetuned or probed model in evaluation mode, and the configuration of its run.
 
     Args:
@@ -107,6 +112,31 @@ def load_segmenter(source: Source, ema: bool | None = None) -> tuple[Segmenter, 
     """
     weights, config, path = _read_run(source, "segmentation", TrainSegmentationConfig, ema)
     return _filled(Segmenter(config.model, _num_classes(config, path)), weights, path), config
+
+
+def run_metrics(source: Checkpoint | Path) -> dict[str, Any]:
+    """Return what is known of a model's numbers: numbers and verdicts of its run's metrics.json, and of its test.
+
+    Those of the run count for the checkpoint that they were measured on; those of `RUN/test` for the weights that were
+    tested. A folder of `save_pretrained` states them itself. Empty: there are none.
+    """
+    path = (source.path if isinstance(source, Checkpoint) else source).resolve()
+    if isinstance(source, Path) and path.name == hub.WEIGHTS and (found := hub.read_folder(path.parent)) is not None:
+        return dict(found.metrics)
+    run = path.parent.parent if isinstance(source, Checkpoint) else path.parent
+    metrics: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        whole = read_json(run / "metrics.json")
+        best = whole.get("best") or {}
+        if isinstance(source, Path) or source.step == whole["step"]:
+            metrics = whole
+        elif source.step == best.get("step"):
+            metrics = {name if name == "step" else f"val_{name}": value for name, value in best.items()}
+    with suppress(OSError, ValueError):
+        tested = read_json(run / "test" / "metrics.json")
+        if Path(tested["weights"]).resolve() == path:
+            metrics = metrics | tested
+    return {n: v for n, v in metrics.items() if n == "verdict" or isinstance(v, (bool, int, float))}
 
 
 def _read_run(

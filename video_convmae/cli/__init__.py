@@ -23,8 +23,10 @@ COMMANDS = {
     "evaluate": "test a classifier on a list, a detector or a segmenter",
     "predict": "print the most probable classes of files, detect objects or segment pictures",
     "features": "write the features of every record of a list",
+    "report": "make a page of a run: curves, clips, mistakes",
     "reconstruct": "draw masked and reconstructed clips",
     "show-features": "draw what a model computes for one file",
+    "export": "write a model as ONNX or torch.export, compared with it first",
     "convert": "convert weights between formats",
     "inflate": "turn image weights into video weights",
     "make-list": "make a data list from an annotation file or a folder",
@@ -98,10 +100,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
         module = importlib.import_module(f"video_convmae.cli.{command.replace('-', '_')}")
         return module.main([*own, *arguments[cut:]])
 
-    return report(f"video-convmae {command}", work, shows_traceback=len(own) < cut)
+    return report_errors(f"video-convmae {command}", work, shows_traceback=len(own) < cut)
 
 
-def report(program: str, work: Callable[[], int | None], *, shows_traceback: bool = False) -> int:
+def report_errors(program: str, work: Callable[[], int | None], *, shows_traceback: bool = False) -> int:
     """Run what a program does; returns its exit code, 1 after an error that a user can mend, which is one line."""
     try:
         with _notes_in_a_line(program):
@@ -120,7 +122,7 @@ def run_tool(program: str, main: Callable[[], None]) -> int:
     """Run a tool of a clone that reads the process's own arguments; its errors and `--debug` are those of a command."""
     shows_traceback = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    return report(program, main, shows_traceback=shows_traceback)
+    return report_errors(program, main, shows_traceback=shows_traceback)
 
 
 @contextmanager

@@ -20,7 +20,13 @@ def pretrain(config: PretrainConfig) -> int:
     from video_convmae.engine.distributed import init_distributed
 
     with init_distributed(config.device, config.hang_timeout) as info:
-        return build_pretraining(resolve_config(config, info), info).fit()
+        config = resolve_config(config, info)
+        trainer = build_pretraining(config, info)
+        if config.log.pictures is not None:
+            from video_convmae.visualize.reconstruct import build_pictures
+
+            trainer.pictures = build_pictures(config, info.device)
+        return trainer.fit()
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from operator import mul
 from typing import Annotated, Literal, get_args
@@ -68,7 +67,7 @@ class BackboneConfig(EncoderConfig):
         if self.relative_size % self.patch:
             raise ValueError(f"relative_size is {self.relative_size}; expected a multiple of the stride {self.patch}")
 
-    @cached_property
+    @property
     def stage_strides(self) -> tuple[int, ...]:
         """Pixels along a cell's side of each stage: 4, 8, 16."""
         return tuple(accumulate(self.strides, mul))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from video_convmae.atomic import replacing, write_text
 from video_convmae.data.datasets import BadRecord
 from video_convmae.data.records import Records
+from video_convmae.errors import UserError
 
 from .inference import ListInference
 
@@ -132,6 +134,21 @@ def write_evaluation(evaluation: Evaluation, records: Records, folder: Path, ext
     write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     shutil.rmtree(folder / "partial", ignore_errors=True)
     return metrics
+
+
+def read_evaluation(folder: Path) -> tuple[Evaluation, list[str]]:
+    """Read what `write_evaluation` wrote: the scores, and the paths of the records.
+
+    Raises:
+        UserError: scores.npz is damaged.
+    """
+    path = folder / "scores.npz"
+    try:
+        with np.load(path) as file:
+            scores, labels, failed, records = (file[name] for name in ("scores", "labels", "failed", "records"))
+    except (ValueError, KeyError, BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}): evaluate again into another folder") from error
+    return Evaluation(scores, labels, failed, ()), records.tolist()
 
 
 def write_bad_records(bad_records: Sequence[BadRecord], folder: Path) -> None:

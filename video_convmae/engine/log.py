@@ -1,11 +1,16 @@
-"""Everything a run writes but checkpoints: console, JSON lines, TensorBoard, traces, bad records, metrics.json."""
+"""Everything a run writes but checkpoints: console, JSON lines, traces, bad records, metrics.json; loggers.py has
+TensorBoard and the like."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence, Sized
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,13 +18,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from video_convmae import __version__
 from video_convmae.atomic import read_json, read_json_lines, whole_lines, write_text
 from video_convmae.data.datasets import BadRecord
 from video_convmae.data.mixture import Mixture
 from video_convmae.errors import UserError
 
 from .checkpoint import BEST, checkpoint_name
+from .loggers import open_loggers
 from .metrics import Values
+from .options import LoggerName
 
 SCORES = {"top1": "top-1", "box_ap": "box AP", "miou": "mIoU"}  # by which checkpoints are compared, and their names
 
@@ -38,6 +46,9 @@ class NullLog:
     def write(self, values: Values) -> None:
         """Log a step."""
 
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Log a PNG."""
+
     def print(self, text: str) -> None:
         """Print a console message."""
 
@@ -46,41 +57,50 @@ class NullLog:
 
 
 class RunLog(NullLog):
-    """Log of rank 0: log.jsonl, TensorBoard events and a progress line.
+    """Log of rank 0: log.jsonl, a progress line, and the loggers of `log.to`.
 
     A resumed run appends to its own log; lines of steps that will be repeated are dropped.
 
     Args:
         folder: the run folder.
         first_step, steps: where this process starts, and where the run ends.
+        to: names of loggers.
+        config: of the run, as plain data, for loggers that keep it.
+
+    Raises:
+        UserError: a new run's logger cannot be opened.
     """
 
-    def __init__(self, folder: Path, first_step: int, steps: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second of imports that only rank 0 of a run needs
-
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        steps: int,
+        to: Sequence[LoggerName] = ("tensorboard",),
+        config: dict[str, Any] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "log.jsonl"
         if self._path.exists():
             kept = [line for line in read_json_lines(self._path) if line.get("step", 0) <= first_step]
             write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed in close()
-        self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
         # disable=None: a bar on a terminal, plain lines elsewhere.
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
-        self._steps = steps
+        self._step, self._steps = first_step, steps
+        self._loggers = open_loggers(to, folder, config or {}, first_step, self._warn)
 
     def values(self, name: str) -> Values:
         """Return a logged value by step."""
         return {line["step"]: line[name] for line in read_json_lines(self._path) if name in line}
 
     def write(self, values: Values) -> None:
-        """Log a step: `values` has "step"; all of them go to the JSON lines and to TensorBoard."""
-        step = values["step"]
+        """Log a step: `values` has "step"; all of them go to the JSON lines and to the loggers."""
+        self._step = step = values["step"]
         self._lines.write(json.dumps(values) + "\n")
         self._lines.flush()
-        for name, value in values.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, step)
+        for logger in self._loggers:
+            logger.write(values)
         if self._bar.disable:
             print(f"step {step}/{self._steps}  {_progress_line(values)}", flush=True)
         elif "loss" not in values:  # a measurement: it stays
@@ -89,15 +109,24 @@ class RunLog(NullLog):
             self._bar.set_postfix_str(_progress_line(values), refresh=False)
             self._bar.update(step - self._bar.n)
 
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Log a PNG."""
+        for logger in self._loggers:
+            logger.picture(name, path, step)
+
     def print(self, text: str) -> None:
         """Print a console message."""
         self._bar.write(text)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and the loggers."""
+        for logger in self._loggers:
+            logger.close(finished=self._step == self._steps)
         self._bar.close()
-        self._board.close()
         self._lines.close()
+
+    def _warn(self, text: str) -> None:
+        self.print(f"warning: {text}")
 
 
 def _progress_line(values: Values) -> str:
@@ -142,12 +171,12 @@ class RankLog:
     """Log of one rank: `logs/rank_NNNN.jsonl` with a line a logged step, and the error that ended it, if any."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self._path = folder / "logs" / f"rank_{rank:04d}.jsonl"
+        self._path, self._rank = folder / "logs" / f"rank_{rank:04d}.jsonl", rank
 
     def __enter__(self) -> RankLog:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self._path, "a", encoding="utf-8")
-        self.write({"host": platform.node(), "pid": os.getpid()})
+        self.write({"host": platform.node(), "pid": os.getpid()} | ({} if self._rank else describe_process()))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
@@ -160,6 +189,25 @@ class RankLog:
         line = {"time": datetime.now().astimezone().isoformat(timespec="milliseconds")} | values
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+
+def describe_process() -> dict[str, Any]:
+    """Return what a run is of: the command, the version, in a clone its commit, torch, and the device's name."""
+    package = Path(__file__).parent.parent
+    commit = None
+    if (package.parent / ".git").exists():
+        git = ["git", "-C", str(package), "describe", "--always", "--dirty", "--exclude", "*"]
+        with suppress(OSError, subprocess.SubprocessError):
+            commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor_name()
+    versions = {"version": __version__, "commit": commit, "torch": torch.__version__}
+    return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), **versions, "device": device}
+
+
+def _processor_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 class Trace:

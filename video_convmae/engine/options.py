@@ -14,6 +14,7 @@ Precision = Literal["bf16", "fp16", "fp32"]
 Decay = Literal["cosine", "linear", "steps"]
 ActivationCheckpointing = Literal["none", "conv", "all"]
 FeatureKind = Literal["pooled", "tokens"]
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 
 TIMM, AVERAGE = "timm:", "ema"  # teachers that are no path
 HANG_TIMEOUT = 1800.0  # seconds without progress after which a process ends
@@ -103,8 +104,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Measurements beside the usual log; train.log_every sets the interval."""
+    """Where a run logs to, and measurements beside the usual log; train.log_every sets the interval."""
 
+    to: tuple[LoggerName, ...] = ("tensorboard",)
+    """Where it logs to beside log.jsonl: tensorboard, wandb, mlflow; empty: nowhere (docs/pretraining.md, Loggers)."""
+    pictures: Annotated[float | None, Bounds(above=0)] = None
+    """Pretraining: epochs between two pictures of reconstructions, in the folder pictures and in the loggers; the last
+    step is always followed by one. none: no pictures."""
     profile: bool = False
     """Split the time of a step into data wait, forward, backward, optimizer and communication, most of which overlaps
     with the others. For communication, torch.profiler records one step of each logged interval."""
@@ -112,6 +118,9 @@ class LogConfig:
     """Steps, after the first three, that each rank records in logs/trace_rank_NNNN.json.gz for ui.perfetto.dev."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, "log.{}")
+        if len(set(self.to)) < len(self.to):
+            raise ValueError(f"log.to is {list(self.to)}; expected each name once")
         if self.profile and self.trace:
             raise ValueError("log.profile and log.trace are both on; expected one: PyTorch runs one profiler at a time")
 

@@ -121,6 +121,20 @@ class TrainState:
         return {name: full_tensor(tensor).detach().cpu() for name, tensor in tensors.items()}
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of a model beside its training.
+
+    name: of the files and in the loggers.
+    every: epochs between two; the last step is always followed by one.
+    draw: the model's whole weights (their average if there is one) and the path of a PNG; called on the main process.
+    """
+
+    name: str
+    every: float
+    draw: Callable[[dict[str, Tensor], Path], None]
+
+
 class StopSignal:
     """Remembers SIGTERM, SIGINT and SIGUSR1, so that the loop can save and leave between two steps.
 
@@ -192,6 +206,7 @@ class Trainer:
         self.stopwatch = Stopwatch(info.device, log.profile)
         self.stop_signal = StopSignal()
         self.trace = Trace(folder, info.rank, log.trace)
+        self.pictures: Pictures | None = None  # the commands set it: the engine draws nothing itself
         self.log = NullLog()  # a RunLog on rank 0, while `fit` runs
         self.rank_log = RankLog(folder, info.rank)
         self.keep_every = None if train.keep_every is None else self._epochs_to_steps(train.keep_every)
@@ -234,8 +249,7 @@ class Trainer:
                         f"another run has another --output, and --init.weights {self.folder} starts it from this one"
                     )
         first_step = state.step
-        if self.info.is_main:
-            self.log = RunLog(self.folder, first_step, self.steps)
+        self._open_log(first_step)
         with (
             self.stop_signal,
             contextlib.closing(self.log),
@@ -255,6 +269,17 @@ class Trainer:
             print(last_words(self.folder), flush=True)
         return state.step
 
+    def _open_log(self, first_step: int) -> None:
+        """Open the log on the main process; where that fails, all processes raise a UserError."""
+        error = None
+        if self.info.is_main:
+            try:
+                self.log = RunLog(self.folder, first_step, self.steps, self.log_config.to, self.state.config)
+            except UserError as met:
+                error = str(met)
+        if (error := all_gather_object(error)[0]) is not None:
+            raise UserError(error)
+
     def _train(self, batches: Iterator[AnyBatch]) -> None:
         """Step until the schedule ends or a signal stops the run; log, save and validate between steps."""
         state, save_every = self.state, self._epochs_to_steps(self.train.save_every)
@@ -264,6 +289,7 @@ class Trainer:
             validator = Validator(self.validation, per_epoch, self.steps, self.log, self.saver)
             if validator.is_missing(state.step):
                 self._validate(validator)
+        draw_every = None if self.pictures is None else self._epochs_to_steps(self.pictures.every)
         self.metrics = StepMetrics()
         while state.step < self.steps:
             try:
@@ -287,6 +313,8 @@ class Trainer:
                 if validator is not None and validates:
                     self._validate(validator)
                 self.metrics = StepMetrics()
+            if draw_every is not None and (state.step % draw_every == 0 or state.step == self.steps):
+                self._draw()
 
     def train_step(self, batches: Iterator[AnyBatch]) -> None:
         """Take one optimizer step: gradients of `accumulate` batches, clipped; the weights, and their average.
@@ -415,6 +443,21 @@ class Trainer:
         own = validator.validation.own_model or state.ema is not None or is_sharded(state.model)
         values = validator.measure(state.step, None if own else state.model, state.weights)
         self.log.write({"step": state.step, "epoch": state.step / self.optimization.steps_per_epoch} | values)
+
+    def _draw(self) -> None:
+        """Draw and log a picture; what goes wrong is a line, not the end of the run."""
+        weights, step = self.state.weights(), self.state.step
+        if not self.info.is_main or self.pictures is None:
+            return
+        heartbeat(f"draws a picture after step {step}")
+        path = self.folder / "pictures" / f"{self.pictures.name}_step_{step:08d}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            self.pictures.draw(weights, path)
+        except Exception as error:
+            self.log.print(f"warning: no picture of step {step}: {type(error).__name__}: {error}")
+        else:
+            self.log.picture(self.pictures.name, path, step)
 
     def _publish(self) -> None:
         """Write the weights in one file for use elsewhere; `video_convmae.load` reads it."""

@@ -52,7 +52,7 @@ def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Neighb
     Raises:
         ValueError: `x`, `weight` and the table do not belong together.
     """
-    expected = (len(neighbours.tokens), neighbours.order.numel())
+    expected = (neighbours.tokens.shape[0], neighbours.order.numel())
     if x.ndim != 4 or (x.shape[0] * x.shape[1], x.shape[2]) != expected:
         raise ValueError(f"x is {tuple(x.shape)}; expected (B, n, S², C) with B n = {expected[0]}, S² = {expected[1]}")
     if tuple(weight.shape) != (x.shape[3], 1, *neighbours.kernel):

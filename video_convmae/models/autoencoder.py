@@ -7,12 +7,16 @@ pixels along a token's side. Pixels of a token run over (pt, ph, pw, c).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from math import prod
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from video_convmae.hub import Folder, Pretrained, misfit, open_folder
 
 from . import positions
 from .blocks import AttentionBlock, multiply_adds
@@ -146,6 +150,7 @@ class FusedEncoder(nn.Module):
 
     def __init__(self, config: EncoderConfig, msd: bool) -> None:
         super().__init__()
+        self.config = config
         self.encoder = Encoder(config)
         self.fusion = Fusion(config) if msd else None
         self.norm = nn.LayerNorm(self.encoder.width, eps=1e-6)
@@ -169,7 +174,7 @@ class FusedEncoder(nn.Module):
         return Features(features.pyramid, self.norm(tokens))
 
 
-class Autoencoder(FusedEncoder):
+class Autoencoder(FusedEncoder, Pretrained):
     """Masked autoencoder over clips; an image is a clip of one frame.
 
     It predicts the pixels of hidden tokens and, with `targets`, a teacher's features (ConvMAE-v2). Targets at hidden
@@ -273,6 +278,23 @@ class Autoencoder(FusedEncoder):
         else:
             prediction, index = head(packing.visible_of_computed(student.pyramid[target.layer - 1])), packing.keep
         return feature_loss(prediction, take_tokens_of_clips(features[target.name], index), target.loss)
+
+    def _hub_folder(self) -> Folder:
+        return Folder("Autoencoder", {"model": asdict(self.decoder.config)})
+
+    def _hub_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors without the heads of features, as a run's model is loaded."""
+        return {name: t for name, t in self.state_dict().items() if not name.startswith("feature_heads.")}
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> Autoencoder:
+        found, tensors = open_folder(folder, "Autoencoder")
+        try:
+            model = cls(AutoencoderConfig(**found.model))
+            model.load_state_dict(tensors)
+        except (TypeError, ValueError, RuntimeError) as error:
+            misfit(folder, error)
+        return model.eval()
 
     @torch.no_grad()
     def reconstruct(self, clips: Tensor, visible: Tensor) -> Tensor:

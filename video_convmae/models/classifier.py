@@ -5,18 +5,49 @@ Letters: B clips, C T H W their channels, frames and pixels; n visible tokens of
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from math import prod
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
+
+from video_convmae.hub import Folder, Pretrained, misfit, open_folder
 
 from .blocks import multiply_adds
 from .encoder import Encoder, encoder_layer
 from .pooling import pool_features, pooled_width
 from .sizes import ClassifierConfig, apply_overrides
 
+Model = TypeVar("Model", bound="PretrainedHead")
 
-class Classifier(nn.Module):
+
+class PretrainedHead(Pretrained):
+    """Folders of a classifier or a probe: built from a configuration and the number of classes."""
+
+    architecture: ClassVar[str]
+    encoder: Encoder
+    num_classes: int
+
+    def _hub_folder(self) -> Folder:
+        return Folder(self.architecture, {"model": asdict(self.encoder.config)}, self.num_classes)
+
+    def _hub_tensors(self) -> dict[str, Tensor]:
+        assert isinstance(self, nn.Module)
+        return self.state_dict()
+
+    @classmethod
+    def _from_folder(cls: type[Model], folder: Path) -> Model:
+        found, tensors = open_folder(folder, cls.architecture)
+        try:
+            model: Any = cls(ClassifierConfig(**found.model), found.num_classes)
+            model.load_state_dict(tensors)
+        except (TypeError, ValueError, RuntimeError) as error:
+            misfit(folder, error)
+        return model.eval()
+
+
+class Classifier(nn.Module, PretrainedHead):
     """The encoder with nothing hidden, its tokens pooled, LayerNorm, Linear; for finetuning.
 
     There is no fusion and no norm before the pooling (ConvViT, VideoMAE).
@@ -30,12 +61,16 @@ class Classifier(nn.Module):
         ValueError: fewer than one class, or the options of a probe.
     """
 
+    architecture = "Classifier"
+
     def __init__(self, config: ClassifierConfig, num_classes: int) -> None:
         super().__init__()
         check_num_classes(num_classes)
         if config.probe is not None:
             raise ValueError(f"probe is {config.probe!r}; expected none in a Classifier: build a Probe")
-        self.config = config
+        if config.of_library:
+            raise ValueError(f"size is {config.size}; expected one of ours in a Classifier: build a LibraryClassifier")
+        self.config, self.num_classes = config, num_classes
         self.encoder = Encoder(config)
         width = pooled_width(config, config.pool)
         self.norm = nn.LayerNorm(width, eps=1e-6)

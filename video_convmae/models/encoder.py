@@ -103,14 +103,14 @@ class Encoder(EncoderParts):
         expected = self.config.clip_shape
         if clips.ndim != 5 or tuple(clips.shape[1:]) != expected:
             raise ValueError(f"clips are {tuple(clips.shape)}; expected (B, C, T, H, W) = (B, {str(expected)[1:]}")
-        if visible is None:
+        if is_whole := visible is None:
             visible = torch.ones(clips.shape[0], *self.config.grid, dtype=torch.bool)
         if visible.ndim not in (4, 5) or visible.shape[0] != clips.shape[0] or visible.shape[-3:] != self.config.grid:
             raise ValueError(
                 f"visible is {tuple(visible.shape)}; expected (B, t, h, w) = {(clips.shape[0], *self.config.grid)}, or "
                 "several masks a clip, (B, masks, t, h, w)"
             )
-        return Packing(visible, clips.device, self.config.implementation, predicted)
+        return Packing(visible, clips.device, self.config.implementation, predicted, is_whole)
 
     def forward(self, clips: Tensor, packing: Packing) -> Features:
         """Map clips `(B, C, T, H, W)` to the pyramid and the visible tokens, of each mask of each clip."""

@@ -50,6 +50,8 @@ class Packing:
             input, as the released ConvMAE does. Both give the same tokens.
         predicted: bool of the same shape, hidden tokens that the decoder predicts, equally many in every mask;
             `None` = all hidden.
+        is_whole: nothing is hidden. Then no value of `visible` is read, and torch.export and torch.compile can trace
+            the packing for any number of clips.
 
     Raises:
         ValueError: a wrong type or shape; the masks have different numbers of visible or predicted tokens, or one has
@@ -62,6 +64,7 @@ class Packing:
         device: torch.device,
         implementation: Implementation = "packed",
         predicted: Tensor | None = None,
+        is_whole: bool = False,
     ) -> None:
         if visible.ndim not in (4, 5) or visible.dtype != torch.bool:
             raise ValueError(
@@ -69,9 +72,13 @@ class Packing:
                 "(clips, masks, t, h, w)"
             )
         *batch, t, h, w = visible.shape
-        self.clips, self.batch, grid = len(visible), prod(batch), (t, h, w)
+        self.clips, self.batch, grid = visible.shape[0], prod(batch), (t, h, w)
         self.grid: Grid = grid
-        self.keep, self.hidden = (index.to(device, non_blocking=True) for index in split_tokens(visible))
+        everything = torch.arange(prod(grid), device=device).expand(self.batch, -1)
+        if is_whole:
+            self.keep, self.hidden = everything, everything[:, :0]
+        else:
+            self.keep, self.hidden = (index.to(device, non_blocking=True) for index in split_tokens(visible))
         self.predicted = self.hidden
         if predicted is not None:
             if predicted.shape != visible.shape or predicted.dtype != torch.bool:
@@ -88,7 +95,7 @@ class Packing:
         self.computed = self.keep
         if not self.packed and self.hidden.shape[1]:
             self.shown = visible.reshape(self.batch, -1, 1, 1).to(device, non_blocking=True)
-            self.computed = torch.arange(prod(grid), device=device).expand(self.batch, -1)
+            self.computed = everything
 
     def visible_of_computed(self, x: Tensor) -> Tensor:
         """Take the visible tokens, `(B, n, ...)`, of the computed ones, `(B, m, ...)`."""
@@ -182,8 +189,7 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 def take_tokens_of_clips(x: Tensor, index: Tensor) -> Tensor:
     """Take the tokens at `index (B, k)` of `x (clips, N, ...)`, shared by a clip's masks; return `(B, k, ...)`."""
-    clip = torch.arange(len(index), device=x.device)[:, None] // (len(index) // len(x))
-    return x[clip, index]
+    return x[_clip_of(index, x.shape[0]), index]
 
 
 def take_patches(clips: Tensor, tubelet: int, side: int, index: Tensor) -> Tensor:
@@ -200,8 +206,13 @@ def take_patches(clips: Tensor, tubelet: int, side: int, index: Tensor) -> Tenso
     """
     patches = rearrange(clips, "b c (t u) (h p) (w q) -> b t h w u p q c", u=tubelet, p=side, q=side)  # a view
     count, _, h, w = patches.shape[:4]
-    clip = torch.arange(len(index), device=clips.device)[:, None] // (len(index) // count)
-    return patches[clip, index // (h * w), index // w % h, index % w]
+    return patches[_clip_of(index, count), index // (h * w), index // w % h, index % w]
+
+
+def _clip_of(index: Tensor, clips: int) -> Tensor:
+    """Return the clip of each mask of `index (B, k)`, `(B, 1)`."""
+    masks = index.shape[0]  # len() would make torch.export take it for a constant
+    return torch.arange(masks, device=index.device)[:, None] // (masks // clips)
 
 
 def put_patches(patches: Tensor, grid: Grid) -> Tensor:

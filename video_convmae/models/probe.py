@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from video_convmae.errors import UserError
 
 from .autoencoder import FusedEncoder
-from .classifier import check_num_classes, init_head
+from .classifier import PretrainedHead, check_num_classes, init_head
 from .encoder import Features, init_as_convolution, init_as_transformer
 from .pooling import pool_features, pooled_width
 from .sizes import ClassifierConfig, Pool, ProbeKind, apply_overrides
 
 
-class Probe(FusedEncoder):
+class Probe(FusedEncoder, PretrainedHead):
     """A head on pretrained features: encoder, fusion and norm stay frozen, only the head is trained.
 
     The features are an autoencoder's, after fusion and the norm over tokens; `load_weights` fills those parts by their
@@ -43,9 +43,12 @@ class Probe(FusedEncoder):
         ValueError: fewer than one class, or the options of a classifier.
     """
 
+    architecture = "Probe"
+
     def __init__(self, config: ClassifierConfig, num_classes: int) -> None:
         check_num_classes(num_classes)
         super().__init__(config, config.msd)
+        self.num_classes = num_classes
         self.requires_grad_(False)
         width, pooled = self.encoder.width, pooled_width(config, config.pool)
         self.head: LinearHead | AttentiveHead | KNNHead | LogisticHead
@@ -248,7 +251,7 @@ class KNNHead(nn.Module):
         if not len(self.features):
             raise RuntimeError("no features are stored yet: call fit(), or finetune with model.probe knn")
         with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 cannot tell near neighbours apart
-            cosines = self.embed(tokens) @ self.features.T
+            cosines = self.embed(tokens) @ self.features.float().T
             nearest = cosines.topk(min(self.neighbours, len(self.features)), dim=1)
             votes = torch.zeros(len(tokens), self.num_classes, device=tokens.device)
             votes.scatter_add_(1, self.labels[nearest.indices], (nearest.values / self.temperature).exp())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from torch import Tensor
 from video_convmae.config import PretrainConfig
 from video_convmae.data.datasets import times_for
 from video_convmae.data.decoding import open_frames, resolve_reader
-from video_convmae.data.records import Record
+from video_convmae.data.records import Record, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation, view_crops
+from video_convmae.engine.probing import choose_records
 from video_convmae.engine.tasks import Normalizer
+from video_convmae.engine.trainer import Pictures
 from video_convmae.errors import UserError
 from video_convmae.masking import MASKS
 from video_convmae.models.autoencoder import Autoencoder
@@ -123,6 +126,48 @@ def measure_hidden_error(model: Autoencoder, result: Reconstructions) -> dict[st
     }
     errors = {name: float((guess - truth).square().mean()) for name, guess in guesses.items()}
     return errors | {"psnr": -10 * float(np.log10(errors["mse"]))}
+
+
+def build_pictures(config: PretrainConfig, device: torch.device, count: int = 4) -> Pictures:
+    """Build the pictures of `log.pictures`: the same clips of the probe's list, else of the training list, each time.
+
+    Args:
+        config: of the run; `log.pictures` is set.
+        device: of the model that is built for a picture.
+        count: clips, evenly over the list.
+
+    Raises:
+        UserError: pixels are no target of the run.
+    """
+    if not config.predicts_pixels:
+        raise UserError("log.pictures is set, and pixels are no target; leave it out, or add the target pixels")
+    assert config.log.pictures is not None
+
+    @cache
+    def read() -> Tensor:
+        records = choose_shown(config, count)
+        return read_middle_clips(records, config, config.model.clip_shape[2:])
+
+    def draw(weights: dict[str, Tensor], path: Path) -> None:
+        model = Autoencoder(config.model)
+        model.load_state_dict({n: t for n, t in weights.items() if not n.startswith("feature_heads.")})
+        model.to(device).eval()
+        clips = read()
+        result = reconstruct_clips(model, config, clips, draw_masks(model, config, len(clips)))
+        write_reconstruction_picture(result, path, write_caption(config, model, result))
+
+    return Pictures("reconstruction", config.log.pictures, draw)
+
+
+def choose_shown(config: PretrainConfig, count: int) -> list[Record]:
+    """Choose records that show how a run reconstructs: of the probe's list, else of the training list, evenly over
+    classes and list.
+
+    Raises:
+        ListError: the list cannot be read.
+    """
+    records = read_list(config.probe.list or config.data.train, config.data.format, config.data.root)
+    return [records[int(index)] for index in choose_records(records.labels, min(count, len(records)))]
 
 
 def write_caption(config: PretrainConfig, model: Autoencoder, result: Reconstructions | None = None) -> str:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from video_convmae import hub
 from video_convmae.atomic import replacing
 from video_convmae.errors import UserError
 from video_convmae.shipped import explain_download
@@ -35,7 +36,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
     Returns:
         The object given to `torch.save`; of safetensors the tensors by name, or, with plain data beside them,
         `{"model": tensors, "config": ..., "geometry": ...}` as `save_file` was given them. Where a config.json of
-        transformers lies beside the file, `huggingface` has its contents, too: `{"config", "preprocessor"}`.
+        transformers lies beside the file, `huggingface` has its contents, too: `{"config", "preprocessor"}`; beside one
+        of `save_pretrained`, `config` is of its config.json.
 
     Raises:
         UserError: the file is not there, is none of weights, is cut off, or holds more than tensors, plain data and an
@@ -57,9 +59,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         hint = "" if path.exists() else explain_download(path)
         raise UserError(f"{path} cannot be read as weights: {reason}{hint}") from error
-    if not beside:
-        return contents
-    return (contents if "model" in contents else {"model": contents}) | {"huggingface": beside}
+    return (contents if "model" in contents else {"model": contents}) | beside if beside else contents
 
 
 def check_finite(tensors: Tensors, names: Mapping[str, str] | None = None) -> None:
@@ -99,11 +99,14 @@ def parts_of(file: Path) -> list[Path]:
 
 
 def _read_beside(file: Path) -> dict[str, Any]:
-    """Read the configuration that transformers keeps beside its weights; empty: there is none."""
+    """Read the configuration that `save_pretrained`, or transformers, keeps beside its weights; empty: none does."""
+    if (ours := hub.read_folder(file.parent)) is not None:
+        return {"config": ours.config} if file.name == hub.WEIGHTS else {}
     config = read_settings(file.with_name("config.json"))
     if config is None or "model_type" not in config:
         return {}
-    return {"config": config, "preprocessor": read_settings(file.with_name("preprocessor_config.json"))}
+    preprocessor = read_settings(file.with_name("preprocessor_config.json"))
+    return {"huggingface": {"config": config, "preprocessor": preprocessor}}
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
@@ -222,6 +225,8 @@ def run_config(path: Path) -> dict[str, Any] | None:
     """Return the configuration of the run that wrote a checkpoint folder or a file of weights; None: no run did."""
     if path.is_dir():
         return json.loads((path / "checkpoint.json").read_text(encoding="utf-8")).get("config")
+    if path.name == hub.WEIGHTS and (ours := hub.read_folder(path.parent)) is not None:
+        return ours.config
     with open(path, "rb") as file:
         start = file.read(16)
     if is_safetensors(start):
