@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"
 
 
-@pytest.mark.parametrize("name", ["architecture", "curves", "speed", "study", "targets"])
+@pytest.mark.parametrize("name", ["adaptation", "architecture", "curves", "speed", "study", "targets"])
 def test_a_figure_is_what_its_script_draws(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(FIGURES / f"{name}.py"), str(tmp_path)]
     subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True, timeout=60)

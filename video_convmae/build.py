@@ -30,9 +30,9 @@ from video_convmae.config import (
 from video_convmae.data.datasets import ClipDataset, TestViewDataset
 from video_convmae.data.decoding import resolve_reader
 from video_convmae.data.decoding.memory import MemoryReader
-from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.labels import check_labels, count_labels
 from video_convmae.data.mixing import Mixing
+from video_convmae.data.mixture import Mixture
 from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import ListError, Records, read_list
 from video_convmae.data.sampling import Sampling
@@ -52,7 +52,7 @@ from video_convmae.engine.teachers import Teachers, feature_targets, load_teache
 from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
 from video_convmae.errors import UserError
-from video_convmae.lists import read_class_names, read_records, try_records
+from video_convmae.lists import open_process, read_class_names, read_records, try_records, try_training_records
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.encoder import EncoderParts
@@ -185,6 +185,11 @@ def build_sampling(data: DataConfig, encoder: EncoderConfig) -> Sampling:
     return Sampling(data.sampling, encoder.num_frames, data.stride, data.fps)
 
 
+def build_samplings(data: DataConfig, records: Records, encoder: EncoderConfig) -> tuple[Sampling, ...]:
+    """Build the frame sampling of each list of a mixture; none for the records of one list."""
+    return tuple(build_sampling(each, encoder) for each in data.sources) if isinstance(records, Mixture) else ()
+
+
 def build_clips(
     data: DataConfig, records: Records, encoder: EncoderConfig, seed: int, mask: MaskConfig | None = None
 ) -> ClipDataset:
@@ -200,7 +205,7 @@ def build_clips(
             raise UserError(f"mask.ratio {mask.ratio}, mask.decoder_ratio {mask.decoder_ratio}: {error}") from error
         if visible.all():
             raise UserError(f"mask.ratio is {mask.ratio}, which hides none of {visible.numel()} tokens; expected more")
-    reader = ReaderProcess(data.reader, data.decode_timeout, data.max_side)
+    reader = open_process(data)
     return ClipDataset(
         records,
         build_sampling(data, encoder),
@@ -210,6 +215,7 @@ def build_clips(
         MemoryReader(reader, data.memory) if data.memory else reader,
         data.repeats,
         seed,
+        samplings=build_samplings(data, records, encoder),
     )
 
 
@@ -221,7 +227,8 @@ def build_views(data: DataConfig, records: Records, encoder: EncoderConfig, view
         views,
         Augmentation(data.augmentation),
         encoder.clip_shape[2:],
-        ReaderProcess(data.reader, data.decode_timeout, data.max_side),
+        open_process(data),
+        build_samplings(data, records, encoder),
     )
 
 
@@ -352,7 +359,7 @@ def build_probe(
             f"{plan.every} steps"
         )
     try_records(config.data, config.probe.list, records, info)
-    probed = Records([records[int(index)] for index in chosen], records.format)
+    probed = records.select(chosen)
     protocol = ProtocolConfig(precision=config.train.precision)
     folder = Path(config.output) / "probe"
 
@@ -515,10 +522,11 @@ def _clip_parts(
         model=model,
         data=data,
         dataset=clips,
+        records=clips.records,
         digest=clips.records.digest(data.root),
         task=lambda wrapped: task(wrapped, build_normalizer(data, info.device)),
         validation=validation,
-        try_records=lambda: try_records(data, data.train, clips.records, info),
+        try_records=lambda: try_training_records(data, clips.records, info),
         load_weights=lambda: load_initial_weights(config.init, model, data, initial),
         repeats=data.repeats,
         reader=data.reader,

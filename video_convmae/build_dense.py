@@ -85,6 +85,7 @@ def picture_parts(
         model=model,
         data=data,
         dataset=dataset,
+        records=records,
         digest=records.digest(),
         task=task,
         validation=lambda *_: validation,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from video_convmae.config import (
     to_plain,
 )
 from video_convmae.data.loader import AnyBatch, BatchPlan, ResumableBatchSampler, collate, iter_batches
+from video_convmae.data.mixture import Mixture
 from video_convmae.engine.checkpoint import Checkpoint, find_latest
 from video_convmae.engine.distributed import DistInfo, all_gather_object
 from video_convmae.engine.log import BadRecordLog
@@ -151,6 +152,7 @@ class Parts:
     model: not wrapped, with new weights.
     data: the source of the training records.
     dataset: its keys are `SampleKey`s.
+    records: those of training, in the data set.
     digest: of the training records.
     task: the wrapped model -> its training loss.
     validation: the run's length and the records of a step -> measurement beside training, or None.
@@ -165,6 +167,7 @@ class Parts:
     model: nn.Module
     data: SourceConfig
     dataset: Dataset[Any]
+    records: Sized
     digest: str
     task: Callable[[nn.Module], Task]
     validation: Callable[[Optimization, int], Validation | None]
@@ -181,10 +184,10 @@ def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
     check_loggers(config.log.to)
     if config.log.pictures is not None and not isinstance(config, PretrainConfig):
         raise UserError("log.pictures is set, and only pretraining has pictures of reconstructions; leave it out")
-    folder, model, data, count = Path(config.output), parts.model, parts.data, len(parts.dataset)  # type: ignore[arg-type]
+    folder, model, data, records = Path(config.output), parts.model, parts.data, parts.records
     resume_from = _checkpoint_to_resume(folder / "checkpoints", info)
     if resume_from is not None:
-        _check_resumed(config, data.train, resume_from, parts.digest, info)
+        _check_resumed(config, data.train_names, resume_from, parts.digest, info)
     parts.try_records()
     report = parts.load_weights() if resume_from is None else None
     plan = plan_batches(config, info, None if resume_from is None else resume_from.config)
@@ -196,7 +199,7 @@ def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
             f"devices; train.batch_size {config.train.batch_size} on {plan.ranks} devices gives {together}: raise "
             "train.batch_size"
         )
-    steps_per_epoch = ResumableBatchSampler(count, plan, config.seed, 0, 0).steps_per_epoch
+    steps_per_epoch = ResumableBatchSampler(records, plan, config.seed, 0, 0).steps_per_epoch
     wrapped = parallelize(
         model.to(info.device),
         info,
@@ -216,8 +219,9 @@ def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
             print(report)
         elif isinstance(model, Probe) and resume_from is None:
             print("init.weights is none: a random encoder is probed")
+        lists = f" of {data.train_names}" if isinstance(records, Mixture) else ""
         reader = "" if parts.reader is None else f", reader {parts.reader}"
-        print(f"{count} records{reader}, device {info.device} x {info.world_size}")
+        print(f"{len(records)} records{lists}{reader}, device {info.device} x {info.world_size}")
         print(
             f"effective batch {plan.global_batch} = {plan.per_device} a device x {plan.ranks} devices x "
             f"{plan.accumulate} accumulated; {optimization.origin}; {steps} steps",
@@ -225,7 +229,7 @@ def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
         )
 
     def batches(first_step: int) -> Generator[AnyBatch]:
-        sampler = ResumableBatchSampler(count, plan, config.seed, first_step, steps, parts.balanced_by)
+        sampler = ResumableBatchSampler(records, plan, config.seed, first_step, steps, parts.balanced_by)
         pin_memory = info.device.type == "cuda"
         return iter_batches(parts.dataset, sampler, data.workers, pin_memory, data.start_method, parts.collate)
 
@@ -237,7 +241,7 @@ def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
         log=config.log,
         info=info,
         folder=folder,
-        bad_records=BadRecordLog(folder / "bad_records.jsonl", count, data.max_bad_fraction),
+        bad_records=BadRecordLog(folder / "bad_records.jsonl", records, data.max_bad_fraction),
         run_config=to_plain(config),
         records=parts.digest,
         seed=config.seed,
@@ -264,8 +268,8 @@ def _check_resumed(config: RunConfig, train: str, checkpoint: Checkpoint, digest
     if records not in (None, digest):
         raise UserError(
             f"the records of {train} are not those that {config.output} began with; expected the same list "
-            f"in the same order: restore it, or give another --output (--init.weights {config.output} starts from "
-            "these weights)"
+            f"in the same order, of several with the same weights and options: restore it, or give another --output "
+            f"(--init.weights {config.output} starts from these weights)"
         )
     if info.is_main:
         for line in changed:

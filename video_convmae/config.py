@@ -11,7 +11,7 @@ are defined beside that part. Nothing here imports torch, so that `--help` is fa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from jsonargparse import ArgumentParser
@@ -66,11 +66,40 @@ class MaskConfig:
 
 
 @dataclass(frozen=True)
+class ListConfig:
+    """One list of a mixture; what it leaves out is that of `data`."""
+
+    list: str
+    """List file."""
+    root: str | None = None
+    """Folder that its relative paths are joined to."""
+    weight: Annotated[float | None, Bounds(above=0)] = None
+    """Its share of an epoch's samples, relative to the other lists'; none, of all lists: their numbers of records."""
+    format: ListFormat | None = None
+    """Contents of a line; an image is shown as a still clip."""
+    sampling: SamplingKind | None = None
+    """dense or uniform."""
+    stride: Annotated[int | None, Bounds(least=1)] = None
+    """Frames of the file from one of a dense clip to the next; replaces data.fps."""
+    fps: Annotated[float | None, Bounds(above=0)] = None
+    """Frames a second of a dense clip; replaces data.stride."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it says of its own about its samples."""
+        return {name: value for name in OF_A_LIST if (value := getattr(self, name)) is not None}
+
+
+OF_A_LIST = ("format", "sampling", "stride", "fps")  # fields of data that each list of a mixture may set; so is root
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     """Data of a training run, of whatever kind."""
 
-    train: str
-    """List file; data_lists/README.md describes its forms."""
+    train: tuple[ListConfig, ...] | str
+    """List file, whose forms data_lists/README.md describes; or several: list, root, weight, format, sampling, stride,
+    fps of each (docs/data.md, Several lists)."""
     root: str = ""
     """Folder that the list's relative paths are joined to."""
     decode_timeout: Annotated[float, Bounds(above=0)] = 60.0
@@ -89,6 +118,11 @@ class SourceConfig:
     start_method: Literal["fork", "spawn", "forkserver"] | None = None
     """Start method of the loading processes; none: the platform's default."""
 
+    @property
+    def train_names(self) -> str:
+        """The training lists, for messages."""
+        return self.train if isinstance(self.train, str) else ", ".join(each.list for each in self.train)
+
 
 @dataclass(frozen=True)
 class DataConfig(SourceConfig):
@@ -102,6 +136,11 @@ class DataConfig(SourceConfig):
     max_side: Annotated[int, Bounds(least=1)] = 4096
     """Longest side of a decoded picture; larger ones are divided by 2, 3, ... when they are read. 16 frames of 8K take
     1.6 GB in each of two processes; by this default a quarter of it."""
+    cache: str | None = None
+    """Folder of the copies of files that are named by URL (s3://...), of all processes of a machine; none:
+    video-convmae/objects in ~/.cache."""
+    cache_size: Annotated[float, Bounds(above=0)] = 100.0
+    """GiB that this folder may hold."""
     sampling: SamplingKind = "dense"
     """dense: frames `stride` apart (Kinetics); uniform: one of each of T segments (Something-Something)."""
     stride: Annotated[int, Bounds(least=1)] = 4
@@ -115,6 +154,17 @@ class DataConfig(SourceConfig):
     """Augmentation of a training clip."""
 
     def __post_init__(self) -> None:
+        if self.train == ():
+            raise ValueError("data.train is an empty list; expected a list file, or several")
+        if isinstance(self.train, str) and self.train.startswith("[{"):  # on the command line
+            names = ", ".join(each.name for each in fields(ListConfig))
+            raise ValueError(f"data.train is {self.train!r}; expected a list file, or several, each with {names}")
+        lists = [each for each in self.train if isinstance(each, ListConfig)]
+        for each in lists:
+            check_bounds(each, f"{{}} of {each.list} in data.train")
+        weights = [each.weight for each in lists]
+        if None in weights and any(weights):
+            raise ValueError(f"data.train has weights {weights}; expected one for every list, or for none")
         if self.fps is not None and self.sampling == "uniform":
             raise ValueError(f"data.fps is {self.fps} and data.sampling uniform, {UNIFORM_HAS_NO_RATE}")
         if self.fps is not None and self.format == "frames":
@@ -122,6 +172,28 @@ class DataConfig(SourceConfig):
                 f"data.fps is {self.fps} and data.format frames: a folder of pictures does not say when each is shown; "
                 "expected data.stride, in pictures, and no data.fps"
             )
+        if lists:
+            _ = self.sources  # which are checked as this is
+
+    @property
+    def sources(self: Data) -> tuple[Data, ...]:
+        """The data of each list: of one list this, of a mixture with what the list says in its place."""
+        if isinstance(self.train, str):
+            return (self,)
+        return tuple(replace(self, train=each.list, **_of_list(each, self)) for each in self.train)
+
+
+Data = TypeVar("Data", bound=DataConfig)
+
+
+def _of_list(config: ListConfig, data: DataConfig) -> dict[str, Any]:
+    """Return the fields of data that a list of a mixture sets.
+
+    Its stride takes the place of `data.fps`; pictures and uniform sampling have no rate.
+    """
+    has_rate = config.format in (None, "video") and config.sampling in (None, "dense") and config.stride is None
+    rate = {} if has_rate else {"fps": None}
+    return {"root": data.root if config.root is None else config.root} | rate | config.options
 
 
 @dataclass(frozen=True)
@@ -142,6 +214,13 @@ class LabelledDataConfig(DataConfig):
     balanced: bool = False
     """Show every class equally often: an epoch is as long as the list, rare classes repeat their records and frequent
     ones leave some out, others in each epoch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.balanced and not isinstance(self.train, str):
+            raise ValueError(
+                "data.balanced is on and data.train several lists, with weights; expected one or the other"
+            )
 
 
 @dataclass(frozen=True)
@@ -203,6 +282,12 @@ class PretrainConfig(RunConfig):
             self.model.check_layer(each.name, each.layer)
         if len({each.momentum for each in self.targets if each.teacher == "ema"}) > 1:
             raise ValueError("targets of ema have different momentum; expected one: they share the average")
+        stills = [each.train for each in self.data.sources if each.format == "image"]
+        if stills and isinstance(self.data.train, tuple) and self.model.num_frames > 1 and self.mask.kind != "tube":
+            raise ValueError(
+                f"mask.kind is {self.mask.kind} and {stills[0]} in data.train holds images; expected tube: an image is "
+                "a still clip, in which any other mask shows at one time what it hides at another"
+            )
 
     @property
     def predicts_pixels(self) -> bool:
@@ -299,6 +384,10 @@ class FinetuneConfig(RunConfig):
 class DetectionDataConfig(SourceConfig):
     """Data sets in COCO's format: a JSON file, or the folder of a split's pictures."""
 
+    train: str
+    """Data set to train on."""
+    root: str = ""
+    """Folder that the data set's relative paths are joined to."""
     validation: str | None = None
     """Data set to validate and test on, with the same root; none: no validation."""
     augmentation: JitterConfig = field(default_factory=JitterConfig)
@@ -488,7 +577,6 @@ class FeaturesConfig(InferenceConfig):
 
 
 Config = TypeVar("Config")
-Data = TypeVar("Data", bound=DataConfig)
 
 
 def to_plain(config: Any) -> dict[str, Any]:

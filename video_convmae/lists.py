@@ -12,24 +12,47 @@ from video_convmae.config import DataConfig, FinetuneConfig, LabelledDataConfig
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.labels import check_labels, check_single, class_names, count_labels
+from video_convmae.data.mixture import MixedList, Mixture
 from video_convmae.data.records import ListError, Records, read_list
+from video_convmae.data.remote import ObjectCache, is_url, use_cache
 from video_convmae.engine.distributed import DistInfo, all_gather_object
 from video_convmae.errors import Note
 
 
 def read_records(data: DataConfig) -> Records:
-    """Read the training list.
+    """Read the training list, or those of a mixture.
 
     Raises:
-        ListError: the list cannot be used, or data.root is no folder.
+        ListError: a list cannot be used, or its root is no folder.
     """
-    check_root(data.root)
-    return read_list(data.train, data.format, data.root)
+    use_cache(ObjectCache(data.cache, data.cache_size))
+    if isinstance(data.train, str):
+        check_root(data.root)
+        return read_list(data.train, data.format, data.root)
+    lists = []
+    for config, source in zip(data.train, data.sources):
+        check_root(source.root, "data.root" if config.root is None else f"root of {config.list} in data.train")
+        records = read_list(config.list, source.format, source.root)
+        weight = float(len(records)) if config.weight is None else config.weight
+        lists.append(MixedList(config.list, source.root, records, weight, config.options))
+    return Mixture(lists)
+
+
+def open_process(data: DataConfig) -> ReaderProcess:
+    """Return the process that reads the records of these data."""
+    return ReaderProcess(data.reader, data.decode_timeout, data.max_side, ObjectCache(data.cache, data.cache_size))
+
+
+def try_training_records(data: DataConfig, records: Records, info: DistInfo) -> None:
+    """Read a frame of some of the records of each training list. Raises as `try_records`."""
+    parts = [each.records for each in records.lists] if isinstance(records, Mixture) else [records]
+    for source, part in zip(data.sources, parts, strict=True):
+        try_records(source, str(source.train), part, info)
 
 
 def check_root(root: str, origin: str = "data.root") -> None:
     """Raise a ListError unless the folder exists that a list's relative paths are joined to."""
-    if root and not Path(root).is_dir():
+    if root and not is_url(root) and not Path(root).is_dir():
         raise ListError(f"{origin} is {root!r}, which is no folder here; expected the one that the list's paths lie in")
 
 
@@ -51,7 +74,7 @@ def try_records(data: DataConfig, path: str, records: Records, info: DistInfo, c
     error = None
     if info.is_main:
         errors: list[str] = []
-        with ReaderProcess(data.reader, data.decode_timeout, data.max_side) as process:
+        with open_process(data) as process:
             for place in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int):
                 try:
                     with process.open(records[int(place)]) as reader:
@@ -80,7 +103,7 @@ def read_validation_records(data: LabelledDataConfig) -> Records:
         raise ListError("data.validation is none: name a list to validate or test on")
     ours, theirs = read_class_names(data), class_names(data.validation, data.root)
     if ours is not None and theirs is not None and ours != tuple(theirs):
-        source = data.train if data.labels is None else "data.labels"
+        source = data.train_names if data.labels is None else "data.labels"
         raise ListError(
             f"the classes of {source} ({len(ours)}) and of {data.validation} ({len(theirs)}) differ, so their numbers "
             "mean different things: make both lists with the same class names (video-convmae make-list); for a list "
@@ -90,13 +113,25 @@ def read_validation_records(data: LabelledDataConfig) -> Records:
 
 
 def read_class_names(data: LabelledDataConfig) -> tuple[str, ...] | None:
-    """Return the names of the classes; None: nothing names them."""
+    """Return the names of the classes; None: nothing names them.
+
+    Raises:
+        ListError: the lists of a mixture have different ones.
+    """
     if isinstance(data.labels, tuple):
         return data.labels or None
     if not data.train and data.labels is None:  # usual settings of a published file: there is no list
         return None
-    names = class_names(data.train, data.root, data.labels)
-    return None if names is None else tuple(names)
+    found = {each.train: class_names(str(each.train), each.root, data.labels) for each in data.sources}
+    named = [(path, names) for path, names in found.items() if names is not None]
+    for path, names in named[1:]:
+        if names != named[0][1]:
+            raise ListError(
+                f"the classes of {named[0][0]} ({len(named[0][1])}) and of {path} ({len(names)}) differ, so their "
+                "numbers mean different things: make the lists of data.train with the same class names (video-convmae "
+                "make-list), or name those of all with data.labels"
+            )
+    return tuple(named[0][1]) if named else None
 
 
 def has_several_labels(config: FinetuneConfig, *lists: Records) -> bool:

@@ -39,7 +39,7 @@ from video_convmae.data.windows import Span, WindowDataset
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
 from video_convmae.engine.options import ProtocolConfig
 from video_convmae.errors import Note, UserError
-from video_convmae.lists import read_class_names
+from video_convmae.lists import open_process, read_class_names
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
@@ -237,8 +237,7 @@ class Predictor(hub.Pretrained):
 
     @cached_property
     def _reader(self) -> ReaderProcess:
-        data = self.config.data
-        return ReaderProcess(data.reader, data.decode_timeout, data.max_side)
+        return open_process(self.config.data)
 
     def _hub_folder(self) -> hub.Folder:
         if isinstance(self.model, LibraryClassifier):

@@ -55,7 +55,7 @@ def finetune(config: FinetuneConfig) -> int:
         report = build.load_initial_weights(config.init, probe, config.data, initial)
         if info.is_main:
             print(report or "init.weights is none: a random encoder is probed", flush=True)
-        lists.try_records(config.data, config.data.train, records, info)
+        lists.try_training_records(config.data, records, info)
         measured = build.build_validation(config, info, validation)
         inference = build.build_inference(probe, config.data, records, config.validate, info)
         with claim(Path(config.output), info):

@@ -5,6 +5,7 @@
     video-convmae make-list ucf101 --splits ucfTrainTestlist --part train --root UCF-101 --out ucf_train.txt
     video-convmae make-list hmdb51 --splits testTrainMulti_7030_splits --part train --root hmdb51 --out hmdb_train.txt
     video-convmae make-list folders --root my_videos --out mine.txt
+    video-convmae make-list webdataset --root shards --out train.txt
     video-convmae make-list folders --root clips --part train --validation-fraction 0.2 --group '(.*)_c' --out train.txt
 
 Writes the list (`path label`, paths relative to --root), its class names (train.txt -> train.labels.txt) and, if there
@@ -19,6 +20,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from video_convmae.atomic import refuse_overwriting
 from video_convmae.cli.parser import SEED, CommandLine, within
 from video_convmae.prepare import lists
 
@@ -26,6 +28,8 @@ from video_convmae.prepare import lists
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     args = _build_parser().parse_args(arguments)
+    if args.dataset == "webdataset":
+        return _list_shards(args)
     tree = lists.scan_folder(args.root, args.kind)
     match args.dataset:
         case "kinetics400":
@@ -40,6 +44,18 @@ def main(arguments: Sequence[str]) -> int:
             listing = lists.list_folders(tree, args.part, args.validation_fraction, args.seed, args.group)
     lists.write_listing(args.out, listing, tree, _annotation_files(args), getattr(args, "labels", None))
     print(_report(args.out, listing, tree))
+    return 0
+
+
+def _list_shards(args: argparse.Namespace) -> int:
+    listing = lists.list_shards(args.root, args.kind, args.labels)
+    refuse_overwriting([args.out, lists.labels_file(args.out)], [] if args.labels is None else [args.labels])
+    lists.write_list(args.out, listing.rows, listing.labels, args.kind, root=args.root)
+    used = {label for _, label in listing.rows if label is not None}
+    names = f", of {len(used)} classes" if used else ", without labels (no .cls beside them)"
+    names += f" (names: {lists.labels_file(args.out)})" if listing.labels else ""
+    print(f"{len(listing.rows):,} listed in {args.out}{names}")
+    print(f"{listing.unlisted:,} other files in the shards were not listed")
     return 0
 
 
@@ -59,7 +75,8 @@ def _build_parser() -> CommandLine:
 
     def add(name: str, text: str) -> CommandLine:
         dataset = datasets.add_parser(name, help=text, description=text)
-        dataset.add_argument("--root", type=Path, required=True, help="folder that holds the files, at any depth")
+        root = str if name == "webdataset" else Path  # shards may lie at a URL
+        dataset.add_argument("--root", type=root, required=True, help="folder that holds the files, at any depth")
         dataset.add_argument("--out", type=Path, required=True, help="list to write")
         dataset.add_argument(
             "--format", dest="kind", choices=tuple(lists.SUFFIXES), default="video", help="data.format (default video)"
@@ -82,6 +99,8 @@ def _build_parser() -> CommandLine:
         dataset.add_argument("--splits", type=Path, required=True, help=f"folder {folder}")
         dataset.add_argument("--part", choices=("train", "test"), required=True, help="part to list")
         dataset.add_argument("--fold", type=int, choices=(1, 2, 3), default=1, help="official split (default 1)")
+    dataset = add("webdataset", "from webdataset's shards (*.tar), whose .cls files hold the classes")
+    dataset.add_argument("--labels", type=Path, help="names of numbered classes, one a line")
     dataset = add("folders", "from any tree with one folder a class")
     dataset.add_argument(
         "--part", choices=("all", "train", "validation"), default="all", help="part to list (default all)"

@@ -204,6 +204,14 @@ def fields_of(kind: type, prefix: str = "") -> dict[str, Field]:
     return found
 
 
+def _items_of(kind: Any) -> list[type]:
+    """Return the groups of fields that a field may hold a list of: TargetConfig of `tuple[TargetConfig, ...]`."""
+    if get_origin(kind) in (Union, UnionType):
+        return [item for part in get_args(kind) for item in _items_of(part)]
+    items = get_args(kind)[:1] if get_origin(kind) is tuple else ()
+    return [item for item in items if isinstance(item, type) and is_dataclass(item)]
+
+
 def type_name(kind: Any) -> str:
     """Return a type as a user writes its values: `int or [int, int]`, `bf16, fp16 or fp32`, `true or false`."""
     *most, last = _alternatives(kind)
@@ -281,8 +289,7 @@ class _FieldParser(jsonargparse.ArgumentParser):
         self._items = {  # of the lists of groups
             name: field
             for group, of_list in self._fields.items()
-            for item in get_args(of_list.type)[:1]
-            if isinstance(item, type) and is_dataclass(item)
+            for item in _items_of(of_list.type)
             for name, field in fields_of(item, f"{group}.").items()
         }
         groups = {name[:place] for name in self._fields for place, letter in enumerate(name) if letter == "."}
@@ -336,12 +343,12 @@ class _FieldParser(jsonargparse.ArgumentParser):
         value = re.search(r"(?:Given|Got) value: (.*)", message)
         missing = re.search(r"arguments are required: (.*)", message)
         unknown = re.search(r"Option '([^']+)' is not accepted", message)
-        if field and value:
-            message = f"{field} is {value[1]}; expected {known[field].expected} (--help-all explains every field)"
-        elif field and unknown:  # of an item of a list
+        if field and unknown:  # of an item of a list
             message = self._no_field(f"{field}.{unknown[1]}")
         elif field and missing:
             message = f"an item of {field} has no {missing[1]}, which must be given"
+        elif field and value:
+            message = f"{field} is {value[1]}; expected {known[field].expected} (--help-all explains every field)"
         elif missing:
             message = f"{missing[1]} must be given: on the command line, or by a --config that has it"
         fail(self.prog, message)

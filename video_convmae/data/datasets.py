@@ -31,11 +31,14 @@ R = TypeVar("R", covariant=True)
 T = TypeVar("T")
 
 # The last number of a generator's key, so that no two purposes share their numbers.
-CLIP, REPLACEMENT, ORDER, STEP, PROPOSALS = range(5)
+CLIP, REPLACEMENT, ORDER, STEP, PROPOSALS, SHARES, WALK = range(7)
 
 
 class SampleKey(NamedTuple):
-    """Dataset key: (epoch, record index), and how many samples of the record came before in this epoch."""
+    """Dataset key: (epoch, record index), and how many samples of the record came before in this epoch.
+
+    Of a mixture, an epoch of the record's own list (mixture.py).
+    """
 
     epoch: int
     index: int  # type: ignore[assignment]  # hides tuple.index(), here and below, which nobody calls
@@ -92,6 +95,7 @@ def read_or_replace(
     seed: int,
     attempts: int,
     read: Callable[[R, Callable[[int], torch.Generator]], T],
+    among: Callable[[int], range] | None = None,
 ) -> tuple[T, int, tuple[BadRecord, ...]]:
     """Read a record for training, or a replacement drawn from (seed, epoch, line, attempt) if it is bad.
 
@@ -101,6 +105,7 @@ def read_or_replace(
         seed: of the run.
         attempts: records tried before giving up.
         read: record and a function from a repeat's number to its generator -> what is read.
+        among: index -> indices of the records that may replace it; None: all.
 
     Returns:
         What was read, the index of the record that it is from, and the records that could not be read.
@@ -122,7 +127,8 @@ def read_or_replace(
         except DecodeError as error:
             bad_records.append(BadRecord(index, record.path, str(error)))  # type: ignore[attr-defined]
             numbers = sample_generator(seed, epoch, line, attempt, REPLACEMENT)
-            index = int(torch.randint(len(records), (), generator=numbers))
+            others = range(len(records)) if among is None else among(index)
+            index = others[int(torch.randint(len(others), (), generator=numbers))]
     raise DecodeError(
         f"{len(bad_records)} records in a row could not be read, from record {key[1]} on; the first: "
         f"{bad_records[0].error}"
@@ -175,6 +181,7 @@ class ClipDataset(Dataset[Sample]):
         seed: of the run.
         attempts: records tried for one sample before giving up.
         num_classes: of records that may have several classes; None: a record has one, or none.
+        samplings: choice of frames of each list of a mixture, in place of `sampling`.
     """
 
     records: Records
@@ -187,6 +194,7 @@ class ClipDataset(Dataset[Sample]):
     seed: int = 0
     attempts: int = 10
     num_classes: int | None = None
+    samplings: tuple[Sampling, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -202,7 +210,9 @@ class ClipDataset(Dataset[Sample]):
             first = key.draw * self.repeats  # a record that is shown again shows other clips
             return record, *self._read(record, [generator(first + repeat) for repeat in range(self.repeats)])
 
-        sample, index, bad_records = read_or_replace(self.records, key, self.seed, self.attempts, read)
+        sample, index, bad_records = read_or_replace(
+            self.records, key, self.seed, self.attempts, read, self.records.same_list
+        )
         record, clips, visible, predicted = sample
         label = -1 if record.label is None else record.label
         if self.num_classes is not None:
@@ -214,9 +224,10 @@ class ClipDataset(Dataset[Sample]):
         self, record: Record, generators: list[torch.Generator]
     ) -> tuple[Tensor | RaggedCrops, Tensor | None, Tensor | None]:
         """Decode a record once; draw a clip and a mask with each generator. Returns clips, visible, predicted."""
+        sampling = self.samplings[record.source] if self.samplings else self.sampling
         with self.reader.open(record) as reader:
-            times = times_for(self.sampling, reader, record.path)
-            indices = np.stack([self.sampling.clip(len(reader), generator, times) for generator in generators])
+            times = times_for(sampling, reader, record.path)
+            indices = np.stack([sampling.clip(len(reader), generator, times) for generator in generators])
             wanted, places = np.unique(indices, return_inverse=True)  # repeats that overlap share their frames
             frames = reader.read(wanted)
         # Each generator gives the numbers of one clip in this order: start, transform, mask.
@@ -248,6 +259,7 @@ class TestViewDataset(Dataset[Sample]):
         augmentation: only its interpolation is used.
         size: (height, width) of a clip.
         reader: decodes in a process that can be killed.
+        samplings: choice of frames of each list of a mixture, in place of `sampling`.
     """
 
     records: Records
@@ -256,6 +268,7 @@ class TestViewDataset(Dataset[Sample]):
     augmentation: Augmentation
     size: tuple[int, int]
     reader: ReaderProcess
+    samplings: tuple[Sampling, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -264,10 +277,11 @@ class TestViewDataset(Dataset[Sample]):
         """Return a record's views, segment by segment; zeros and a bad record if it cannot be read."""
         record = self.records[index]
         label = -1 if record.label is None else record.label
+        sampling = self.samplings[record.source] if self.samplings else self.sampling
         try:
             with self.reader.open(record) as reader:
-                times = times_for(self.sampling, reader, record.path)
-                segments = self.sampling.views(len(reader), self.views.segments, times)
+                times = times_for(sampling, reader, record.path)
+                segments = sampling.views(len(reader), self.views.segments, times)
                 wanted, places = np.unique(segments, return_inverse=True)  # segments of short videos overlap
                 frames = reader.read(wanted)
         except DecodeError as error:

@@ -6,6 +6,7 @@ Letters: R records.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from video_convmae.shipped import find_labels
 
 from .folders import class_folders
+from .remote import exists, is_url
 from .text import ListError, read_text, readable
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 # A list without class names may leave gaps, as a part of a data set does; more are a mistake, and no head is built.
 _CLASSES_FOR_EACH_SEEN, _CLASSES_ALWAYS = 10, 100
+_LIST_SUFFIXES = r"(?<=[^/])\.(txt|csv|tsv|list|lst)$"
 _NAMED = 8  # ranges and names quoted in a note
 
 
@@ -52,6 +55,9 @@ def class_names(path: str | Path, root: str | Path = "", labels: str | Path | No
                 "expected as many: folder n, sorted by name, is the class of line n"
             )
         return names
+    if labels is None and is_url(path):
+        url = f"{re.sub(_LIST_SUFFIXES, '', str(path), flags=re.IGNORECASE)}.labels.txt"
+        return read_names(url) if exists(url) else None
     if labels is None:
         beside = labels_file(Path(path))
         labels = beside if beside.exists() else Path(path).with_suffix(".labels.txt")  # one for k400.train and k400.val
@@ -67,17 +73,17 @@ def labels_file(path: Path) -> Path:
 
 def list_name(path: Path) -> str:
     """Return the name of a list without its suffix; `k400.train` and `k400.val` have none: they are two lists."""
-    return path.stem if path.suffix.lower() in (".txt", ".csv", ".tsv", ".list", ".lst") else path.name
+    return re.sub(_LIST_SUFFIXES, "", path.name, flags=re.IGNORECASE)
 
 
-def read_names(path: Path) -> list[str]:
+def read_names(path: str | Path) -> list[str]:
     """Return class names in the order of their numbers: one a line, or a JSON file {name: number} or [name, ...].
 
     Raises:
         ListError: the file cannot be read or is empty, a line is, or numbers are not 0 to n - 1.
     """
     text = read_text(path, "the class names")
-    if path.suffix.lower() == ".json":
+    if str(path).lower().endswith(".json"):
         return _names_of_json(path, text)
     lines = [readable(line).strip() for line in text.rstrip().split("\n")]
     if not any(lines):
@@ -87,7 +93,7 @@ def read_names(path: Path) -> list[str]:
     return lines
 
 
-def _names_of_json(path: Path, text: str) -> list[str]:
+def _names_of_json(path: str | Path, text: str) -> list[str]:
     try:
         names: Any = json.loads(text)
         if not isinstance(names, dict | list):

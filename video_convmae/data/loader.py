@@ -7,7 +7,7 @@ step sees the records that it would have seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from video_convmae.errors import UserError
 
 from .datasets import ORDER, BadRecord, Sample, SampleKey, sample_generator
+from .mixture import Mixture
 from .ragged import RaggedCrops, concatenate_crops
 from .workers import prepare_worker, supervise
 
@@ -112,10 +113,10 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
     """The batches of one rank from one step to another, across epochs: `accumulate` of them make a step.
 
     An epoch's order is a permutation drawn from (seed, epoch). Its last records, where they do not fill a global batch,
-    are left out.
+    are left out; an epoch of a mixture is as much shorter instead.
 
     Args:
-        count: records of the list.
+        records: of the list, or their number.
         plan: distribution of a global batch.
         seed: of the run.
         first_step, last_step: optimizer steps from the run's start; the last one is excluded.
@@ -127,14 +128,15 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
 
     def __init__(
         self,
-        count: int,
+        records: int | Sized,
         plan: BatchPlan,
         seed: int,
         first_step: int,
         last_step: int,
         labels: np.ndarray | None = None,
     ) -> None:
-        self.count, self.plan, self.seed = count, plan, seed
+        count = records if isinstance(records, int) else len(records)
+        self.records, self.count, self.plan, self.seed = records, count, plan, seed
         self.first_step, self.last_step, self.labels = first_step, last_step, labels
         self.steps_per_epoch = count // plan.global_batch
         if self.steps_per_epoch == 0:
@@ -148,7 +150,7 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         plan, global_batch, epoch = self.plan, self.plan.global_batch, -1
-        order: list[SampleKey] = []
+        order = np.zeros((0, 2), dtype=np.int64)
         for step in range(self.first_step, self.last_step):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
@@ -156,12 +158,17 @@ class ResumableBatchSampler(Sampler[list[SampleKey]]):
             start = step % self.steps_per_epoch * global_batch
             for part in range(plan.accumulate):
                 ours = start + (part * plan.ranks + plan.rank) * plan.per_device
-                yield order[ours : ours + plan.per_device]
+                yield [SampleKey(*key) for key in order[ours : ours + plan.per_device].tolist()]
 
-    def _order(self, epoch: int) -> list[SampleKey]:
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the keys of an epoch: `(samples, 2)`, or 3 with the sample of the record."""
+        if isinstance(self.records, Mixture):
+            return self.records.draw(self.seed, epoch, self.steps_per_epoch * self.plan.global_batch)
         if self.labels is not None:
-            return [SampleKey(epoch, *each) for each in balanced_order(self.labels, self.seed, epoch)]
-        return [SampleKey(epoch, index) for index in epoch_order(self.count, self.seed, epoch)]
+            order = np.array(balanced_order(self.labels, self.seed, epoch))
+        else:
+            order = np.array(epoch_order(self.count, self.seed, epoch))[:, None]
+        return np.column_stack([np.full(self.count, epoch), order])
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

@@ -29,7 +29,7 @@ from typing import get_args
 
 import numpy as np
 
-from . import shards
+from . import remote, shards
 from .folders import class_folders
 from .labels import class_names
 from .options import IMAGE_SUFFIXES, VIDEO_SUFFIXES, ListFormat
@@ -50,6 +50,7 @@ class Record:
         num_frames: number of frames of a folder; None: all pictures in it, or not a folder.
         format: kind of record.
         others: further classes of a record that has several.
+        source: of a mixture, the place of its list.
     """
 
     path: str
@@ -57,6 +58,7 @@ class Record:
     num_frames: int | None = None
     format: ListFormat = "video"
     others: tuple[int, ...] = ()
+    source: int = 0
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -131,15 +133,25 @@ class Records(Sequence[Record]):
         targets = np.zeros((len(self), num_classes), bool)
         labelled = np.flatnonzero(self.labels >= 0)
         targets[labelled, self.labels[labelled]] = True
-        if self._others_ends is not None:
-            counts = np.diff(self._others_ends, prepend=0)
-            targets[np.repeat(np.arange(len(self)), counts), self.all_labels[len(self) :]] = True
+        targets[np.repeat(np.arange(len(self)), self.count_others()), self.all_labels[len(self) :]] = True
         return targets
+
+    def count_others(self) -> np.ndarray:
+        """Return how many classes beside the first every record has, `(R,)`."""
+        return np.zeros(len(self), np.int64) if self._others_ends is None else np.diff(self._others_ends, prepend=0)
 
     def take(self, places: np.ndarray) -> Records:
         """Return the records at these places, each with its line."""
         chosen = [self[int(place)] for place in places]
         return Records(chosen, self.format, self.lines[places].tolist())
+
+    def same_list(self, index: int) -> range:
+        """Return the indices of the records in a record's list: all of them."""
+        return range(len(self))
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> Records:
+        """Return some of the records."""
+        return Records([self[int(index)] for index in indices], self.format)
 
     def digest(self, root: str | Path | None = None) -> str:
         """Return the SHA-256 of the records in their order: the same for the same list under another file name.
@@ -164,9 +176,9 @@ def read_list(path: str | Path, format: ListFormat = "video", root: str | Path =
     """Read a list file.
 
     Args:
-        path: the list, or a folder of class folders.
+        path: the list, or its URL, or a folder of class folders.
         format: format of its lines (see the head of this file).
-        root: folder that relative paths are joined to; empty: the working directory.
+        root: folder or URL that relative paths are joined to; empty: the working directory.
 
     Raises:
         ListError: the list is missing or empty, or a line does not match its format (the message has its number).
@@ -191,6 +203,9 @@ def read_list(path: str | Path, format: ListFormat = "video", root: str | Path =
         lines.append(number - 1)
     if not records:
         raise ListError(f"the list {path} holds no records")
+    urls = (record.path for record in records if remote.is_url(record.path))
+    for url in {url.partition("://")[0]: url for url in urls}.values():
+        remote.check_url(url)
     return Records(records, format, lines)
 
 
@@ -263,7 +278,9 @@ def _rejoin(head: str, numbers: list[str]) -> str:
 def _exists(path: str) -> bool:
     """Return whether a record is there: a file, a folder, or a member of an archive."""
     parts = shards.split_path(path)
-    return os.path.exists(path) if parts is None else shards.holds(*parts)
+    if parts is not None:
+        return shards.holds(*parts)
+    return remote.exists(path) if remote.is_url(path) else os.path.exists(path)
 
 
 def _as_stored(path: str, root: str | Path) -> str:
@@ -271,11 +288,11 @@ def _as_stored(path: str, root: str | Path) -> str:
 
     Bytes that are no UTF-8 may be cp1252 in the list alone, and backslashes Windows'.
     """
-    written = os.path.join(root, path)
+    written = remote.join(root, path)
     if "\\" not in path and path.isprintable():  # a byte that is no UTF-8 is not printable
         return written
     others = [readable(path), path.replace("\\", "/"), readable(path).replace("\\", "/")]
-    places = [written, *(os.path.join(root, each) for each in others)]
+    places = [written, *(remote.join(root, each) for each in others)]
     return next((place for place in places if _exists(place)), written)
 
 
@@ -304,7 +321,7 @@ def _several_numbers(line: str, record: Record, root: str | Path) -> str | None:
     two numbers, a missing file is more likely one of several labels.
     """
     head, behind = _split_off_integers(record.path)
-    if not behind or (len(behind) == 1 and not _exists(os.path.join(root, head))):
+    if not behind or (len(behind) == 1 and not _exists(remote.join(root, head))):
         return None
     numbers = _split_off_integers(line)[1]
     return (
@@ -316,7 +333,7 @@ def _several_numbers(line: str, record: Record, root: str | Path) -> str | None:
 def _names_file(line: str, format: ListFormat, root: str | Path) -> bool:
     """Return whether a line that begins with # is the record of a file whose name does (HMDB51 has such names)."""
     try:
-        return _exists(os.path.join(root, parse_line(line, format).path))
+        return _exists(remote.join(root, parse_line(line, format).path))
     except ValueError:
         return False
 

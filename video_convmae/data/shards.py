@@ -3,17 +3,23 @@
 The layout is webdataset's (`pack-videos --tar` writes it). For file systems that are slow with a million small files:
 an archive is one file, and a member is one read at a known offset. The offsets of an archive's members are read once in
 each process (about 50 MB for the shards of Kinetics-400) and again when the archive has changed.
+
+Of an archive by URL (remote.py) a member is one read of a part of it, and a file of its own among the copies; its index
+is read once, and kept there too. So an epoch in random order downloads no more than the videos that it shows.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import posixpath
 import re
 import tarfile
 from functools import cache
 from typing import Any, BinaryIO, NamedTuple
+
+from . import remote
 
 _MARK = ".tar#"
 _OTHER_MARK = re.compile(r"(\.tar\.\w+|\.tgz|\.tbz2?|\.txz|\.zip|\.7z|\.rar)#", re.IGNORECASE)
@@ -30,7 +36,9 @@ def split_path(path: str) -> tuple[str, str] | None:
 
 
 def file_of(path: str) -> str:
-    """Return the file that holds a record: the archive, or the path itself."""
+    """Return the file that holds a record: the archive, or the path itself; of a URL its copy, if there is one."""
+    if remote.is_url(path):
+        return remote.place(path)
     parts = split_path(path)
     return path if parts is None else parts[0]
 
@@ -38,15 +46,35 @@ def file_of(path: str) -> str:
 def holds(shard: str, member: str) -> bool:
     """Return whether an archive can be read and has a member of this name."""
     try:
-        with open(shard, "rb") as file:
-            _find(file, member)
+        if remote.is_url(shard):
+            _remote_place(shard, member)
+        else:
+            with open(shard, "rb") as file:
+                _find(file, member)
     except OSError:
         return False
     return True
 
 
+def members(shard: str) -> list[str]:
+    """Return the names of the files of an archive, in its order.
+
+    Raises:
+        ShardError: the file is an archive of another kind, or damaged.
+        OSError: it cannot be read.
+    """
+    if remote.is_url(shard):
+        index = _remote_index(shard)
+    else:
+        status = os.stat(shard)
+        index = _index(shard, status.st_size, status.st_mtime_ns)
+    if not index.whole:
+        raise ShardError(f"the archive is damaged or cut off behind its {len(index.files)} files")
+    return list(index.files)
+
+
 def path_or_bytes(path: str) -> str | io.BytesIO:
-    """Return an argument that libraries can open: an absolute path, or a member's bytes.
+    """Return an argument that libraries can open: an absolute path, that of a URL's copy, or a member's bytes.
 
     Absolute because FFmpeg takes the text before a colon in a relative path for a protocol.
 
@@ -55,6 +83,8 @@ def path_or_bytes(path: str) -> str | io.BytesIO:
         OSError: the archive cannot be read.
     """
     parts = split_path(path)
+    if remote.is_url(path):
+        return remote.local_copy(path) if parts is None else _remote_copy(*parts)
     if parts is not None:
         return io.BytesIO(read_member(*parts))
     if (other := _OTHER_MARK.search(path)) and not os.path.exists(path):
@@ -64,6 +94,9 @@ def path_or_bytes(path: str) -> str | io.BytesIO:
 
 def read_member(shard: str, member: str) -> bytes:
     """Return the bytes of a member; raises as `path_or_bytes` does."""
+    if remote.is_url(shard):
+        with open(_remote_copy(shard, member), "rb") as file:
+            return file.read()
     with open(shard, "rb") as file:
         start, size, sparse = _find(file, member)
         if sparse is not None:
@@ -94,7 +127,10 @@ class _Index(NamedTuple):
 def _find(file: BinaryIO, member: str) -> tuple[int, int, list[tuple[int, int]] | None]:
     """Return a member's start and size, and its parts if it has holes; a link leads to the member that it names."""
     status = os.fstat(file.fileno())
-    index = _index(file.name, status.st_size, status.st_mtime_ns)
+    return _look_up(_index(file.name, status.st_size, status.st_mtime_ns), member)
+
+
+def _look_up(index: _Index, member: str) -> tuple[int, int, list[tuple[int, int]] | None]:
     name = posixpath.normpath(member)
     followed: set[str] = set()
     while name in index.links and name not in followed:
@@ -116,12 +152,20 @@ def _index(shard: str, size: int, changed: int) -> _Index:
     Raises:
         ShardError: the file is an archive of another kind.
     """
+    index = _read_index(shard)
+    if not index.whole and not index.files:
+        _refuse_other_archive(shard)
+    return index
+
+
+def _read_index(path: str | None, file: Any = None) -> _Index:
+    """Walk through the headers of an archive, at a path or open."""
     files: dict[str, tuple[int, int]] = {}
     links: dict[str, str] = {}
     sparse: dict[str, list[tuple[int, int]]] = {}
     whole = True
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with tarfile.open(path, "r:", file) as archive:
             for entry in archive:
                 name = posixpath.normpath(entry.name)
                 for kept in (files, links, sparse):  # of several files of one name, tar leaves the last
@@ -136,10 +180,9 @@ def _index(shard: str, size: int, changed: int) -> _Index:
                     if parts is not None:
                         sparse[name] = parts
                 archive.members = []  # type: ignore[attr-defined]  # private; it would keep 1 kB for each member
+                remote.report_progress()
     except tarfile.TarError:
         whole = False
-        if not files:
-            _refuse_other_archive(shard)
     return _Index(files, links, sparse, whole)
 
 
@@ -173,3 +216,46 @@ def _refuse_other_archive(shard: str) -> None:
     for magic, kind in _OTHER_ARCHIVES.items():
         if head.startswith(magic):
             raise ShardError(f"the archive is {kind}, not tar: store its files as a tar without compression")
+
+
+# Archives by URL
+
+
+def _remote_copy(shard: str, member: str) -> str:
+    """Return the path of a copy of a member: one read of a part of the archive, where its server can do that."""
+    start, size, sparse = _remote_place(shard, member)
+
+    def make(partial: str) -> None:
+        data = None if sparse is not None else remote.read_range(shard, start, size)
+        _write(partial, read_member(remote.local_copy(shard), member) if data is None else data)
+
+    return remote.keep(f"{shard}#{member}", make)
+
+
+def _remote_place(shard: str, member: str) -> tuple[int, int, list[tuple[int, int]] | None]:
+    return _look_up(_remote_index(shard), member)
+
+
+@cache
+def _remote_index(shard: str) -> _Index:
+    """Return the index of an archive, which is kept beside the copies.
+
+    Making one reads the header of every member, each with a request; the whole archive, where its server gives no
+    parts.
+    """
+
+    def make(partial: str) -> None:
+        file = remote.open_seekable(shard)
+        index = _read_index(None if file else remote.local_copy(shard), file)
+        if not index.files:
+            raise ShardError("no files in it: expected a tar archive without compression")
+        _write(partial, json.dumps(index).encode())
+
+    with open(remote.keep(f"{shard}#index", make), "rb") as kept:
+        files, links, sparse, whole = json.load(kept)
+    return _Index({name: (start, size) for name, (start, size) in files.items()}, links, sparse, whole)
+
+
+def _write(path: str, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from video_convmae.errors import UserError
 
+from . import remote
+
 # In this order: UTF-32's mark in the order of bytes of x86 begins with UTF-16's.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -31,14 +33,14 @@ def read_text(path: str | Path, title: str = "the file") -> str:
     UTF-8 are kept as `os.fsdecode` keeps those of a file name.
 
     Args:
-        path: of the file.
+        path: of the file, or its URL.
         title: of the file in messages.
 
     Raises:
         ListError: the file cannot be read, or is no text.
     """
     try:
-        data = Path(path).read_bytes()
+        data = remote.read_bytes(str(path)) if remote.is_url(path) else Path(path).read_bytes()
     except OSError as error:
         raise ListError(f"cannot read {title} {path}: {error.strerror or error}") from error
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None) or _guess(data)

@@ -129,7 +129,7 @@ def choose_training_records(records: Records) -> Records:
     if not len(labelled):
         raise UserError("no record of the training list has a label: baselines need data.train with labels")
     chosen = labelled[choose_records(records.labels[labelled], min(MAX_RECORDS, len(labelled)))]
-    return Records([records[int(index)] for index in chosen], records.format)
+    return records.select(chosen)
 
 
 def read_table(inference: ListInference, folder: Path) -> Table:

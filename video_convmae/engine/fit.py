@@ -69,7 +69,7 @@ def fit_probe(
     if info.is_main:
         (folder / "bad_records.jsonl").unlink(missing_ok=True)  # of an earlier attempt: all were tried again
     barrier()
-    log = BadRecordLog(folder / "bad_records.jsonl", len(records), max_bad_fraction)
+    log = BadRecordLog(folder / "bad_records.jsonl", records, max_bad_fraction)
     log.add(result.bad_records, info.is_main)
     features = torch.from_numpy(result.values[~result.failed])
     head.fit(features.to(info.device), torch.from_numpy(records.labels[~result.failed]).to(info.device))

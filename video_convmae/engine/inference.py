@@ -297,7 +297,7 @@ def chunk_folder(folder: Path, settings: dict[str, Any]) -> Path:
         folder: of the results.
         settings: everything that a value depends on, as plain data; `data` holds a data configuration.
     """
-    loading = ("workers", "start_method", "decode_timeout", "max_bad_fraction", "memory")
+    loading = ("workers", "start_method", "decode_timeout", "max_bad_fraction", "memory", "cache", "cache_size")
     data = {name: value for name, value in settings["data"].items() if name not in loading}
     text = json.dumps(settings | {"data": data}, sort_keys=True)
     return folder / "partial" / hashlib.sha256(text.encode()).hexdigest()[:16]

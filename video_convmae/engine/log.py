@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from video_convmae import __version__
 from video_convmae.atomic import read_json, read_json_lines, whole_lines, write_text
 from video_convmae.data.datasets import BadRecord
+from video_convmae.data.mixture import Mixture
 from video_convmae.errors import UserError
 
 from .checkpoint import BEST, checkpoint_name
@@ -255,17 +256,17 @@ class BadRecordLog:
 
     Args:
         path: the file; lines of an earlier part of the run count.
-        records: records in the list.
+        records: of the list, or their number. Each list of a mixture is counted for itself, and named.
         max_fraction: largest allowed fraction of bad records.
     """
 
-    def __init__(self, path: Path, records: int, max_fraction: float) -> None:
+    def __init__(self, path: Path, records: int | Sized, max_fraction: float) -> None:
         self.path = path
         self.records = records
         self.max_fraction = max_fraction
         self._known: dict[int, BadRecord] = {}
         for line in read_json_lines(path) if path.exists() else ():
-            record = BadRecord(**line)
+            record = BadRecord(**{name: line[name] for name in BadRecord._fields})
             self._known.setdefault(record.index, record)
 
     def __len__(self) -> int:
@@ -282,14 +283,27 @@ class BadRecordLog:
             if self.path.exists():  # an incomplete last line would swallow the next one
                 write_text(self.path, "".join(whole_lines(self.path)))
             with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record._asdict()) + "\n" for record in new)
-        if len(self) > self.max_fraction * self.records:
-            first = "; ".join(record.error for record in list(self._known.values())[:3])
-            raise TooManyBadRecords(
-                f"{len(self)} of {self.records} records cannot be read, more than data.max_bad_fraction "
-                f"{self.max_fraction} allows; all are in {self.path}, the first: {first}"
-            )
+                file.writelines(json.dumps(record._asdict() | self._list_of(record)) + "\n" for record in new)
+        for name, indices in self._lists():
+            bad = [record for record in self._known.values() if record.index in indices]
+            if len(bad) > self.max_fraction * len(indices):
+                first = "; ".join(record.error for record in bad[:3])
+                raise TooManyBadRecords(
+                    f"{len(bad)} of {len(indices)} records{name} cannot be read, more than data.max_bad_fraction "
+                    f"{self.max_fraction} allows; all are in {self.path}, the first: {first}"
+                )
         return new
+
+    def _lists(self) -> list[tuple[str, range]]:
+        """Return the words for each list in messages, and the indices of its records."""
+        if isinstance(self.records, Mixture):
+            return [(f" of {name}", indices) for name, indices in self.records.spans()]
+        return [("", range(self.records if isinstance(self.records, int) else len(self.records)))]
+
+    def _list_of(self, record: BadRecord) -> dict[str, str]:
+        """Return the name of a record's list, where there are several."""
+        spans = self.records.spans() if isinstance(self.records, Mixture) else []
+        return next(({"list": name} for name, indices in spans if record.index in indices), {})
 
 
 def write_run_metrics(folder: Path, seconds: float, extra: Values | None = None) -> None:

@@ -35,6 +35,7 @@ LOCK = "run.lock"
 FREE = (
     *("output", "device", "hang_timeout", "log", "probe", "test"),
     *("data.train", "data.workers", "data.start_method", "data.decode_timeout", "data.memory"),
+    *("data.cache", "data.cache_size"),
     *("train.batch_size", "train.accumulate", "train.effective_batch", "train.parallel"),
     *("train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.activation_checkpointing"),
 )

@@ -21,6 +21,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from video_convmae.atomic import refuse_overwriting, replacing
+from video_convmae.data import remote, shards
 from video_convmae.data.folders import SUFFIXES, Tree, normalise_accents, scan_folder
 from video_convmae.data.labels import labels_file, list_name, read_names
 from video_convmae.data.options import ListFormat
@@ -289,6 +290,79 @@ def list_folders(
     return Listing(rows, [readable(name) for name in classes], unlisted=len(tree) - in_classes, notes=notes)
 
 
+def list_shards(root: str | Path, kind: ListFormat = "video", labels: Path | None = None) -> Listing:
+    """List the members of webdataset's shards: each video or picture, with the class that lies beside it.
+
+    A sample is the files of one name up to its first dot: `0001.mp4` and `0001.cls`, which holds a number, or the name
+    of a class. Classes that are named are numbered by name.
+
+    Args:
+        root: folder or URL of the shards (`*.tar`).
+        kind: video or image.
+        labels: file of the names of numbered classes.
+
+    Raises:
+        ListError: there is no shard, one cannot be read, or not all samples have classes of one kind.
+    """
+    paths = sorted(name for name in _shard_names(root) if name.endswith(".tar"))
+    if not paths:
+        raise ListError(f"--root {root} holds no shards (*.tar)")
+    found: list[tuple[str, str | None]] = []
+    unlisted = 0
+    for path in paths:
+        place = remote.join(root, path)
+        try:
+            names = shards.members(place)
+            classes = {_key(name): name for name in names if name.endswith(".cls")}
+            for name in names:
+                if name.lower().endswith(SUFFIXES[kind]):
+                    beside = classes.get(_key(name))
+                    label = None if beside is None else shards.read_member(place, beside).decode("utf-8", "replace")
+                    found.append((f"{path}#{name}", None if label is None else label.strip()))
+                else:
+                    unlisted += not name.endswith(".cls")
+        except OSError as error:
+            raise ListError(f"{place} cannot be read: {error.strerror or error}") from error
+    if not found:
+        raise ListError(f"the {len(paths)} shards in {root} hold no {kind} ({', '.join(SUFFIXES[kind][:4])}, ...)")
+    numbers, names_of = _numbered([label for _, label in found], root)
+    return Listing(
+        rows=[(path, number) for (path, _), number in zip(found, numbers)],
+        labels=read_names(labels) if labels is not None else names_of,
+        unlisted=unlisted,
+    )
+
+
+def _shard_names(root: str | Path) -> list[str]:
+    try:
+        return remote.list_names(str(root))
+    except OSError as error:
+        raise ListError(f"--root {root} cannot be read: {error.strerror or error}") from error
+
+
+def _key(member: str) -> str:
+    """Return the part of a member's name that the files of a sample share, as webdataset cuts it."""
+    folder, _, name = member.rpartition("/")
+    return f"{folder}/{name.partition('.')[0]}"
+
+
+def _numbered(labels: list[str | None], root: str | Path) -> tuple[list[int | None], list[str]]:
+    """Return the number of each label, and the names of the classes; none, where they are numbers."""
+    missing = labels.count(None)
+    if 0 < missing < len(labels):
+        raise ListError(
+            f"{missing} of the {len(labels)} samples in {root} have no .cls beside them; expected all or none"
+        )
+    if missing:
+        return list(labels), []  # type: ignore[arg-type]  # all None
+    texts = [str(label) for label in labels]
+    if all(text.isdecimal() for text in texts):
+        return [int(text) for text in texts], []
+    names = sorted(set(texts))
+    places = {name: number for number, name in enumerate(names)}
+    return [places[text] for text in texts], names
+
+
 def _recordings(classes: Mapping[str, Sequence[str]], group: str) -> tuple[dict[str, str], list[str]]:
     """Return the recording that each file comes from, and notes. A file without a match is a recording of its own."""
     try:
@@ -418,6 +492,9 @@ def write_list(
         file.writelines(f"{format_line(record)}\n" for record in records)
         file.flush()
         _check_read_back(Path(file.name), records, root)
+        if not labels:  # numbers without names, or no classes
+            labels_file(out).unlink(missing_ok=True)
+            return
         with replacing(labels_file(out), encoding="utf-8", newline="\n") as names:
             names.writelines(f"{label}\n" for label in labels)
 

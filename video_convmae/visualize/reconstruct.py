@@ -160,13 +160,14 @@ def build_pictures(config: PretrainConfig, device: torch.device, count: int = 4)
 
 
 def choose_shown(config: PretrainConfig, count: int) -> list[Record]:
-    """Choose records that show how a run reconstructs: of the probe's list, else of the training list, evenly over
-    classes and list.
+    """Choose records that show how a run reconstructs: of the probe's list, else of the (first) training list, evenly
+    over classes and list.
 
     Raises:
         ListError: the list cannot be read.
     """
-    records = read_list(config.probe.list or config.data.train, config.data.format, config.data.root)
+    data = config.data if config.probe.list else config.data.sources[0]
+    records = read_list(config.probe.list or str(data.train), data.format, data.root)
     return [records[int(index)] for index in choose_records(records.labels, min(count, len(records)))]
 
 

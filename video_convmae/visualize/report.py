@@ -474,7 +474,7 @@ class Shown:
         model, config = predictor.model, predictor.config
         assert isinstance(model, Autoencoder)
         assert isinstance(config, PretrainConfig)
-        source = config.probe.list or config.data.train
+        source = config.probe.list or config.data.train_names
         chosen = [record.path for record in choose_shown(config, RECONSTRUCTIONS)]
         pictures, errors = self._read(chosen)
         if not pictures:

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from video_convmae.data import shards
+from video_convmae.data import remote, shards
 from video_convmae.data.options import IMAGE_SUFFIXES
 
 from .errors import DecodeError, decode_errors
@@ -33,7 +33,9 @@ class FolderReader(FrameReader):
     def __init__(self, path: str, num_frames: int | None, max_side: int | None = None) -> None:
         self.path, self.max_side = path, max_side
         self._folder, pattern = split_pattern(path)
-        names = [name for name in os.listdir(self._folder) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."]
+        names = [
+            name for name in remote.list_names(self._folder) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."
+        ]
         chosen = names if pattern is None else _of_pattern(names, pattern)
         if not chosen:
             wanted = ", ".join(IMAGE_SUFFIXES) if pattern is None else f"none of its {len(names)} is named {pattern}"

@@ -33,6 +33,7 @@ import numpy as np
 from video_convmae.data.decoding import DecodeError, DecodeTimeout, FrameReader, open_frames, resolve_reader
 from video_convmae.data.options import ReaderName
 from video_convmae.data.records import Record
+from video_convmae.data.remote import ObjectCache, use_cache
 from video_convmae.errors import UserError
 
 _START_SECONDS = 300.0  # to import the libraries, perhaps from a slow disk; no record is to blame for it
@@ -55,9 +56,16 @@ class ReaderProcess:
         reader: a name that `resolve_reader` takes.
         timeout: seconds that one open or one read may take.
         max_side: as in `open_frames`.
+        cache: where files that are named by URL are copied to.
     """
 
-    def __init__(self, reader: ReaderName = "auto", timeout: float = 60.0, max_side: int | None = 4096) -> None:
+    def __init__(
+        self,
+        reader: ReaderName = "auto",
+        timeout: float = 60.0,
+        max_side: int | None = 4096,
+        cache: ObjectCache = ObjectCache(),  # noqa: B008  # frozen
+    ) -> None:
         if reader not in get_args(ReaderName):
             raise ValueError(f"data.reader is {reader!r}; expected one of {', '.join(get_args(ReaderName))}")
         if max_side is not None and max_side < 1:
@@ -65,6 +73,7 @@ class ReaderProcess:
         self.reader = reader
         self.timeout = timeout
         self.max_side = max_side
+        self.cache = cache
         self._child: ChildProcess | None = None
         self._opened: RemoteReader | None = None
 
@@ -79,7 +88,7 @@ class ReaderProcess:
         if self._opened is not None:
             self._opened.close()
         if self._child is None or not self._child.is_alive():
-            self._child = ChildProcess(serve_frames, self.reader, self.max_side)
+            self._child = ChildProcess(serve_frames, self.reader, self.max_side, self.cache)
         self._opened = RemoteReader(self._child, record, self.timeout)
         return self._opened
 
@@ -97,8 +106,8 @@ class ReaderProcess:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[type[ReaderProcess], tuple[str, float, int | None]]:
-        return ReaderProcess, (self.reader, self.timeout, self.max_side)
+    def __reduce__(self) -> tuple[type[ReaderProcess], tuple[str, float, int | None, ObjectCache]]:
+        return ReaderProcess, (self.reader, self.timeout, self.max_side, self.cache)
 
 
 class RemoteReader(contextlib.AbstractContextManager["RemoteReader"]):
@@ -195,9 +204,15 @@ class FrameStream:
         return np.stack(frames)
 
 
-def serve_frames(progress: Callable[[], None], reader: ReaderName, max_side: int | None = None) -> Handler:
+def serve_frames(
+    progress: Callable[[], None],
+    reader: ReaderName,
+    max_side: int | None = None,
+    cache: ObjectCache = ObjectCache(),  # noqa: B008  # frozen
+) -> Handler:
     """Return the handler of a reader process: a record opens it, anything else is asked of the one that is open."""
     reader = resolve_reader(reader)
+    use_cache(cache, progress)  # a download that goes on is no hang
     opened: FrameReader | None = None
     stream: FrameStream | None = None
 
