@@ -53,9 +53,50 @@ SIZES = {
 
 def size_named(name: str) -> Size:
     """Return the numbers of a named size. Raises ValueError with the choices."""
+    if name.startswith(LIBRARY):
+        raise ValueError(f"size is {name!r}; expected one of {', '.join(SIZES)}: models of pytorchvideo only classify")
     if name not in SIZES:
         raise ValueError(f"size is {name!r}; expected one of {', '.join(SIZES)}")
     return SIZES[name]
+
+
+@dataclass(frozen=True)
+class LibraryModel:
+    """A model of pytorchvideo's hub, to compare with: frames and pixels of its training clips, and what they must be
+    multiples of.
+    """
+
+    num_frames: int
+    image_size: int
+    frames_multiple: int = 1
+    pixels_multiple: int = 1
+
+
+LIBRARY = "pytorchvideo/"  # before a name of pytorchvideo.models.hub, in place of a size
+LIBRARY_MODELS = {
+    "c2d_r50": LibraryModel(8, 224, frames_multiple=2),
+    "i3d_r50": LibraryModel(8, 224, frames_multiple=2),
+    "slow_r50": LibraryModel(8, 224),
+    "slowfast_r50": LibraryModel(32, 224, frames_multiple=4),  # the slow pathway sees every fourth frame
+    "slowfast_r101": LibraryModel(32, 224, frames_multiple=4),
+    "slowfast_16x8_r101_50_50": LibraryModel(64, 224, frames_multiple=4),
+    "csn_r101": LibraryModel(32, 224),
+    "r2plus1d_r50": LibraryModel(16, 224),
+    "x3d_xs": LibraryModel(4, 160),
+    "x3d_s": LibraryModel(13, 160),
+    "x3d_m": LibraryModel(16, 224),
+    "x3d_l": LibraryModel(16, 312),
+    "mvit_base_16x4": LibraryModel(16, 224, frames_multiple=2, pixels_multiple=32),
+    "mvit_base_32x3": LibraryModel(32, 224, frames_multiple=2, pixels_multiple=32),
+}
+
+
+def library_model(size: str) -> LibraryModel:
+    """Return the numbers of a size that begins with `pytorchvideo/`. Raises ValueError with the choices."""
+    name = size.removeprefix(LIBRARY)
+    if name not in LIBRARY_MODELS:
+        raise ValueError(f"size is {size!r}; expected {LIBRARY} and one of {', '.join(LIBRARY_MODELS)}")
+    return LIBRARY_MODELS[name]
 
 
 @dataclass(frozen=True)
@@ -73,7 +114,8 @@ class EncoderConfig:
     """
 
     size: str = field(default="base", compare=False)  # equal numbers are equal models, under any name
-    """tiny, small, base, large, huge; vit_tiny to vit_huge are plain ViTs."""
+    """tiny, small, base, large, huge; vit_tiny to vit_huge are plain ViTs. To finetune also pytorchvideo/NAME, a model of
+    that library to compare with (pytorchvideo/mvit_base_16x4; docs/evaluation.md)."""
     num_frames: Annotated[int, Bounds(least=0)] = 16
     """Frames per clip; 1 makes an image model."""
     image_size: Annotated[int | tuple[int, int], Bounds(least=0)] = 224
@@ -278,6 +320,9 @@ class ClassifierConfig(EncoderConfig):
         if self.from_weights:
             self._resolve()
             return
+        if self.of_library:
+            self._check_library()
+            return
         finetuned = self.probe is None
         self._resolve(learnable_positions=finetuned, head_init_std=2e-5 if finetuned else 0.01)
         super().__post_init__()
@@ -296,6 +341,33 @@ class ClassifierConfig(EncoderConfig):
             )
         if not 0 <= self.head_dropout < 1:
             raise ValueError(f"head_dropout is {self.head_dropout}; expected a share, 0 or more and less than 1")
+
+    @property
+    def of_library(self) -> bool:
+        """Whether it is a model of pytorchvideo, of which only the clip, the dropouts and the head's start are set."""
+        return self.size.startswith(LIBRARY)
+
+    def _check_library(self) -> None:
+        """Take frames and pixels that are 0 from the model's training, and check what is set."""
+        known = library_model(self.size)
+        self._resolve()
+        object.__setattr__(self, "num_frames", self.num_frames or known.num_frames)
+        size = self.image_size or known.image_size
+        object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else size)
+        drops = ("drop_path",) if self.size.startswith(f"{LIBRARY}mvit") else ()
+        settable = {"size", "num_frames", "image_size", "head_init_std", "head_dropout", *drops}
+        for option in fields(self):
+            if option.name not in settable and (value := getattr(self, option.name)) != option.default:
+                raise ValueError(
+                    f"{option.name} is {value!r} and size {self.size}; expected {option.default!r}: of a model of "
+                    f"pytorchvideo only {', '.join(sorted(settable))} can be set"
+                )
+        _, frames, height, width = self.clip_shape
+        if frames % known.frames_multiple or height % known.pixels_multiple or width % known.pixels_multiple:
+            raise ValueError(
+                f"num_frames is {frames} and image_size {self.image_size}; expected multiples of "
+                f"{known.frames_multiple} frames and {known.pixels_multiple} pixels with {self.size}"
+            )
 
     def with_encoder(self, encoder: Mapping[str, Any]) -> ClassifierConfig:
         """Return these options, resolved, with fields of an encoder where they are not set (see `from_weights`)."""
