@@ -8,7 +8,6 @@ Letters: B clips, C T H W their channels, frames and pixels; t h w the places th
 
 from __future__ import annotations
 
-import copy
 import warnings
 from math import log
 from typing import Any
@@ -95,11 +94,13 @@ class LibraryClassifier(nn.Module):
         """Return the forward multiply-adds of one clip as fvcore counts them, which counts norms too."""
         from fvcore.nn import FlopCountAnalysis
 
-        shapes = copy.deepcopy(self).to("meta").eval()  # shapes are enough: nothing is computed
-        clip = torch.empty(1, *self.config.clip_shape, device="meta")
+        clip = torch.zeros(1, *self.config.clip_shape, device=self.projection.weight.device)
+        training = self.training
+        self.eval()  # its trace is a forward pass, which would change running statistics
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            total = FlopCountAnalysis(shapes, clip).unsupported_ops_warnings(False).total()
+            total = FlopCountAnalysis(self, clip).unsupported_ops_warnings(False).total()
+        self.train(training)
         return {"net": int(total)}
 
 
