@@ -55,20 +55,24 @@ from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.encoder import EncoderParts
 from video_convmae.models.probe import Probe
+from video_convmae.models.pytorchvideo import LibraryClassifier
 from video_convmae.models.sizes import ClassifierConfig, EncoderConfig
 from video_convmae.weights.arguments import encoder_arguments
 from video_convmae.weights.load import LoadReport, load_weights
 from video_convmae.weights.state import Weights
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
+AnyClassifier = Classifier | Probe | LibraryClassifier
 
 OWN_OF_A_RUN = ("drop_path", "implementation")  # fields of an encoder that no weights state
 
 # Models
 
 
-def build_classifier(config: ClassifierConfig, num_classes: int) -> Classifier | Probe:
-    """Build the classifier, or the probe if `config.probe` names one."""
+def build_classifier(config: ClassifierConfig, num_classes: int) -> AnyClassifier:
+    """Build the classifier, one of pytorchvideo if `config.size` names it, or the probe if `config.probe` does."""
+    if config.of_library:
+        return LibraryClassifier(config, num_classes)
     return Classifier(config, num_classes) if config.probe is None else Probe(config, num_classes)
 
 
@@ -96,7 +100,7 @@ class InitialWeights:
 
 def load_initial_weights(
     config: InitConfig,
-    model: Autoencoder | Classifier | Probe | EncoderParts,
+    model: Autoencoder | AnyClassifier | EncoderParts,
     data: SourceConfig,
     initial: InitialWeights | None = None,
 ) -> LoadReport | None:
@@ -225,7 +229,7 @@ def build_normalizer(data: SourceConfig, device: torch.device) -> Normalizer:
 
 
 def build_inference(
-    model: Autoencoder | Classifier | Probe,
+    model: Autoencoder | AnyClassifier,
     data: DataConfig,
     records: Records,
     protocol: ProtocolConfig,
@@ -234,7 +238,7 @@ def build_inference(
     """Build the inference of a model over a list; the model is moved to this process's device."""
     return ListInference(
         model.to(info.device),
-        build_views(data, records, model.encoder.config, protocol),
+        build_views(data, records, model.config, protocol),
         build_normalizer(data, info.device),
         protocol,
         info,
@@ -266,7 +270,7 @@ def build_pretraining(config: PretrainConfig, info: DistInfo) -> Trainer:
     torch.manual_seed(config.seed)
     targets = feature_targets(config.targets, loaded, config.model.widths[-1])
     model = Autoencoder(config.model, targets, config.predicts_pixels)
-    clips = build_clips(config.data, read_records(config.data), model.encoder.config, config.seed, config.mask)
+    clips = build_clips(config.data, read_records(config.data), model.config, config.seed, config.mask)
 
     def task(wrapped: nn.Module, normalizer: Normalizer) -> Pretraining:
         teachers = Teachers(config.targets, loaded, model, info) if config.targets else None
@@ -368,7 +372,7 @@ def build_finetuning(
     torch.manual_seed(config.seed)
     num_classes = _num_classes(config.data)
     model = build_classifier(config.model, num_classes)
-    clips = build_clips(config.data, records, model.encoder.config, config.seed)
+    clips = build_clips(config.data, records, model.config, config.seed)
     task = partial(Classification, mixing=Mixing(config.mixing, num_classes))
     measured = build_validation(config, info, validation)
     return build_trainer(config, info, _clip_parts(config, info, model, clips, task, lambda *_: measured, initial))
@@ -383,7 +387,7 @@ def build_validation(config: FinetuneConfig, info: DistInfo, records: Records | 
     names = read_class_names(config.data)
 
     def measure(model: nn.Module) -> Values:
-        assert isinstance(model, Classifier | Probe)
+        assert isinstance(model, AnyClassifier)
         inference = build_inference(model, config.data, records, config.validate, info)
         evaluation = evaluate_list(inference, num_classes)
         if info.is_main:
@@ -406,7 +410,7 @@ def _num_classes(data: LabelledDataConfig) -> int:
 def _clip_parts(
     config: PretrainConfig | FinetuneConfig,
     info: DistInfo,
-    model: Autoencoder | Classifier | Probe,
+    model: Autoencoder | AnyClassifier,
     clips: ClipDataset,
     task: Callable[[nn.Module, Normalizer], Task],
     validation: Callable[[Optimization, int], Validation | None],

@@ -225,6 +225,8 @@ class FinetuneConfig(RunConfig):
                 f"optim.layer_decay is {self.optim.layer_decay} and model.probe is {self.model.probe!r}; expected 1: a "
                 "probed encoder's layers are frozen"
             )
+        if self.model.of_library:
+            self._check_library()
         if self.model.probe is not None and self.model.head_dropout:
             raise ValueError(
                 f"model.head_dropout is {self.model.head_dropout} and model.probe is {self.model.probe!r}; expected 0: "
@@ -236,6 +238,19 @@ class FinetuneConfig(RunConfig):
                 f"train.batch_size x data.repeats is {clips}; mixup and cutmix take pairs: make it even, or set "
                 "mixing.mixup and mixing.cutmix to 0"
             )
+
+    def _check_library(self) -> None:
+        """Check that nothing is asked for that rests on the blocks of our models."""
+        unset: dict[str, tuple[Any, Any]] = {
+            "optim.layer_decay": (self.optim.layer_decay, 1),
+            "train.compile": (self.train.compile, False),
+            "train.activation_checkpointing": (self.train.activation_checkpointing, "none"),
+        }
+        for name, (value, expected) in unset.items():
+            if value != expected:
+                raise ValueError(
+                    f"{name} is {value} and model.size {self.model.size}; expected {expected}: it is for our own models"
+                )
 
 
 @dataclass(frozen=True)

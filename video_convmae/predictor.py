@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from video_convmae import hub
-from video_convmae.build import build_normalizer, build_sampling
+from video_convmae.build import AnyClassifier, build_normalizer, build_sampling
 from video_convmae.config import (
     DataConfig,
     FinetuneConfig,
@@ -40,6 +40,7 @@ from video_convmae.lists import read_class_names
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
+from video_convmae.models.pytorchvideo import LibraryClassifier
 from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
 from video_convmae.runs import load_autoencoder, load_classifier, run_kind, run_metrics
 from video_convmae.weights.formats import read_weights
@@ -72,7 +73,7 @@ class Predictor(hub.Pretrained):
     metrics: of the run.
     """
 
-    model: Autoencoder | Classifier | Probe
+    model: Autoencoder | Classifier | Probe | LibraryClassifier
     config: PretrainConfig | FinetuneConfig
     class_names: tuple[str, ...] | None
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -109,6 +110,8 @@ class Predictor(hub.Pretrained):
         Raises:
             DecodeError: the file cannot be read.
         """
+        if isinstance(self.model, LibraryClassifier):
+            raise TypeError(f"the model is {self.model.config.size}; expected one of ours: it has no tokens")
         with torch.inference_mode():
             return self.model.encode(self.clips(path, views or self.middle))
 
@@ -139,7 +142,7 @@ class Predictor(hub.Pretrained):
         Raises:
             DecodeError: the file cannot be read.
         """
-        data, encoder = self.config.data, self.model.encoder.config
+        data, encoder = self.config.data, self.model.config
         record = record_at(path)
         records, size = Records([record], record.format), encoder.clip_shape[2:]
         sampling, augmentation = build_sampling(data, encoder), Augmentation(data.augmentation)
@@ -198,7 +201,7 @@ def load(
     source = path_or_run if isinstance(path_or_run, Checkpoint) else find_weights(path_or_run)
     kind = run_kind(source)
     names: tuple[str, ...] | None = None
-    model: Autoencoder | Classifier | Probe
+    model: Autoencoder | Classifier | Probe | LibraryClassifier
     config: PretrainConfig | FinetuneConfig
     if kind in ("detection", "segmentation"):
         raise UserError(f"{path_or_run} is a run of {kind}; expected a classifier or a pretrained model")
@@ -233,7 +236,7 @@ def _working_reader(reader: ReaderName) -> ReaderName:
         return substitute
 
 
-def _load_published(path: Path) -> tuple[Autoencoder | Classifier | Probe, PretrainConfig | FinetuneConfig]:
+def _load_published(path: Path) -> tuple[Autoencoder | AnyClassifier, PretrainConfig | FinetuneConfig]:
     """Load a published file. Only parts that the file holds are built and read.
 
     The settings are those that its configuration states, else the usual ones of its kind, with a note.
@@ -284,9 +287,9 @@ def _assumed_settings(weights: Weights, config: PretrainConfig | FinetuneConfig)
     return assumed
 
 
-def _usual_settings(model: Autoencoder | Classifier | Probe) -> PretrainConfig | FinetuneConfig:
+def _usual_settings(model: Autoencoder | AnyClassifier) -> PretrainConfig | FinetuneConfig:
     """Return the usual settings: images resized to 256 and cropped to 224, bicubic; videos dense, stride 4."""
-    encoder = model.encoder.config
+    encoder = model.config
     is_image = encoder.num_frames == 1
     augmentation = AugmentationConfig(interpolation="bicubic" if is_image else "bilinear")
     list_format: ListFormat = "image" if is_image else "video"
@@ -294,10 +297,13 @@ def _usual_settings(model: Autoencoder | Classifier | Probe) -> PretrainConfig |
         data = DataConfig(train="", format=list_format, augmentation=augmentation)
         shape = AutoencoderConfig(num_frames=encoder.num_frames, image_size=encoder.image_size)
         return PretrainConfig(output="", data=data, model=shape)
+    classifier = ClassifierConfig(num_frames=encoder.num_frames, image_size=encoder.image_size)
+    if isinstance(model, LibraryClassifier):
+        classifier = model.config
     test = ProtocolConfig(crop_pct=0.875) if is_image else ProtocolConfig(segments=5, crops=3)
     return FinetuneConfig(
         output="",
         data=LabelledDataConfig(train="", format=list_format, augmentation=augmentation, num_classes=model.num_classes),
-        model=ClassifierConfig(num_frames=encoder.num_frames, image_size=encoder.image_size),
+        model=classifier,
         test=test,
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from video_convmae import hub
 from video_convmae.atomic import read_json
-from video_convmae.build import build_classifier
+from video_convmae.build import AnyClassifier, build_classifier
 from video_convmae.config import (
     FinetuneConfig,
     PretrainConfig,
@@ -25,8 +25,6 @@ from video_convmae.dense.segmentation import Segmenter
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
 from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import Autoencoder
-from video_convmae.models.classifier import Classifier
-from video_convmae.models.probe import Probe
 from video_convmae.weights.files import check_finite, read_file, run_config
 
 Source = str | Path | Checkpoint
@@ -74,7 +72,7 @@ def load_autoencoder(source: Source, ema: bool = False) -> tuple[Autoencoder, Pr
     return _filled(Autoencoder(config.model), weights, path), config
 
 
-def load_classifier(source: Source, ema: bool | None = None) -> tuple[Classifier | Probe, FinetuneConfig]:
+def load_classifier(source: Source, ema: bool | None = None) -> tuple[AnyClassifier, FinetuneConfig]:
     """Load a finetuned or probed model in evaluation mode, and the configuration of its run.
 
     Args:

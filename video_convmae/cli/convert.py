@@ -76,7 +76,10 @@ def read_source(source: str, exclude: Collection[str]) -> Weights:
     """Read a file, a checkpoint, or the newest checkpoint of a run folder."""
     from video_convmae.engine.checkpoint import read_found_weights
 
-    return read_found_weights(source).without(*exclude)
+    weights = read_found_weights(source)
+    if weights.size is not None:
+        raise UserError(f"{source} is {weights.size}, which has one format alone; expected a model of ours")
+    return weights.without(*exclude)
 
 
 def save_folder(weights: Weights, tensors: Tensors, folder: Path) -> None:

@@ -35,6 +35,7 @@ def extract_features(config: FeaturesConfig) -> Path:
     from video_convmae.engine.evaluation import write_bad_records
     from video_convmae.engine.features import extract_rows, feature_shape, feature_source, write_features
     from video_convmae.engine.inference import chunk_folder
+    from video_convmae.models.pytorchvideo import LibraryClassifier
 
     folder = output_folder(config)
     file = folder / "features.npz"
@@ -50,7 +51,7 @@ def extract_features(config: FeaturesConfig) -> Path:
             "list": config.list,
             "kind": config.kind,
             "source": source,
-            "grid": loaded.model.encoder.config.grid,
+            "grid": None if isinstance(loaded.model, LibraryClassifier) else loaded.model.encoder.config.grid,
             **asdict(protocol),
         }
         settings = about | {"ema": config.ema, "data": to_plain(data), "records": records.digest()}

@@ -38,6 +38,6 @@ def main(arguments: Sequence[str]) -> int:
     pictures = loaded.pictures(args.file, loaded.middle)
     rows, lines = draw_feature_rows(loaded, pictures, loaded.normalise(pictures), label)
     lines = [f"{args.weights}, {args.file}", *lines]
-    write_feature_picture(rows, lines, args.output, loaded.model.encoder.config.tubelet, args.frames)
+    write_feature_picture(rows, lines, args.output, loaded.model.config.tubelet, args.frames)
     print(*lines, f"{args.output}: {len(rows)} rows", sep="\n")
     return 0

@@ -139,7 +139,7 @@ def read_table(inference: ListInference, folder: Path) -> Table:
         inference: over one view of each record, with the model's clips.
         folder: for finished chunks.
     """
-    channels, frames = inference.model.encoder.config.clip_shape[:2]
+    channels, frames = inference.model.config.clip_shape[:2]
     sizes = {"motion_energy": (frames - 1) * CELLS**2, "mean_frame": channels * PIXELS**2}
     names = [name for name, size in sizes.items() if size]  # an image has no motion
 

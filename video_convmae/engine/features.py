@@ -27,6 +27,7 @@ from video_convmae.data.records import Records
 from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import FusedEncoder
 from video_convmae.models.classifier import Classifier
+from video_convmae.models.pytorchvideo import LibraryClassifier
 
 from .distributed import barrier
 from .inference import ChunkStore, ListInference, Model, in_list_order
@@ -53,6 +54,10 @@ class FeatureTable(NamedTuple):
 def feature_function(model: Model, kind: FeatureKind) -> Callable[[Tensor], Tensor]:
     """Return clips `(B, C, T, H, W)` -> features, `(B, D)` pooled or `(B, N, D)` tokens; see `feature_source`."""
 
+    if isinstance(model, LibraryClassifier):
+        _refuse_tokens(model, kind)
+        return lambda clips: model.pooled(clips).float()
+
     def tokens(clips: Tensor) -> Tensor:
         return model.encode(clips).float()
 
@@ -64,13 +69,23 @@ def feature_function(model: Model, kind: FeatureKind) -> Callable[[Tensor], Tens
 
 
 def feature_shape(model: Model, kind: FeatureKind) -> tuple[int, ...]:
-    """Return the shape of a record's features."""
+    """Return the shape of a record's features. Raises UserError: tokens are asked for, and there are none."""
+    if isinstance(model, LibraryClassifier):
+        _refuse_tokens(model, kind)
+        return (model.projection.in_features,)
     width = model.encoder.width
     return (width,) if kind == "pooled" else (prod(model.encoder.config.grid), width)
 
 
+def _refuse_tokens(model: LibraryClassifier, kind: FeatureKind) -> None:
+    if kind == "tokens":
+        raise UserError(f"kind is tokens and the model {model.config.size}; expected pooled: ours alone have tokens")
+
+
 def feature_source(model: Model, kind: FeatureKind) -> str:
     """Say where in the model features are read."""
+    if isinstance(model, LibraryClassifier):
+        return "the input of the last linear layer, the mean over the places that it sees"
     if not isinstance(model, FusedEncoder):
         if kind == "tokens":
             return "tokens after the last attention block, before any norm"

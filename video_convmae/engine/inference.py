@@ -30,13 +30,14 @@ from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
+from video_convmae.models.pytorchvideo import LibraryClassifier
 
 from .distributed import DistInfo, all_gather_object
 from .options import ProtocolConfig
 from .tasks import Normalizer, autocast
 from .watchdog import heartbeat
 
-Model = Autoencoder | Classifier | Probe
+Model = Autoencoder | Classifier | Probe | LibraryClassifier
 
 
 class NonFiniteOutput(UserError, FloatingPointError):

@@ -195,7 +195,7 @@ def _synchronise_batch_norms(model: nn.Module) -> None:
     """Replace every BatchNorm by a synchronised one with the same parameters and buffers."""
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
-            if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
                 synced = SyncedBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine)
                 synced.load_state_dict(norm.state_dict())
                 setattr(parent, name, synced.to(next(norm.buffers()).device).train(norm.training))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from video_convmae.models.probe import KNNHead
+from video_convmae.models.pytorchvideo import LibraryClassifier
 
 from .distributed import all_gather_object
 from .evaluation import write_bad_records
@@ -101,6 +102,7 @@ def measure_probe(inference: ListInference, folder: Path) -> Values:
         Those of `probe_features`, and how many records were `scored` and how many `failed`.
     """
     model, info, labels = inference.model, inference.info, inference.views.records.labels
+    assert not isinstance(model, LibraryClassifier)  # none is pretrained
     grid, width = model.encoder.config.grid, model.encoder.width
     result = inference.run(lambda clips: pool(model.encode(clips), grid[0]), (width if grid[0] == 1 else 2 * width,))
     values: Values = {}

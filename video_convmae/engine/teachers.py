@@ -222,6 +222,8 @@ def _pixels(settings: Mapping[str, Any]) -> Pixels:
 
 def _encoder_of(weights: Weights) -> tuple[FusedEncoder | Classifier, tuple[str, ...]]:
     """Return a model that holds encoder, norm and fusion, and what was assumed about it."""
+    if weights.size is not None:
+        raise UserError(f"the teacher is {weights.size}, which has no tokens; expected a model of ours or of timm")
     arguments = encoder_arguments(weights)
     model: Autoencoder | Classifier
     if weights.has("norm"):

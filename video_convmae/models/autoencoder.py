@@ -150,6 +150,7 @@ class FusedEncoder(nn.Module):
 
     def __init__(self, config: EncoderConfig, msd: bool) -> None:
         super().__init__()
+        self.config = config
         self.encoder = Encoder(config)
         self.fusion = Fusion(config) if msd else None
         self.norm = nn.LayerNorm(self.encoder.width, eps=1e-6)

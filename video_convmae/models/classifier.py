@@ -68,6 +68,8 @@ class Classifier(nn.Module, PretrainedHead):
         check_num_classes(num_classes)
         if config.probe is not None:
             raise ValueError(f"probe is {config.probe!r}; expected none in a Classifier: build a Probe")
+        if config.of_library:
+            raise ValueError(f"size is {config.size}; expected one of ours in a Classifier: build a LibraryClassifier")
         self.config, self.num_classes = config, num_classes
         self.encoder = Encoder(config)
         width = pooled_width(config, config.pool)

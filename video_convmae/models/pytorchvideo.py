@@ -1,7 +1,7 @@
 """Models of pytorchvideo as classifiers, to compare with: the same data, training, evaluation and benchmark.
 
 The library builds the model; nothing of its computation changes. `LibraryClassifier` gives it the parts of our
-`Classifier` that the rest of this package uses. Only its models are imported: its transforms fail on today's torchvision.
+`Classifier` that the rest of this package uses. Only models are imported: its transforms fail on today's torchvision.
 
 Letters: B clips, C T H W their channels, frames and pixels; t h w the places that a convolutional head sees, K classes.
 """
@@ -43,6 +43,8 @@ class LibraryClassifier(nn.Module):
         UserError: pytorchvideo is not installed.
         ValueError: fewer than one class, or a size of ours.
     """
+
+    slow_frames: Tensor  # of SlowFast: those of the slow pathway, a buffer
 
     def __init__(self, config: ClassifierConfig, num_classes: int) -> None:
         super().__init__()
@@ -120,6 +122,7 @@ class FittingPool(nn.AvgPool3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, T, H, W)` -> `(B, C, t, h, w)`."""
+        assert isinstance(self.kernel_size, tuple)
         window = [min(int(side), size) for side, size in zip(self.kernel_size, x.shape[2:])]
         return F.avg_pool3d(x, window, stride=1)
 

@@ -114,8 +114,8 @@ class EncoderConfig:
     """
 
     size: str = field(default="base", compare=False)  # equal numbers are equal models, under any name
-    """tiny, small, base, large, huge; vit_tiny to vit_huge are plain ViTs. To finetune also pytorchvideo/NAME, a model of
-    that library to compare with (pytorchvideo/mvit_base_16x4; docs/evaluation.md)."""
+    """tiny, small, base, large, huge; vit_tiny to vit_huge are plain ViTs; to finetune also a model of pytorchvideo to
+    compare with, pytorchvideo/mvit_base_16x4 (docs/evaluation.md)."""
     num_frames: Annotated[int, Bounds(least=0)] = 16
     """Frames per clip; 1 makes an image model."""
     image_size: Annotated[int | tuple[int, int], Bounds(least=0)] = 224

@@ -24,6 +24,7 @@ from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import Autoencoder, FusedEncoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import LinearHead, Probe
+from video_convmae.models.pytorchvideo import LibraryClassifier
 from video_convmae.predictor import Predictor
 
 FOR, AGAINST = np.array([214, 39, 40]), np.array([31, 119, 180])  # red and blue
@@ -120,7 +121,10 @@ def draw_feature_rows(
         clips: the same, normalised.
         label: class of the evidence; None: the most probable one.
     """
-    model, config = predictor.model, predictor.model.encoder.config
+    model = predictor.model
+    if isinstance(model, LibraryClassifier):
+        raise UserError(f"the model is {model.config.size}; expected one of ours: only their tokens are drawn")
+    config = model.encoder.config
     frames = pictures[0].permute(1, 2, 3, 0).numpy()[:: config.tubelet]  # the first of each token's frames
     with torch.inference_mode():
         tokens, grids = model.encoder.forward_intermediates(clips)

@@ -9,6 +9,7 @@ from video_convmae.models.sizes import SIZES
 
 from .files import Tensors
 from .formats import Source, read_weights
+from .formats.pytorchvideo import clip_of
 from .state import POSITIONS, Weights, embedding_weights
 
 
@@ -30,6 +31,9 @@ def model_arguments(source: Source, kind: Literal["autoencoder", "classifier"] |
     weights = read_weights(source)
     if weights.has("head.linear") and kind is None:
         raise ValueError("a probe's weights: build it with create_probe, or read its run with video_convmae.load")
+    if weights.size is not None:
+        classes = {} if weights.num_classes is None else {"num_classes": weights.num_classes}
+        return {"size": weights.size, **clip_of(weights, tested=True), **classes}
     arguments = encoder_arguments(weights)
     if kind == "classifier" or (kind is None and weights.has("head")):
         if weights.position_table == "flat" and POSITIONS[0] not in weights.tensors:
@@ -51,7 +55,9 @@ def model_arguments(source: Source, kind: Literal["autoencoder", "classifier"] |
 
 
 def encoder_arguments(weights: Weights) -> dict[str, Any]:
-    """Return those arguments of `model_arguments` that concern the encoder."""
+    """Return those arguments of `model_arguments` that concern the encoder; of pytorchvideo, size and clip."""
+    if weights.size is not None:
+        return {"size": weights.size, **clip_of(weights, tested=False)}
     tensors, last = weights.tensors, len(weights.strides) - 1
     stages = [*(f"encoder.conv_stages.{stage}" for stage in range(last)), "encoder.attention_blocks"]
     widths = tuple(len(kernel) for kernel in embedding_weights(tensors))

@@ -24,13 +24,15 @@ from video_convmae.models.autoencoder import Autoencoder, FusedEncoder, create_a
 from video_convmae.models.classifier import Classifier, create_classifier
 from video_convmae.models.encoder import EncoderParts
 from video_convmae.models.probe import Probe
-from video_convmae.models.sizes import AutoencoderConfig, EncoderConfig
+from video_convmae.models.pytorchvideo import LibraryClassifier
+from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig, EncoderConfig
 
 from .arguments import encoder_arguments, model_arguments
 from .files import Tensors
 from .formats import Source, read_weights
 from .formats.base import NO_CLS
 from .formats.ours import rename_norm
+from .formats.pytorchvideo import NET, clip_of, rename_head
 from .inflate import inflate
 from .options import EXCLUDABLE, Inflation
 from .state import PARTS, POSITIONS, Weights, embedding_weights, summarize_names
@@ -70,8 +72,10 @@ class LoadReport:
         return "\n".join([f"{self.format}: {len(self.loaded)} tensors loaded", *listed, *notes])
 
 
-def model_from(source: Source, **overrides: Any) -> tuple[Autoencoder | Classifier, LoadReport]:
+def model_from(source: Source, **overrides: Any) -> tuple[Autoencoder | Classifier | LibraryClassifier, LoadReport]:
     """Build the model that weights describe and load them: a classifier if there is a head, else an autoencoder.
+
+    Of pytorchvideo it is that model, for clips as in the published test.
 
     `overrides` replace arguments that `model_arguments` returns: `heads`, `image_size`, `num_frames`, ...
 
@@ -79,6 +83,8 @@ def model_from(source: Source, **overrides: Any) -> tuple[Autoencoder | Classifi
         ValueError: as `read_weights`, `model_arguments` and `load_weights`.
     """
     weights = read_weights(source)
+    if weights.size is not None:
+        return _library_model_from(weights, **overrides)
     create: Callable[..., Autoencoder | Classifier] = create_classifier if weights.has("head") else create_autoencoder
     model = create(**{**model_arguments(weights), **overrides})
     report = load_weights(model, weights)
@@ -87,8 +93,22 @@ def model_from(source: Source, **overrides: Any) -> tuple[Autoencoder | Classifi
     return model, report
 
 
+def _library_model_from(weights: Weights, **overrides: Any) -> tuple[LibraryClassifier, LoadReport]:
+    arguments = model_arguments(weights) | overrides
+    classes = arguments.pop("num_classes", None)
+    if classes is None:
+        raise ValueError(f"{weights.format} weights without the last linear layer; expected a classifier's")
+    model = LibraryClassifier(ClassifierConfig(**arguments), classes)
+    report = load_weights(model, weights)
+    if weights.guessed:
+        report = replace(report, assumed=(f"{weights.size}: X3D-XS, S and M have the same shapes",))
+    return model, report
+
+
 def describe_encoder(config: EncoderConfig) -> str:
     """Return the numbers of an encoder in words."""
+    if isinstance(config, ClassifierConfig) and config.of_library:
+        return f"{config.size}; {describe_clip(config)}"
     return (
         f"widths {_as_option(config.widths)}, depths {_as_option(config.depths)}, {config.heads} heads, strides "
         f"{_as_option(config.strides)}, tubelet {config.tubelet}, {config.position_table} positions; "
@@ -103,7 +123,7 @@ def describe_clip(config: EncoderConfig) -> str:
 
 
 def load_weights(
-    model: Autoencoder | Classifier | Probe | EncoderParts,
+    model: Autoencoder | Classifier | Probe | LibraryClassifier | EncoderParts,
     source: Source,
     *,
     inflation: Inflation | None = None,
@@ -135,6 +155,8 @@ def load_weights(
     if unknown := sorted(set(exclude) - set(EXCLUDABLE)):
         raise ValueError(f"exclude has {', '.join(unknown)}; expected some of {', '.join(EXCLUDABLE)}")
     whole = read_weights(source)
+    if isinstance(model, LibraryClassifier) or whole.size is not None:
+        return _load_library(model, whole, exclude, class_names)
     config = model.config if isinstance(model, EncoderParts) else model.encoder.config
     weights = _resolve(whole.without(*exclude), config, inflation)
     inflated = weights.is_image and config.num_frames > 1
@@ -155,6 +177,23 @@ def load_weights(
     report = plan.load()
     added = sorted(model.added) if isinstance(model, EncoderParts) else ()
     return replace(report, missing=(*report.missing, *added))
+
+
+def _load_library(
+    model: nn.Module, whole: Weights, exclude: Collection[str], class_names: Sequence[str] | None
+) -> LoadReport:
+    """Load weights of pytorchvideo into its own model; arguments as of `load_weights`."""
+    if whole.size is None:
+        raise ValueError(f"{whole.format} weights for a model of pytorchvideo; expected weights of that library")
+    if not isinstance(model, LibraryClassifier):
+        raise ValueError(f"{whole.format} weights for a model of ours; expected --model.size {whole.size} to finetune")
+    if others := sorted(set(exclude) - {"head"}):
+        raise ValueError(f"exclude has {', '.join(others)}; of a model of pytorchvideo only head can be excluded")
+    notes = ["excluded as asked: head"] if exclude else []
+    plan = _Plan(_targets(model), model.config, whole.without(*exclude), class_names, notes)
+    for part in ("net", "head"):
+        plan.add_part(part, may_be_new=False)
+    return plan.load()
 
 
 def _resolve(weights: Weights, config: EncoderConfig, inflation: Inflation | None) -> Weights:
@@ -226,6 +265,8 @@ def _targets(model: nn.Module) -> Tensors:
     tensors = model.state_dict()
     if isinstance(model, EncoderParts):
         return {f"encoder.{name}": tensor for name, tensor in tensors.items() if name not in model.added}
+    if isinstance(model, LibraryClassifier):
+        return {rename_head(name.removeprefix(NET)): tensor for name, tensor in tensors.items()}
     return rename_norm(tensors) if isinstance(model, Classifier) else tensors
 
 
@@ -270,7 +311,7 @@ class _Plan:
             {name: t for name, t in tensors.items() if name.startswith(f"{part}.") and name not in POSITIONS}
             for tensors in (self.targets, self.weights.tensors)
         )
-        if not wanted or (part != "encoder" and not self.weights.has(part)):
+        if not wanted or (part not in ("encoder", "net") and not self.weights.has(part)):
             return
         faults = _compare_shapes(wanted, given)
         if not faults and part == "encoder":
@@ -297,7 +338,12 @@ class _Plan:
             more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
             options = _other_sizes(self.weights, self.config) if part == "encoder" else ""
             advice = "build the model with the arguments of model_arguments(weights)"
-            if part != "encoder":
+            if part == "net":
+                clip = clip_of(self.weights, tested=False)
+                advice = f"set --model.size {self.weights.size} and its clip, " + ", ".join(
+                    f"--model.{name} {value}" for name, value in clip.items()
+                )
+            elif part != "encoder":
                 advice += f", or exclude {part}"
             elif options:
                 advice = f"set {options}"

@@ -53,7 +53,9 @@ class Weights:
     names: our name -> name in the file, where it differs.
     dropped: name in the file without a counterpart here -> reason.
     notes: sentences for the report.
-    guessed: strides, tubelet and channels are a guess from shapes, as for a bare state dict of ours.
+    guessed: strides, tubelet and channels are a guess from shapes, as for a bare state dict of ours; of a model of
+        pytorchvideo, its size is.
+    size: of a model of pytorchvideo, `pytorchvideo/NAME`, whose tensors are `net.*` and `head.*`; None: one of ours.
     config: configuration of the run that wrote these very tensors, as plain data; None: no run, or they were changed.
     """
 
@@ -74,6 +76,7 @@ class Weights:
     dropped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     guessed: bool = False
+    size: str | None = None
     config: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:

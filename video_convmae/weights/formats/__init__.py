@@ -20,7 +20,7 @@ from ..files import Tensors, check_finite, read_file
 from ..options import WRITABLE
 from ..state import Weights, embedding_weights
 from ..wrapping import find_model
-from . import ours
+from . import ours, pytorchvideo
 from .base import Format, argument_properties
 from .convmae import CONVMAE, MMPRETRAIN
 from .huggingface import HF_MAE, HF_VIDEOMAE, folder_properties
@@ -52,7 +52,7 @@ def read_weights(source: Source) -> Weights:
     elif isinstance(source, (str, Path)):
         contents = read_file(find_shipped_weights(source) or source)
         try:
-            weights = _read_contents(contents)
+            weights = _read_contents(contents, Path(source).stem)
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
     else:
@@ -61,9 +61,13 @@ def read_weights(source: Source) -> Weights:
     return replace(weights, format=f"{weights.format} {kind}")
 
 
-def _read_contents(contents: Mapping[str, Any]) -> Weights:
-    found = find_model(contents, [ours.MARKER, *dict.fromkeys(family.marker for family in FORMATS)], ours.ALONE)
-    weights = _translate(found.tensors, contents)
+def _read_contents(contents: Mapping[str, Any], name: str | None = None) -> Weights:
+    markers = [ours.MARKER, *dict.fromkeys(family.marker for family in FORMATS), *pytorchvideo.MARKERS]
+    found = find_model(contents, markers, ours.ALONE)
+    if pytorchvideo.is_library(found.tensors):
+        weights = pytorchvideo.read(found.tensors, contents, name)
+    else:
+        weights = _translate(found.tensors, contents)
     check_finite(weights.tensors, weights.names)
     return replace(weights, dropped={**weights.dropped, **found.dropped}, notes=(*weights.notes, *found.notes))
 

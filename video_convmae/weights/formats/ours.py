@@ -51,7 +51,7 @@ def from_tensors(tensors: Tensors, contents: Mapping[str, Any]) -> Weights:
         options = {name: model[name] for name in EncoderConfig.__dataclass_fields__ if model.get(name) is not None}
         encoder = _properties(EncoderConfig(**options)) | {"heads": model.get("heads")}
         weights = Weights("VideoConvMAE", tensors, **encoder, config=config)
-        return weights.stating("the run's configuration", _run_properties(config, weights))
+        return weights.stating("the run's configuration", run_properties(config, weights))
     if isinstance(geometry, Mapping) and geometry.get("strides"):  # `Weights.geometry`, of a converted file
         weights = Weights("VideoConvMAE", tensors, tuple(geometry["strides"]), guessed=True)
         return replace(weights.stating("the file's metadata", known_properties(geometry)), guessed=False)
@@ -63,7 +63,7 @@ def known_properties(geometry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: geometry[name] for name in (*GEOMETRY, "grid") if name in geometry}
 
 
-def _run_properties(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+def run_properties(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     """Return what the configuration of a run states beside the encoder."""
     model, data = config["model"], config.get("data") or {}
     labels = data.get("labels")
