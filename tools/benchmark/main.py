@@ -2,12 +2,13 @@
 
     video-convmae benchmark step --vs dense --json step.json
     video-convmae benchmark step --vs hf-videomae --device cuda --precision bf16 --batch 64
+    video-convmae benchmark models --threads 1 --clock cpu --json models.json
     video-convmae benchmark scale --device cuda --precision bf16 --plot scale.png
     video-convmae benchmark loader --vs videomae --json loader.json
     video-convmae benchmark packing --json packing.json
     video-convmae benchmark opening --json opening.json
 
-`benchmark step --help` (scale, loader, packing, opening) explains each measurement. Results: docs/performance.md.
+`benchmark step --help` (models, scale, loader, packing, opening) explains a measurement. Results: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from pathlib import Path
 from tempfile import gettempdir
 
 from video_convmae.cli.parser import CommandLine, within
+from video_convmae.models.sizes import LIBRARY, LIBRARY_MODELS, SIZES
 
 # The choices of the measuring modules stand here again, for importing those imports torch; a test compares them.
 STEP_SIDES = ("dense", "packed", "videomae", "hf-videomae", "hf-videomae-compiled")
+SIZES_OF_ALL = (*SIZES, *(LIBRARY + name for name in LIBRARY_MODELS))
+COMPARED = ("vit_base", *(LIBRARY + name for name in ("mvit_base_16x4", "slowfast_r50", "x3d_m")))
 READ_SIDES = ("floor", "videomae")
 MASK_KINDS = ("tube", "random", "frame", "block")
 PRECISIONS = ("fp32", "bf16")
@@ -34,9 +38,14 @@ READERS = ("auto", "torchcodec", "pyav", "decord", "torchcodec_cuda")
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a training step, shared by `step` and `scale`."""
     add = parser.add_argument
-    add("--size", default="base", help="size of our model (default %(default)s)")
+    add("--size", default="base", help="size of our model, or pytorchvideo/NAME (default %(default)s)")
     add("--implementation", default="packed", choices=["packed", "dense"])
-    add("--task", default="pretrain", choices=["pretrain", "finetune"], help="finetune: nothing is hidden")
+    add(
+        "--task",
+        default="pretrain",
+        choices=["pretrain", "finetune", "test"],
+        help="finetune: nothing is hidden; test: forward alone",
+    )
     add("--frames", type=within(int, least=1), default=16, help="frames of a clip; 1: images")
     add("--image-size", type=within(int, least=1), default=224, help="side of a clip in pixels")
     add("--mask", choices=MASK_KINDS, help="default: tube; random for images")
@@ -79,7 +88,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_step_options(parser: argparse.ArgumentParser) -> None:
     _add_model_options(parser)
-    parser.add_argument("--vs", default="dense", choices=STEP_SIDES, help="the other side")
+    parser.add_argument(
+        "--vs", default="dense", type=_side, help=f"the other side: {', '.join(STEP_SIDES)}, or a size as of --size"
+    )
     parser.add_argument("--repeats", type=within(int, least=1), default=5, help="pairs of steps")
     parser.add_argument(
         "--loading",
@@ -87,6 +98,20 @@ def _add_step_options(parser: argparse.ArgumentParser) -> None:
         help="with --masks: also time one process that loads a decoded clip with all its masks, against as many clips",
     )
     parser.add_argument("--profile", action="store_true", help="first print where the time of our steps is spent")
+
+
+def _side(name: str) -> str:
+    if name not in (*STEP_SIDES, *SIZES_OF_ALL):
+        raise argparse.ArgumentTypeError(f"it is {name!r}; expected {', '.join((*STEP_SIDES, *SIZES_OF_ALL))}")
+    return name
+
+
+def _add_models_options(parser: argparse.ArgumentParser) -> None:
+    _add_model_options(parser)
+    parser.set_defaults(batch=1)
+    add = parser.add_argument
+    add("--vs", nargs="*", default=list(COMPARED), choices=SIZES_OF_ALL, help="the others (default: %(default)s)")
+    add("--repeats", type=within(int, least=1), default=3, help="pairs of steps, and of tests, with each")
 
 
 def _add_scale_options(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +174,7 @@ def _add_opening_options(parser: argparse.ArgumentParser) -> None:
 
 COMMANDS = {
     "step": (_add_step_options, "a training step against another"),
+    "models": (_add_models_options, "finetuning and testing of ours and of other families, in a table"),
     "scale": (_add_scale_options, "cost against frames, resolution, mask ratio and batch"),
     "loader": (_add_loader_options, "clips a second from files to batches"),
     "packing": (_add_packing_options, "speed, size and quality of re-encoded videos"),

@@ -5,14 +5,16 @@
     video-convmae benchmark step --frames 1 --vs dense                        # images, ratio 0.75
     video-convmae benchmark step --decoder-ratio 0.5 --vs packed              # against the whole decoder
     video-convmae benchmark step --frames 1 --masks 4 --vs dense              # FastConvMAE, against four plain passes
-    video-convmae benchmark step --task finetune --vs hf-videomae --profile   # nothing hidden
+    video-convmae benchmark step --task finetune --vs hf-videomae --profile   # nothing hidden; --task test: forward alone
+    video-convmae benchmark step --task finetune --vs pytorchvideo/x3d_m      # or any size of ours
 
 A step is forward, backward and a fused AdamW update on random clips that lie on the device. Each side has a process of
 its own, and they take turns, one step each, so a machine whose speed drifts slows both; the ratio is the median over
 the pairs. Peak memory is what CUDA's allocator held in that process, or on a CPU the growth of the process. Ours keeps
 freed memory, as the trainer does; transformers' runs with its defaults (MALLOC_MMAP_MAX_=0
 MALLOC_TRIM_THRESHOLD_=4000000000 before the command gives it the same). Multiply-adds and bytes are counted by formula;
-a step is counted as three forward passes.
+a step is counted as three forward passes. Models of pytorchvideo take their own published clip, whatever --frames and
+--image-size say, and fvcore counts their multiply-adds.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ from video_convmae.data.transforms import Augmentation
 from video_convmae.engine.distributed import DistInfo, keep_freed_memory
 from video_convmae.engine.parallel import parallelize
 from video_convmae.models.encoder import Encoder
-from video_convmae.models.sizes import size_named
+from video_convmae.models.pytorchvideo import LibraryClassifier
+from video_convmae.models.sizes import LIBRARY, ClassifierConfig, size_named
+from video_convmae.weights.formats.pytorchvideo import PROTOCOLS
 
 from .environment import describe_machine
 from .files import make_files
@@ -50,6 +54,7 @@ from .reading import LoaderSide, ReadCase
 
 CLASSES = 400
 PROFILED_STEPS = 4
+PHASES = ("forward", "backward", "optimizer")
 LOADED_FILES = 8
 # For --vs, models of ours: size and arguments of the other model, from those of the first.
 RIVALS: dict[str, Callable[[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = {
@@ -112,14 +117,14 @@ def resolve_step_options(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def build_side(args: argparse.Namespace, name: str) -> StepSide:
-    """Build one side, `ours` or a name of --vs, in training mode on the device.
+    """Build one side, `ours` or a name of --vs, in training mode (--task test: evaluation mode) on the device.
 
     Raises:
         ImportError: a peer is named and transformers is not installed.
     """
     torch.manual_seed(0)
     side = (_build_peer if name in PEERS else _build_ours)(args, name)
-    side.model.to(args.device).train()
+    side.model.to(args.device).train(args.task != "test")
     return side
 
 
@@ -131,9 +136,15 @@ def _build_ours(args: argparse.Namespace, name: str) -> StepSide:
         "msd": not args.no_msd,
         "implementation": args.implementation,
     }
-    if name != "ours":
+    if name in RIVALS and size.startswith(LIBRARY):
+        raise ValueError(f"--vs is {name} and --size {size}; expected a size, for example --vs base")
+    if name in RIVALS:
         size, arguments = RIVALS[name](size, arguments)
-    if args.task == "finetune":
+    elif name != "ours":
+        size, arguments = name, arguments | {"implementation": "packed"}
+    if size.startswith(LIBRARY) and args.task != "pretrain":
+        return _library(args, size)
+    if args.task != "pretrain":
         side = _classification(args, size, arguments)
     else:
         side = _pretraining(args, size, arguments, None if name == "packed" else args.decoder_ratio, name == "ours")
@@ -172,6 +183,15 @@ def _classification(args: argparse.Namespace, size: str, arguments: dict[str, An
     return StepSide(model, lambda: F.cross_entropy(model(clips).float(), labels), model.multiply_adds(), moved)
 
 
+def _library(args: argparse.Namespace, size: str) -> StepSide:
+    """Build a step of a model of pytorchvideo, on clips as it was trained, or tested, on."""
+    pixels = PROTOCOLS[size.removeprefix(LIBRARY)].crop if args.task == "test" else 0
+    model = LibraryClassifier(ClassifierConfig(size=size, num_frames=0, image_size=pixels), CLASSES).to(args.device)
+    clips, labels = _clips(args, model.config.clip_shape), _labels(args)
+    forward = torch.compile(model) if args.compile else model
+    return StepSide(model, lambda: F.cross_entropy(forward(clips).float(), labels), model.multiply_adds())
+
+
 def _build_peer(args: argparse.Namespace, name: str) -> StepSide:
     from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
@@ -197,7 +217,7 @@ def _build_peer(args: argparse.Namespace, name: str) -> StepSide:
     )
     clips = _clips(args, encoder.clip_shape).transpose(1, 2).contiguous()  # (B, T, C, H, W)
     multiply_adds = dict(ours.multiply_adds)
-    if args.task == "finetune":
+    if args.task != "pretrain":
         model, labels = VideoMAEForVideoClassification(config), _labels(args)
         forward = torch.compile(model) if name.endswith("compiled") else model
         return StepSide(model, lambda: F.cross_entropy(forward(clips).logits.float(), labels), multiply_adds)
@@ -283,10 +303,24 @@ class Clock:
 
 
 def build_step(side: StepSide, args: argparse.Namespace) -> Callable[[], list[float]]:
-    """Return a function that takes one optimizer step and returns the seconds of forward, backward and optimizer."""
+    """Return a function that takes one optimizer step and returns the seconds of forward, backward and optimizer.
+
+    With --task test it is a forward pass without gradients, and its seconds.
+    """
     device = torch.device(args.device)
-    optimizer = torch.optim.AdamW(side.model.parameters(), lr=1e-4, fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    def test() -> list[float]:
+        clock = Clock(device, args.clock)
+        clock.mark()
+        with torch.inference_mode(), autocast:
+            side.loss()
+        clock.mark()
+        return clock.intervals()
+
+    if args.task == "test":
+        return test
+    optimizer = torch.optim.AdamW(side.model.parameters(), lr=1e-4, fused=True)
 
     def step() -> list[float]:
         clock = Clock(device, args.clock)
@@ -371,7 +405,11 @@ def _start_runner(args: argparse.Namespace, name: str) -> dict[str, Any]:
     runner = _runners[name] = Runner(args, name)
     for _ in range(args.warmup):
         runner.step()
-    return {"multiply_adds": runner.side.multiply_adds, "conv_stage_bytes_per_clip": runner.side.conv_bytes}
+    return {
+        "parameters": sum(parameter.numel() for parameter in runner.side.model.parameters()),
+        "multiply_adds": runner.side.multiply_adds,
+        "conv_stage_bytes_per_clip": runner.side.conv_bytes,
+    }
 
 
 def _take_step(name: str) -> list[float]:
@@ -388,7 +426,7 @@ def _end_runner(name: str) -> int:
 def measure_step(args: argparse.Namespace) -> dict[str, Any]:
     """Start each side in its process, warm it up, and let both take turns."""
     names = ("ours", args.vs)
-    rate = matrix_rate(args.device, args.precision, args.clock)
+    rate, passes = matrix_rate(args.device, args.precision, args.clock), 1 if args.task == "test" else 3
     with own_process() as first, own_process() as second:
         processes = dict(zip(names, (first, second)))
         counted = [process.submit(_start_runner, args, name).result() for name, process in processes.items()]
@@ -398,13 +436,15 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
         ]
         memory = [process.submit(_end_runner, name).result() for name, process in processes.items()]
     ours, theirs = (
-        _side_result(counted[i], [pair[i] for pair in pairs], memory[i], rate, args.batch) for i in range(len(names))
+        _side_result(counted[i], [pair[i] for pair in pairs], memory[i], rate / passes, args.batch)
+        for i in range(len(names))
     )
     whole = [[sum(parts) for parts in pair] for pair in pairs]
     masks = f"{args.masks} x " if args.masks > 1 else ""
-    hidden = "nothing hidden" if args.task == "finetune" else f"{masks}{args.mask} {args.ratio}"
+    hidden = f"{masks}{args.mask} {args.ratio}" if args.task == "pretrain" else "nothing hidden"
+    clip = "its own clip" if args.size.startswith(LIBRARY) else f"{args.implementation} {args.frames}x{args.image_size}"
     return {
-        "model": f"{args.size} {args.implementation} {args.frames}x{args.image_size}, {args.task}, {hidden}"
+        "model": f"{args.size} {clip}, {args.task}, {hidden}"
         + (f", {args.decoder_ratio} of the hidden predicted" if args.decoder_ratio else ""),
         "against": args.vs,
         "precision": args.precision,
@@ -424,18 +464,26 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
 def _side_result(
     counted: dict[str, Any], seconds: list[list[float]], memory: int, rate: float, batch: int
 ) -> dict[str, Any]:
-    """Return the result of one side; `seconds` are of forward, backward and optimizer, step by step."""
+    """Return the result of one side.
+
+    Args:
+        counted: as of `_start_runner`.
+        seconds: of forward, backward and optimizer, step by step; in a test of forward.
+        memory: at its peak, in bytes.
+        rate: matrix rate of the device over the passes of a step.
+        batch: clips of a step.
+    """
     whole = statistics.median(sum(step) for step in seconds)
     parts = [statistics.median(part) for part in zip(*seconds)]
     total = sum(counted["multiply_adds"].values())
     return {
         "clips_per_second": batch / whole,
         "seconds_per_step": whole,
-        **dict(zip(("forward_seconds", "backward_seconds", "optimizer_seconds"), parts)),
+        **dict(zip((f"{name}_seconds" for name in PHASES), parts)),
         "peak_memory_bytes": memory,
         "forward_multiply_adds_per_clip": total,
         **counted,
-        "share_of_matrix_rate": 3 * total * batch / whole / rate,
+        "share_of_matrix_rate": total * batch / whole / rate,
     }
 
 
@@ -494,9 +542,9 @@ def report_step(result: dict[str, Any]) -> Iterator[str]:
     for name, side in (("ours", result["ours"]), (result["against"], result["theirs"])):
         parts = ", ".join(f"{part} {count / 1e9:.3g}" for part, count in side["multiply_adds"].items())
         yield f"{name}: {side['clips_per_second']:.3f} clips/s, peak memory {side['peak_memory_bytes'] / 2**30:.2f} GiB"
+        phases = [f"{name} {side[f'{name}_seconds']:.3f}" for name in PHASES if f"{name}_seconds" in side]
         yield (
-            f"    {side['seconds_per_step']:.3f} s a step: forward {side['forward_seconds']:.3f}, backward "
-            f"{side['backward_seconds']:.3f}, optimizer {side['optimizer_seconds']:.3f}; "
+            f"    {side['seconds_per_step']:.3f} s a step: {', '.join(phases)}; "
             f"{side['share_of_matrix_rate']:.0%} of the matrix rate"
         )
         yield f"    {side['forward_multiply_adds_per_clip'] / 1e9:.3g} G multiply-adds a clip's forward pass: {parts}"
