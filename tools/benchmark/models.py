@@ -51,8 +51,8 @@ def run_models(args: argparse.Namespace) -> dict[str, Any]:
                     "peak_memory_bytes": side["peak_memory_bytes"],
                 }
             print(f"{task}: {other} {1 / pair['ratio']:.2f} of the clips/s of {args.size}", flush=True)
-    options = ("device", "precision", "threads", "batch", "repeats", "warmup", "compile", "clock")
-    result = {name: getattr(args, name) for name in options if name != "device"}
+    options = ("precision", "threads", "batch", "repeats", "warmup", "compile", "clock")
+    result = {name: getattr(args, name) for name in options}
     result |= {"load_average": os.getloadavg()[0], **describe_machine(args.device), "rows": list(rows.values())}
     print(*report_models(result), sep="\n")
     return result

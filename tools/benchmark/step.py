@@ -5,7 +5,7 @@
     video-convmae benchmark step --frames 1 --vs dense                        # images, ratio 0.75
     video-convmae benchmark step --decoder-ratio 0.5 --vs packed              # against the whole decoder
     video-convmae benchmark step --frames 1 --masks 4 --vs dense              # FastConvMAE, against four plain passes
-    video-convmae benchmark step --task finetune --vs hf-videomae --profile   # nothing hidden; --task test: forward alone
+    video-convmae benchmark step --task finetune --vs hf-videomae --profile   # nothing hidden; test: forward alone
     video-convmae benchmark step --task finetune --vs pytorchvideo/x3d_m      # or any size of ours
 
 A step is forward, backward and a fused AdamW update on random clips that lie on the device. Each side has a process of
@@ -426,7 +426,8 @@ def _end_runner(name: str) -> int:
 def measure_step(args: argparse.Namespace) -> dict[str, Any]:
     """Start each side in its process, warm it up, and let both take turns."""
     names = ("ours", args.vs)
-    rate, passes = matrix_rate(args.device, args.precision, args.clock), 1 if args.task == "test" else 3
+    rate = matrix_rate(args.device, args.precision, args.clock)
+    step_rate = rate if args.task == "test" else rate / 3  # a step is counted as three forward passes
     with own_process() as first, own_process() as second:
         processes = dict(zip(names, (first, second)))
         counted = [process.submit(_start_runner, args, name).result() for name, process in processes.items()]
@@ -436,7 +437,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
         ]
         memory = [process.submit(_end_runner, name).result() for name, process in processes.items()]
     ours, theirs = (
-        _side_result(counted[i], [pair[i] for pair in pairs], memory[i], rate / passes, args.batch)
+        _side_result(counted[i], [pair[i] for pair in pairs], memory[i], step_rate, args.batch)
         for i in range(len(names))
     )
     whole = [[sum(parts) for parts in pair] for pair in pairs]
