@@ -185,15 +185,16 @@ def test_the_stride_is_nearest_to_the_published_frames() -> None:
 def test_evaluation_is_the_librarys_recipe(x3d: Path, videos: Path, tmp_path: Path) -> None:
     """Two clips of each video, frames spread evenly; three crops of the short side; softmax, then the mean."""
     options = ["--segments=2", "--precision=fp32", "--workers=0", "--device=cpu", "--reader=pyav"]
-    where = [f"--weights={x3d}", f"--list={videos / 'list.txt'}", f"--root={videos}", f"--output={tmp_path}"]
+    (tmp_path / "two.txt").write_text("0.mp4 0\n1.mp4 1\n")
+    where = [f"--weights={x3d}", f"--list={tmp_path / 'two.txt'}", f"--root={videos}", f"--output={tmp_path}"]
     metrics = evaluate(parse(EvaluateConfig, [*where, *options]))
-    assert (metrics["scored"], metrics["views"]) == (4, [2, 3])
+    assert (metrics["scored"], metrics["views"]) == (2, [2, 3])
     net = library("x3d_xs", model_num_class=5)
     net.load_state_dict(torch.load(x3d, weights_only=True)["model_state"])
     with np.load(tmp_path / "scores.npz") as file:
         scores = file["scores"]
     assert np.ptp(scores, axis=1).min() > 0.1
-    for i in range(4):
+    for i in range(2):
         frames = torch.from_numpy(read_frames(videos / f"{i}.mp4")).permute(3, 0, 1, 2) / 255  # (C, T, H, W)
         views = []
         for start in (0, frames.shape[1] - 49):
@@ -251,7 +252,7 @@ def run(videos: Path, output: Path, *edits: str) -> int:
     return finetune(parse(FinetuneConfig, arguments(videos, output, *edits)))
 
 
-def test_a_run_resumes_exactly_and_is_evaluated_predicted_and_read(
+def test_a_run_resumes_exactly_and_is_evaluated(
     x3d: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edits = (f"--init.weights={x3d}", "--train.ema=0.9", "--model.head_dropout=0.5", "--train.save_every=1")
@@ -280,13 +281,20 @@ def test_a_run_resumes_exactly_and_is_evaluated_predicted_and_read(
     config = [f"--weights={tmp_path / 'cut'}", "--device=cpu", "--workers=0", "--segments=1", "--crops=1"]
     metrics = evaluate(parse(EvaluateConfig, [*config, f"--output={tmp_path / 'test'}"]))
     assert (metrics["scored"], metrics["views"]) == (4, [1, 1])
-    assert command("predict", str(tmp_path / "cut"), str(videos / "0.mp4"), "--device=cpu") == 0
-    listed = [f"--list={videos / 'list.txt'}", f"--root={videos}", f"--output={tmp_path / 'features'}"]
-    assert command("features", *config, *listed) == 0
-    table = read_features(tmp_path / "features" / "features.npz")
-    assert table.features.shape == (4, 2048)
-    assert "last linear layer" in table.about.get("source", "")
     assert read_weights(tmp_path / "cut" / "checkpoints" / "best").size == "pytorchvideo/x3d_xs"  # starts another run
+
+
+@pytest.mark.slow
+def test_a_published_file_predicts_and_gives_features(
+    x3d: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert command("predict", str(x3d), str(videos / "0.mp4"), "--device=cpu", "--top=2") == 0
+    assert capsys.readouterr().out.count("%") == 2
+    listed = [f"--list={videos / 'list.txt'}", f"--root={videos}", f"--output={tmp_path}"]
+    assert command("features", f"--weights={x3d}", *listed, "--device=cpu", "--workers=0") == 0
+    table = read_features(tmp_path / "features.npz")
+    assert table.features.shape == (4, 2048)
+    assert "last linear layer" in table.about["source"]
 
 
 @pytest.mark.slow
