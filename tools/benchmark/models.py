@@ -12,7 +12,8 @@ Kinetics-400.
 
 Multiply-adds are of one clip's forward pass. Of ours they are counted by formula: matrix products and convolutions,
 attention included, norms not. Of pytorchvideo's fvcore counts them, as its authors did: norms included, sums and
-activations not. On our models fvcore would leave out scaled_dot_product_attention, for which it has no rule.
+activations not. Of ours fvcore would leave out scaled_dot_product_attention and the masked depthwise convolution, for
+which it has no rules.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ class LibraryClassifier(nn.Module):
         self.eval()  # its trace is a forward pass, which would change running statistics
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            total = FlopCountAnalysis(self, clip).unsupported_ops_warnings(False).total()
+            counter = FlopCountAnalysis(self, clip).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+            total = counter.total()
         self.train(training)
         return {"net": int(total)}
 
