@@ -32,7 +32,7 @@ from .files import Tensors
 from .formats import Source, read_weights
 from .formats.base import NO_CLS
 from .formats.ours import rename_norm
-from .formats.pytorchvideo import NET, clip_of, rename_head
+from .formats.pytorchvideo import NET, clip_of, our_names
 from .inflate import inflate
 from .options import EXCLUDABLE, Inflation
 from .state import PARTS, POSITIONS, Weights, embedding_weights, summarize_names
@@ -266,7 +266,8 @@ def _targets(model: nn.Module) -> Tensors:
     if isinstance(model, EncoderParts):
         return {f"encoder.{name}": tensor for name, tensor in tensors.items() if name not in model.added}
     if isinstance(model, LibraryClassifier):
-        return {rename_head(name.removeprefix(NET)): tensor for name, tensor in tensors.items()}
+        theirs = {name.removeprefix(NET): tensor for name, tensor in tensors.items()}
+        return {ours: theirs[name] for name, ours in our_names(theirs).items()}
     return rename_norm(tensors) if isinstance(model, Classifier) else tensors
 
 

@@ -10,7 +10,7 @@ was measured with, PySlowFast's configs/Kinetics/pytorchvideo/*.yaml (crops; sho
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,7 +114,7 @@ def read(given: Tensors, contents: Mapping[str, Any], name: str | None) -> Weigh
     config = contents.get("config")
     config = config if isinstance(config, Mapping) and "model" in config else None
     size, guessed = _find_size(given, name) if config is None else (config["model"]["size"], False)
-    names = {rename_head(theirs): theirs for theirs in given}
+    names = {ours: theirs for theirs, ours in our_names(given).items()}
     short = size.removeprefix(LIBRARY)
     weights = Weights(
         f"pytorchvideo {short}",
@@ -130,10 +130,14 @@ def read(given: Tensors, contents: Mapping[str, Any], name: str | None) -> Weigh
     return weights if config is None else replace(weights, **run_properties(config, weights))
 
 
-def rename_head(name: str) -> str:
-    """Return our name of one of the library's tensors: that of the last linear layer is `head.*`."""
-    match = re.fullmatch(r"(?:head|blocks\.\d)\.proj\.(weight|bias)", name)
-    return f"head.{match[1]}" if match else NET + name
+def our_names(names: Iterable[str]) -> dict[str, str]:
+    """Return our name of each of the library's tensors: those of the last linear layer are `head.*`.
+
+    It is `head.proj` in MViT, whose blocks have a `proj` of their own, and `blocks.5.proj` or `blocks.6.proj` else.
+    """
+    names = list(names)
+    last = r"head\.proj\." if any(name.startswith("patch_embed.") for name in names) else r"blocks\.[56]\.proj\."
+    return {name: re.sub(f"^{last}", "head.", name) if re.match(last, name) else NET + name for name in names}
 
 
 def clip_of(weights: Weights, tested: bool) -> dict[str, Any]:
