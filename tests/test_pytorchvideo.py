@@ -176,6 +176,18 @@ def test_files_that_differ_in_nothing_are_told_by_their_name_or_assumed(x3d: Pat
     assert (predictor.config.test.segments, predictor.config.test.crops) == (10, 3)
 
 
+def test_every_tensor_has_its_place_and_the_head_is_the_last_layer() -> None:
+    """MViT's blocks have projections of their own."""
+    net = library("mvit_base_16x4", head_num_classes=5)
+    weights = read_weights({"model_state": net.state_dict()})
+    assert len(weights.tensors) == len(net.state_dict())
+    assert {name for name in weights.tensors if name.startswith("head.")} == {"head.weight", "head.bias"}
+    assert torch.equal(weights.tensors["head.weight"], net.head.proj.weight)
+    model, report = model_from(weights)
+    assert report.missing == report.unexpected == ()
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in model.net.state_dict().items())
+
+
 def test_the_stride_is_nearest_to_the_published_frames() -> None:
     strides = {name: preprocessing(LIBRARY + name)["data.stride"] for name in PROTOCOLS}
     assert strides | {"slow_r50": 9, "x3d_xs": 16, "x3d_m": 5, "mvit_base_16x4": 4, "slowfast_r50": 2} == strides
@@ -304,7 +316,13 @@ def test_one_and_two_processes_agree(x3d: Path, videos: Path, tmp_path: Path) ->
     for count in (1, 2):
         folder = tmp_path / str(count)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        edits = ["--train.effective_batch=4", "--mixing.mixup=0", "--mixing.cutmix=0", f"--init.weights={x3d}"]
+        edits = [
+            "--train.effective_batch=4",
+            "--train.batch_size=4",
+            "--mixing.mixup=0",
+            "--mixing.cutmix=0",
+            f"--init.weights={x3d}",
+        ]
         program = [*torchrun, "-m", "video_convmae", "finetune", *arguments(videos, folder, *edits)]
         program.append("--data.augmentation.reprob=0")
         done = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True)
