@@ -333,7 +333,9 @@ def test_one_and_two_processes_agree(x3d: Path, videos: Path, tmp_path: Path) ->
         done = subprocess.run([*torchrun, "-m", "video_convmae", "evaluate", *options], env=ENVIRONMENT)
         assert done.returncode == 0
         predictions.append((folder / "test" / "predictions.csv").read_bytes())
-    np.testing.assert_allclose(*losses, rtol=1e-4)
+    (first, second), (also_first, also_second) = losses
+    assert first == pytest.approx(also_first, rel=1e-5)
+    assert second == pytest.approx(also_second, rel=1e-3)  # Adam's first step is the gradients' signs
     assert predictions[0] == predictions[1]
 
 
