@@ -31,6 +31,7 @@ from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
+from video_convmae.models.pytorchvideo import LibraryClassifier
 from video_convmae.predictor import load
 from video_convmae.runs import load_segmenter, run_kind
 
@@ -142,6 +143,8 @@ def _load(
         size = _pair(config.validate.window if image_size is None else image_size)
         return segmenter, (3, *size), _about(config.data, labels)
     loaded = load(found, ema=ema)
+    if isinstance(loaded.model, LibraryClassifier):
+        raise UserError(f"{source} is {loaded.model.config.size}, which is not exported; expected a model of ours")
     model: Autoencoder | Classifier | Probe = with_clip(loaded.model, num_frames, image_size)
     return model, model.encoder.config.clip_shape, _about(loaded.config.data, loaded.class_names)
 

@@ -163,6 +163,10 @@ class Predictor(hub.Pretrained):
         return ReaderProcess(data.reader, data.decode_timeout, data.max_side)
 
     def _hub_folder(self) -> hub.Folder:
+        if isinstance(self.model, LibraryClassifier):
+            raise UserError(
+                f"the model is {self.model.config.size}, which is not saved for the hub; expected one of ours"
+            )
         own = self.model._hub_folder()
         config = to_plain(self.config) | {"model": to_plain(self.model.encoder.config)}
         if self.class_names is not None:
@@ -170,6 +174,7 @@ class Predictor(hub.Pretrained):
         return hub.Folder(own.architecture, config, own.num_classes, self.metrics)
 
     def _hub_tensors(self) -> dict[str, Tensor]:
+        assert not isinstance(self.model, LibraryClassifier)  # refused above
         return self.model._hub_tensors()
 
     @classmethod
