@@ -164,9 +164,7 @@ class Predictor(hub.Pretrained):
 
     def _hub_folder(self) -> hub.Folder:
         if isinstance(self.model, LibraryClassifier):
-            raise UserError(
-                f"the model is {self.model.config.size}, which is not saved for the hub; expected one of ours"
-            )
+            raise UserError(f"the model is {self.model.config.size}, which no hub takes; expected one of ours")
         own = self.model._hub_folder()
         config = to_plain(self.config) | {"model": to_plain(self.model.encoder.config)}
         if self.class_names is not None:
