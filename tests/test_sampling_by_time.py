@@ -169,7 +169,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_record(films: dict[str, tuple[
     whole = Augmentation(AugmentationConfig(crop="whole"))
     with ReaderProcess("pyav") as reader:
         samples = [
-            ClipDataset(records, sampling, whole, (48, 64), None, reader, seed=5)[SampleKey(2, i)] for i in (0, 6)
+            ClipDataset(records, sampling, whole, (48, 64), None, reader, seed=5)[SampleKey(2, i)] for i in (0, 3)
         ]
         kept = ClipDataset(records, sampling, whole, (48, 64), None, MemoryReader(reader, 1), seed=5)
         for _ in range(2):  # decoded, then from memory
