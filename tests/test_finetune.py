@@ -279,7 +279,7 @@ def test_a_run_that_was_killed_while_it_validated_does_so_again(
 ) -> None:
     run(videos, tmp_path / "whole", "--train.epochs=2")
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

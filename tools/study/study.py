@@ -413,7 +413,10 @@ def table(rows: list[Row]) -> str:
 
 def origins(rows: list[Row]) -> str:
     """Return the machines and commits that rows were measured with."""
-    return "; ".join(dict.fromkeys(f"{row['device']}, commit {row['commit']}" for row in rows))
+    commits: dict[str, dict[str, None]] = {}
+    for row in rows:
+        commits.setdefault(row["device"], {})[row["commit"]] = None
+    return "; ".join(f"{device}, commit{'s' if len(of) > 1 else ''} {', '.join(of)}" for device, of in commits.items())
 
 
 def cell(values: list[float]) -> str:

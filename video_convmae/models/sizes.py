@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from math import prod
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -192,6 +193,8 @@ class EncoderConfig:
             raise ValueError(f"implementation is {self.implementation!r}; expected 'packed' or 'dense'")
         if self.position_table not in get_args(PositionTable):
             raise ValueError(f"position_table is {self.position_table!r}; expected sincos or flat")
+        for name in ("patch", "grid", "kernel", "clip_shape", "mlp_ratios", "later_strides"):
+            getattr(self, name)  # computed now: torch.compile cannot trace cached_property's lock (Python 3.11)
 
     def _resolve(self, **defaults: Any) -> None:
         """Set the named fields that were left at their class defaults, and turn lists (from JSON, YAML) into tuples."""
@@ -201,34 +204,34 @@ class EncoderConfig:
                 value = defaults[option.name]
             object.__setattr__(self, option.name, tuple(value) if isinstance(value, list) else value)
 
-    @property
+    @cached_property
     def patch(self) -> int:
         """Pixels along a token's side."""
         return prod(self.strides)
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int, int]:
         """Token grid (t, h, w)."""
         _, frames, height, width = self.clip_shape
         return frames // self.tubelet, height // self.patch, width // self.patch
 
-    @property
+    @cached_property
     def kernel(self) -> tuple[int, int, int]:
         """Depthwise kernel size (kt, kh, kw)."""
         return self.temporal_kernel, self.spatial_kernel, self.spatial_kernel
 
-    @property
+    @cached_property
     def clip_shape(self) -> tuple[int, int, int, int]:
         """Shape (C, T, H, W) of one clip."""
         assert isinstance(self.image_size, tuple)  # since __post_init__
         return (self.channels, self.num_frames, *self.image_size)
 
-    @property
+    @cached_property
     def mlp_ratios(self) -> tuple[float, ...]:
         """MLP ratio of each stage."""
         return self.mlp_ratio if isinstance(self.mlp_ratio, tuple) else (self.mlp_ratio,) * len(self.widths)
 
-    @property
+    @cached_property
     def later_strides(self) -> tuple[tuple[int, ...], ...]:
         """For each stage, the strides of the stages after it: the nesting of its cells in a token."""
         return tuple(self.strides[stage + 1 :] for stage in range(len(self.strides)))

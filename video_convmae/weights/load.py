@@ -417,11 +417,12 @@ class _Plan:
 
     def _compare_pools(self) -> str | None:
         """Return how the file's head reads other features than the model's; None: it does not, as far as is known."""
-        if not isinstance(self.config, ClassifierConfig) or self.config.probe == "attentive":
+        config = self.config
+        if not isinstance(config, ClassifierConfig) or config.of_library or config.probe == "attentive":
             return None
-        weights, ours = self.weights, self.config.pool
+        weights, ours = self.weights, config.pool
         theirs = "attentive" if weights.has("pooling") else weights.pool
-        if theirs is None and len(weights.tensors.get("fc_norm.weight", ())) == self.config.widths[-1]:
+        if theirs is None and len(weights.tensors.get("fc_norm.weight", ())) == config.widths[-1]:
             theirs = "mean"
         return None if theirs in (None, ours) else f"the file's reads pool {theirs}, the model's {ours}"
 
