@@ -115,6 +115,7 @@ def test_motion_is_read_from_the_motion_energy(moving: Path, tmp_path: Path) -> 
     assert "motion energy" in metrics["baselines_verdict"]
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_numbers(moving: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

@@ -132,7 +132,8 @@ def test_a_sharded_run_takes_the_steps_of_one_process(videos: Path, tmp_path: Pa
         )
 
 
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_target_that_averages_the_encoder_is_the_same_on_two_processes(
     parallel: str, videos: Path, tmp_path: Path
 ) -> None:

@@ -156,7 +156,7 @@ def test_a_probe_is_logged_and_changes_nothing(videos: Path, tmp_path: Path, cap
     assert [metrics[name] for name in VALUES] == probed(lines)[8]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_probe_is_the_same_for_any_number_of_processes(videos: Path, tmp_path: Path, parallel: str) -> None:
     edits = (f"--probe.list={videos / 'with_bad.txt'}", "--train.epochs=1", "--optim.lr=0")
     one = probed(run(videos, tmp_path / "one", *edits, "--train.batch_size=4"))

@@ -205,7 +205,7 @@ def test_packed_equals_dense(size: str, mask: str) -> None:
     assert_equal(packed, dense, mask, torch.float64)
 
 
-@pytest.mark.parametrize("size", ["large", "huge"])
+@pytest.mark.parametrize("size", ["large", pytest.param("huge", marks=pytest.mark.slow)])
 def test_packed_equals_dense_at_large_widths(size: str) -> None:
     packed, dense = pair(size, num_frames=2, image_size=(32, 64))
     for mask in MASKS:

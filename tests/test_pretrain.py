@@ -67,7 +67,9 @@ def test_a_run_folder(videos: Path, tmp_path: Path) -> None:
     assert len(checkpoint.list_checkpoints(tmp_path / "checkpoints")) == 2
 
 
-@pytest.mark.parametrize(("batch", "accumulate", "processes"), [(2, 2, 1), (2, 1, 2), (1, 2, 2)])
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "processes"), [(2, 2, 1), pytest.param(2, 1, 2, marks=pytest.mark.slow), (1, 2, 2)]
+)
 def test_the_same_global_batch_gives_the_same_steps(
     videos: Path, tmp_path: Path, batch: int, accumulate: int, processes: int
 ) -> None:

@@ -139,6 +139,7 @@ def test_no_source_is_on_both_sides(sources: int, each: int, train: int) -> None
         assert len(set(source[tested]) | set(source[learned])) == sources, "no source is left out"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(config: object) -> None:
         raise KeyboardInterrupt

@@ -258,6 +258,7 @@ def server(folder: Path) -> Iterator[str]:
         running.shutdown()
 
 
+@pytest.mark.slow
 def test_a_run_on_a_list_from_a_server(folder: Path, server: str, cache: Path, tmp_path: Path) -> None:
     """Reader processes of loading processes download; a missing file and one that is cut off are bad records."""
     (folder / "served.txt").write_text("0.mp4\n1.mp4\n2.mp4\nshard.tar#1.mp4\nnone.mp4\ncut.mp4\n")

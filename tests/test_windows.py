@@ -283,6 +283,7 @@ def test_a_broken_video_keeps_the_windows_before_and_is_reported(alone: Path, vi
     }
 
 
+@pytest.mark.slow
 def test_two_processes_with_loading_processes_write_the_same_bytes(
     run: Path, videos: Path, alone: Path, tmp_path: Path
 ) -> None:
