@@ -97,7 +97,7 @@ def test_masks_of_a_sharded_model_stay_on_the_cpu(
 @pytest.mark.parametrize(
     "edits",
     [
-        ("--train.parallel=fsdp", "--train.ema=0.9"),
+        pytest.param(("--train.parallel=fsdp", "--train.ema=0.9"), marks=pytest.mark.slow),
         pytest.param(("--train.compress_gradients=true",), marks=pytest.mark.slow),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -246,6 +247,26 @@ def test_the_configuration_stays_one_of_a_run(tmp_path: Path) -> None:
     assert isinstance(back, PretrainConfig)
     assert back.model == loaded.config.model
     assert (back.output, back.data.train, back.data.root) == ("", "", "")
+
+
+def test_a_run_that_stops_early_comes_back(tmp_path: Path) -> None:
+    """Its validation list is left out of the folder, and `validate.patience` needs one."""
+    run = run_of("classifier", tmp_path)
+    loaded = video_convmae.load(run)
+    validate = dataclasses.replace(loaded.config.validate, patience=5)
+    data = dataclasses.replace(loaded.config.data, validation="list.txt", cache="/secret/cache")
+    config = dataclasses.replace(loaded.config, validate=validate, data=data)
+    dataclasses.replace(loaded, config=config).save_pretrained(tmp_path / "saved")
+    assert "/secret" not in (tmp_path / "saved" / "config.json").read_text()
+    assert same_outputs(video_convmae.load(tmp_path / "saved").model, loaded.model)
+
+
+def test_a_model_saved_alone_loads_whatever_its_shape(tmp_path: Path) -> None:
+    shape = {"num_frames": 3, "image_size": 32, "tubelet": 1, "temporal_kernel": 1}
+    create_classifier("tiny", num_classes=3, **shape).save_pretrained(tmp_path / "saved")
+    with pytest.warns(Note, match="without preprocessing"):
+        loaded = video_convmae.load(tmp_path / "saved")
+    assert loaded.config.model.num_frames == 3
 
 
 def test_the_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

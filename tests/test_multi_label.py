@@ -24,9 +24,11 @@ from video_convmae.data.labels import check_labels, count_labels
 from video_convmae.data.mixing import Mixing
 from video_convmae.data.options import MixingConfig
 from video_convmae.data.records import ListError, Record, Records, format_line, parse_line, read_list
+from video_convmae.engine.distributed import init_distributed
 from video_convmae.engine.evaluation import Evaluation, macro_f1, mean_average_precision
 from video_convmae.lists import has_several_labels
 from video_convmae.models.sizes import ClassifierConfig
+from video_convmae.visualize.report import make_report
 
 SMALL = ("--model.widths=[16,24,32]", "--model.depths=[1,1,1]", "--model.heads=2", "--validate.batch_size=8")
 
@@ -160,6 +162,14 @@ def test_a_run_learns_several_classes_and_is_tested(trained: Path, videos: Path,
     assert [row["label"] for row in rows] == ["0,1", "1", "2,0", "0,1", "1", "0,2"]
     scores = {p.label: p.score for p in load(trained)(videos / "0.mp4", top=3)}
     assert sum(scores.values()) != pytest.approx(1, abs=1e-3)  # each is a probability of its own
+
+
+def test_a_report_has_the_precision_of_several_classes(trained: Path) -> None:
+    with init_distributed("cpu") as info:
+        report = make_report(trained, info, records=8)
+    assert "mAP" in report.html
+    assert [reason for _, reason in report.missing].count("records have several classes each") == 3
+    assert "always answering" not in report.html
 
 
 @pytest.mark.parametrize(

@@ -360,6 +360,8 @@ def test_what_makes_no_windows_is_an_error(
 
 def test_names_of_videos() -> None:
     paths = ["/r/a.mp4", "/r/b/a.mp4", "/r/c.mp4", "/r/c.webm", "/elsewhere/d.mkv", "/r/s.tar#e.mp4"]
+    clash = video_names(Records([Record(f"/r/{name}") for name in ("a.mp4", "a.webm", "a-1.mp4")]), "/r")
+    assert len(set(clash)) == 3
     names = video_names(Records([Record(path) for path in paths]), "/r")
     assert names == ["a", "b/a", "c-3", "c-4", "d", "s.tar/e"]
 

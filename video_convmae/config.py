@@ -339,6 +339,8 @@ class FinetuneConfig(RunConfig):
                 )
             if self.train.parallel == "fsdp":
                 raise ValueError(f"{given} and train.parallel is fsdp; expected ddp")
+            if not isinstance(self.data.train, str):
+                raise ValueError(f"{given} and data.train is several lists; expected one, of which a part is held out")
         if self.model.probe is not None and self.optim.layer_decay != 1:
             raise ValueError(
                 f"optim.layer_decay is {self.optim.layer_decay} and model.probe is {self.model.probe!r}; expected 1: a "

@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from video_convmae.atomic import replacing
-from video_convmae.config import DataConfig, SourceConfig
+from video_convmae.config import DataConfig, LabelledDataConfig, SourceConfig
 from video_convmae.dense.segmentation import Segmenter
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
 from video_convmae.errors import UserError
@@ -155,7 +155,12 @@ def _load(
 def _about(data: SourceConfig, class_names: Sequence[str] | None) -> dict[str, Any]:
     """Return what a user of a file must know: mean and deviation of pixels from 0 to 1, frames apart, classes."""
     about: dict[str, Any] = {"mean": list(data.mean), "std": list(data.std)}
-    about |= {"stride": data.stride} if isinstance(data, DataConfig) and data.format != "image" else {}
+    if isinstance(data, DataConfig) and data.format != "image":
+        about |= {"sampling": data.sampling}
+        if data.sampling == "dense":
+            about |= {"stride": data.stride} if data.fps is None else {"fps": data.fps}
+    if isinstance(data, LabelledDataConfig) and data.multi_label:
+        about["multi_label"] = True  # the sigmoid of a logit is its probability
     return about if class_names is None else {**about, "class_names": list(class_names)}
 
 
@@ -180,6 +185,8 @@ def with_clip(
         config: Any = replace(old, **{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         raise UserError(str(error)) from error
+    if getattr(config, "pool", None) == "frames" and config.grid[0] != old.grid[0]:
+        raise UserError(f"the head reads each time of {old.num_frames} frames apart (model.pool frames); keep them")
     other: Any
     if isinstance(model, Autoencoder):
         other = Autoencoder(config, model.targets, model.predicts_pixels)

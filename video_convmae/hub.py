@@ -40,6 +40,8 @@ _PATHS: dict[str, Any] = {
     "data.train": "",
     "data.root": "",
     "data.validation": None,
+    "data.cache": None,
+    "validate.patience": None,  # which needs a list to validate on
     "probe.list": None,
     "targets": [],
 }
@@ -47,10 +49,14 @@ _NUMBERS = {  # of a run's metrics, that its card shows
     "val_top1": "top-1, validation",
     "val_top5": "top-5, validation",
     "val_mean_class_accuracy": "mean class accuracy, validation",
+    "val_map": "mAP, validation",
+    "val_macro_f1": "macro F1, validation",
     "val_loss": "loss, validation",
     "top1": "top-1",
     "top5": "top-5",
     "mean_class_accuracy": "mean class accuracy",
+    "map": "mAP",
+    "macro_f1": "macro F1",
     "scored": "records scored",
     "loss": "last training loss",
     "loss_nothing": "loss of predicting nothing",
@@ -109,6 +115,16 @@ class Pretrained(ModelHubMixin, library_name=LIBRARY):
 
     def _hub_tensors(self) -> dict[str, Tensor]:
         raise NotImplementedError
+
+    def save_pretrained(self, *args: Any, **options: Any) -> str | None:
+        """Save the model, as the mixin does. Raises UserError, before anything is written: it cannot be saved."""
+        self._hub_folder()
+        return super().save_pretrained(*args, **options)
+
+    def push_to_hub(self, *args: Any, **options: Any) -> str:
+        """Upload the model, as the mixin does. Raises UserError, before a repository is made: it cannot be saved."""
+        self._hub_folder()
+        return super().push_to_hub(*args, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_folder(save_directory, self._hub_folder(), self._hub_tensors())
@@ -275,8 +291,11 @@ def _describe_data(data: Mapping[str, Any], is_image: bool) -> list[str]:
         return ["- the preprocessing is not known: the model was saved alone"]
     lines = [f"- pixels from 0 to 1, less the mean {data['mean']}, over the deviation {data['std']}"]
     if not is_image:
-        apart = f"{data['stride']} frames apart" if data["sampling"] == "dense" else "one of each of as many segments"
+        apart = f"{data['stride']} frames apart" if data.get("fps") is None else f"{data['fps']:g} a second"
+        apart = apart if data["sampling"] == "dense" else "one of each of as many segments"
         lines.append(f"- frames: {data['sampling']}, {apart}")
+    if data.get("multi_label"):
+        lines.append("- a clip may have several classes: the sigmoid of a logit is its probability")
     return lines
 
 

@@ -14,7 +14,7 @@ from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.labels import check_labels, check_single, class_names, count_labels
 from video_convmae.data.mixture import MixedList, Mixture
 from video_convmae.data.records import ListError, Records, read_list
-from video_convmae.data.remote import ObjectCache, is_url, use_cache
+from video_convmae.data.remote import ObjectCache, is_url, join, use_cache
 from video_convmae.engine.distributed import DistInfo, all_gather_object
 from video_convmae.errors import Note
 
@@ -122,8 +122,10 @@ def read_class_names(data: LabelledDataConfig) -> tuple[str, ...] | None:
         return data.labels or None
     if not data.train and data.labels is None:  # usual settings of a published file: there is no list
         return None
-    found = {each.train: class_names(str(each.train), each.root, data.labels) for each in data.sources}
-    named = [(path, names) for path, names in found.items() if names is not None]
+    found = [(str(each.train), each.root) for each in data.sources]
+    named = [
+        (join(root, path), names) for path, root in found if (names := class_names(path, root, data.labels)) is not None
+    ]
     for path, names in named[1:]:
         if names != named[0][1]:
             raise ListError(

@@ -44,7 +44,7 @@ from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
 from video_convmae.models.pytorchvideo import LibraryClassifier
-from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
+from video_convmae.models.sizes import ClassifierConfig
 from video_convmae.runs import load_autoencoder, load_classifier, run_kind, run_metrics
 from video_convmae.weights.formats import read_weights
 from video_convmae.weights.load import model_from
@@ -148,9 +148,11 @@ class Predictor(hub.Pretrained):
             TypeError: the model was pretrained only: it has no classes.
             UserError: nothing says how far apart the frames or the windows are.
         """
-        given = {name: value for name, value in (("stride", stride), ("fps", fps)) if value is not None}
+        options = (("stride", stride), ("fps", fps))
+        given: dict[str, Any] = {name: value for name, value in options if value is not None}
         encoder = self.model.config
-        data = replace_options(self.config.data, given | ({"sampling": "dense"} if given else {}))
+        given |= {"sampling": "dense"} if given else {}
+        data = replace_options(replace(self.config.data, train=""), {**given, "format": record_at(path).format})
         plan = plan_windows(data, encoder, encoder.num_frames, hop)
         test = self.config.test if isinstance(self.config, FinetuneConfig) else self.middle
         views = self._views(path, data, ViewConfig(1, test.crops, test.crop_pct))
@@ -322,7 +324,9 @@ def _load_published(path: Path) -> tuple[Autoencoder | AnyClassifier, PretrainCo
     The settings are those that its configuration states, else the usual ones of its kind, with a note.
     """
     if path.name == hub.WEIGHTS and (saved := hub.read_folder(path.parent)) is not None:  # a model that was saved alone
-        whole = {kind.__name__: kind for kind in (Autoencoder, Classifier, Probe)}[saved.architecture]
+        whole = {kind.__name__: kind for kind in (Autoencoder, Classifier, Probe)}.get(saved.architecture)
+        if whole is None:
+            raise UserError(f"{path.parent} holds a {saved.architecture}; expected Autoencoder, Classifier or Probe")
         warnings.warn(f"{path.parent} is a model without preprocessing: the usual one is assumed", Note, stacklevel=3)
         alone: Autoencoder | Classifier | Probe = whole.from_pretrained(path.parent)
         return alone, _usual_settings(alone)
@@ -369,22 +373,17 @@ def _assumed_settings(weights: Weights, config: PretrainConfig | FinetuneConfig)
 
 def _usual_settings(model: Autoencoder | AnyClassifier) -> PretrainConfig | FinetuneConfig:
     """Return the usual settings: images resized to 256 and cropped to 224, bicubic; videos dense, stride 4."""
-    encoder = model.config
-    is_image = encoder.num_frames == 1
+    is_image = model.config.num_frames == 1
     augmentation = AugmentationConfig(interpolation="bicubic" if is_image else "bilinear")
     list_format: ListFormat = "image" if is_image else "video"
     if isinstance(model, Autoencoder):
         data = DataConfig(train="", format=list_format, augmentation=augmentation)
-        shape = AutoencoderConfig(num_frames=encoder.num_frames, image_size=encoder.image_size)
-        return PretrainConfig(output="", data=data, model=shape)
-    if isinstance(model, LibraryClassifier):
-        classifier = model.config
-    else:
-        classifier = ClassifierConfig(num_frames=encoder.num_frames, image_size=encoder.image_size)
+        return PretrainConfig(output="", data=data, model=model.decoder.config)
+    assert isinstance(model.config, ClassifierConfig)
     test = ProtocolConfig(crop_pct=0.875) if is_image else ProtocolConfig(segments=5, crops=3)
     return FinetuneConfig(
         output="",
         data=LabelledDataConfig(train="", format=list_format, augmentation=augmentation, num_classes=model.num_classes),
-        model=classifier,
+        model=model.config,
         test=test,
     )

@@ -192,7 +192,9 @@ def merge_options(config: InferenceConfig, loaded: Predictor, info: DistInfo) ->
     run, options = loaded.config, vars(config)
     data_fields = ("root", "format", "sampling", "stride", "fps", "workers")
     given = {name: options[name] for name in data_fields if options[name] is not None}
-    data = replace_options(run.data, given)
+    # Of the training lists' own options (fps, ...) only the baselines, which read them, need to fit these.
+    reads_lists = isinstance(run.data.train, str) or getattr(config, "baselines", False)
+    data = replace_options(run.data if reads_lists else replace(run.data, train=""), given)
     data = replace(data, workers=cap_workers(data.workers, info))
     check_root(data.root, f"data.root of {config.weights}" if config.root is None else "--root")
     protocol = getattr(run, "test", ProtocolConfig())

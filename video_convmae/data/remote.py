@@ -30,6 +30,7 @@ except ImportError:  # Windows: copies are not locked there
 
 ATTEMPTS = 3
 PAUSE = 0.5  # seconds before the second attempt; four times as long before each further one
+PART, WHOLE = "lock", "lock-whole"  # files in a folder of copies
 ABANDONED = 3600.0  # seconds after which a part of a download is nobody's
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -134,7 +135,7 @@ def local_copy(url: str) -> str:
     files, path = _filesystem(url)
     if _is_local(files):
         return path
-    return keep(url, lambda partial: _attempt(url, lambda files, path: _download(files, path, partial)))
+    return keep(url, lambda partial: _attempt(url, lambda files, path: _download(files, path, partial)), WHOLE)
 
 
 def place(url: str) -> str:
@@ -147,12 +148,15 @@ def place(url: str) -> str:
     return str(_state.cache.path / name[:2] / f"{name}{suffix[0].lower() if suffix else ''}")
 
 
-def keep(url: str, make: Callable[[str], None]) -> str:
-    """Return the copy of a URL, or of a part of one, made by a function that writes the file that it is given."""
+def keep(url: str, make: Callable[[str], None], lock: str = PART) -> str:
+    """Return the copy of a URL, or of a part of one, made by a function that writes the file that it is given.
+
+    To make a part may take the whole, so the two have locks of their own, and a part's always comes first.
+    """
     target = place(url)
     while not _hold(target):
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        with _lock(os.path.join(os.path.dirname(target), "lock")):
+        with _lock(os.path.join(os.path.dirname(target), lock)):
             if not os.path.exists(target):
                 partial = f"{target}.partial{os.getpid()}"
                 try:
@@ -296,7 +300,7 @@ def _remove_oldest() -> None:
             if ".partial" in path.name:
                 if status.st_mtime < time.time() - ABANDONED:
                     path.unlink()
-            elif path.name != "lock":
+            elif path.name not in (PART, WHOLE):
                 found.append((status.st_atime, status.st_size, path))
     total = sum(size for _, size, _ in found)
     if total <= bound:

@@ -208,7 +208,10 @@ def read_evaluation(folder: Path) -> tuple[Evaluation, list[str]]:
             scores, labels, failed, records = (file[name] for name in ("scores", "labels", "failed", "records"))
     except (ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}): evaluate again into another folder") from error
-    return Evaluation(scores, labels, failed, ()), records.tolist()
+    targets = labels if labels.ndim == 2 else None
+    if targets is not None:
+        labels = np.where(targets.any(axis=1), targets.argmax(axis=1), -1)
+    return Evaluation(scores, labels, failed, (), 0, targets), records.tolist()
 
 
 def write_bad_records(bad_records: Sequence[BadRecord], folder: Path) -> None:

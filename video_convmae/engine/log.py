@@ -42,7 +42,12 @@ class TooManyBadRecords(UserError, RuntimeError):
 
 
 class NullLog:
-    """The log of a rank that writes nothing."""
+    """The log of a rank that writes nothing.
+
+    is_finished: no further step is to come, though not all were taken.
+    """
+
+    is_finished = False
 
     def values(self, name: str) -> Values:
         """Return a logged value by step."""
@@ -126,7 +131,7 @@ class RunLog(NullLog):
     def close(self) -> None:
         """Close the files, and the loggers."""
         for logger in self._loggers:
-            logger.close(finished=self._step == self._steps)
+            logger.close(finished=self.is_finished or self._step == self._steps)
         self._bar.close()
         self._lines.close()
 

@@ -473,7 +473,7 @@ class Trainer:
     def _check_patience(self, validator: Validator) -> None:
         """End the run if no validation was better for long; a resumed run finds that in its log."""
         if validator.is_exhausted and self.state.step < self.steps:
-            self.stopped_early = True
+            self.stopped_early = self.log.is_finished = True
             best, patience = validator.best_step, validator.validation.patience
             self.log.print(
                 f"stopped early after step {self.state.step} of {self.steps}: no better validation than that of step "

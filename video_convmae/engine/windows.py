@@ -29,6 +29,7 @@ from torch import Tensor
 
 from video_convmae.atomic import read_json, replacing, whole_lines, write_text
 from video_convmae.data.datasets import BadRecord
+from video_convmae.data.labels import count_labels
 from video_convmae.data.loader import iter_stream
 from video_convmae.data.records import Records
 from video_convmae.data.windows import Span, WindowBatch, WindowDataset, WindowPlan
@@ -262,7 +263,8 @@ def _write_features(
     widest = max((len(records[index].path) for index in shown), default=1)
     with open_archive(path) as archive:
         write_parts(archive, "features", np.dtype("<f4"), (len(rows), *shape), values.read(rows, "values"))
-        write_parts(archive, "labels", np.dtype("<i8"), (len(rows),), [records.labels[values.records]])
+        labels = records.targets(count_labels(records)) if records.is_multi_label else records.labels
+        write_parts(archive, "labels", labels.dtype, (len(rows), *labels.shape[1:]), [labels[values.records]])
         write_parts(archive, "failed", np.dtype("?"), (len(rows),), [np.zeros(len(rows), bool)])
         paths = (np.array([records[index].path] * values.count(index), f"<U{widest}") for index in shown)
         write_parts(archive, "records", np.dtype(f"<U{widest}"), (len(rows),), paths)
@@ -311,4 +313,6 @@ def video_names(records: Records, root: str) -> list[str]:
         inside = not relative.startswith("..") and not os.path.isabs(relative)
         names.append(os.path.splitext(relative if inside else os.path.basename(record.path))[0])
     several = {name for name, count in Counter(names).items() if count > 1}
-    return [f"{name}-{records.lines[i] + 1}" if name in several else name for i, name in enumerate(names)]
+    numbered = [f"{name}-{line + 1}" for name, line in zip(names, records.lines)]
+    some = [number if name in several else name for name, number in zip(names, numbered)]
+    return some if len({*some}) == len(some) else numbered

@@ -335,7 +335,8 @@ def head_numbers(run: Run) -> list[tuple[str, str, str]]:
             numbers.append((words, show(values[-1], unit), f"{show(values[0], unit)} at the start"))
     if last.get("step"):
         of = "" if run.steps is None or run.metrics else f"of {run.steps:,}"
-        numbers.append(("Steps", f"{last['step']:,}", of or f"{show(last.get('epoch'))} epochs"))
+        epochs = "" if last.get("epoch") is None else f"{show(last['epoch'])} epochs"
+        numbers.append(("Steps", f"{last['step']:,}", of or epochs))
     return numbers
 
 
@@ -558,7 +559,8 @@ class Shown:
         protocol = replace(config.validate, precision=config.validate.precision or config.train.precision)
         with redirect_stdout(io.StringIO()):
             inference = build_inference(self.predictor.model, read, records, protocol, self.info)
-            evaluation = evaluate_list(inference, int(config.data.num_classes or 0))
+            several = bool(config.data.multi_label)
+            evaluation = evaluate_list(inference, int(config.data.num_classes or 0), multi_label=several)
         part = f"{len(records):,} of the {len(every):,}" if len(records) < len(every) else f"the {len(every):,}"
         views = f"{protocol.segments} × {protocol.crops} views"
         name = (self.source.path if isinstance(self.source, Checkpoint) else self.source).name
@@ -581,10 +583,22 @@ class Shown:
         count = self.scored.evaluation.scores.shape[1]
         return [names[label] if label < len(names) else str(label) for label in range(count)]
 
+    @property
+    def _single(self) -> Evaluation:
+        """The evaluation, of records with one class each."""
+        if self.scored.evaluation.targets is not None:
+            raise UserError("records have several classes each")
+        return self.scored.evaluation
+
     def accuracy(self) -> str:
         """Return a table of accuracies, beside the share of the largest class."""
         evaluation, _, about, baselines = self.scored
         metrics = evaluation.metrics()
+        if evaluation.targets is not None:
+            values = {"mAP": "map", "mAP of scores that tell nothing": "chance_map", "macro F1": "macro_f1"}
+            several = [(words, show(metrics[name], "%")) for words, name in values.items()]
+            several += [(f"records {words}", f"{metrics[words]:,}") for words in ("scored", "failed")]
+            return draw_note(about) + draw_table(("", "several classes a record"), several)
         top1 = metrics["top1"]
         if top1 is None:
             raise UserError("no record that was scored has a label")
@@ -611,7 +625,7 @@ class Shown:
 
     def confusion(self) -> str:
         """Return the confusion matrix, and the pairs that are confused most often."""
-        evaluation, names = self.scored.evaluation, self.names
+        evaluation, names = self._single, self.names
         shares, (labels, predicted) = confusion_matrix(evaluation), _counted(evaluation)
         wrong = labels != predicted
         pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
@@ -626,7 +640,7 @@ class Shown:
 
     def classes(self) -> str:
         """Return the accuracy of each class, the worst first; of many, the worst and the best."""
-        evaluation, names = self.scored.evaluation, self.names
+        evaluation, names = self._single, self.names
         labels, _ = _counted(evaluation)
         shares = confusion_matrix(evaluation)
         found, counts = np.unique(labels, return_counts=True)
@@ -648,7 +662,7 @@ class Shown:
 
     def mistakes(self) -> str:
         """Return the wrong predictions of the highest scores, with their clips."""
-        evaluation, paths = self.scored.evaluation, self.scored.paths
+        evaluation, paths = self._single, self.scored.paths
         best, counted = evaluation.scores.argmax(axis=1), ~evaluation.failed & (evaluation.labels >= 0)
         wrong = np.flatnonzero(counted & (best != evaluation.labels))
         if not len(wrong):

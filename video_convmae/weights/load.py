@@ -340,7 +340,7 @@ class _Plan:
             bias = "head.bias" if "head.bias" in wanted else "head.linear.bias"
             theirs, ours = len(given[bias]), len(wanted[bias])
             self.notes.append(f"the head is new: {theirs} classes in the file, {ours} in the model")
-        elif may_be_new:
+        elif may_be_new or part == "pooling":
             self.notes.append(f"the {part} does not fit and is new: {faults[0]}")
         else:
             more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
@@ -418,7 +418,13 @@ class _Plan:
     def _compare_pools(self) -> str | None:
         """Return how the file's head reads other features than the model's; None: it does not, as far as is known."""
         config = self.config
-        if not isinstance(config, ClassifierConfig) or config.of_library or config.probe == "attentive":
+        if not isinstance(config, ClassifierConfig) or config.of_library:
+            return None
+        if config.pools_attentively and "attentive" in (self.weights.pool, config.probe):
+            their_heads, our_heads = (each.pool_heads or each.heads for each in (self.weights, config))
+            if their_heads is not None and their_heads != our_heads:
+                return f"the file's query has {their_heads} attention heads, the model's {our_heads} (model.pool_heads)"
+        if config.probe == "attentive":
             return None
         weights, ours = self.weights, config.pool
         theirs = "attentive" if weights.has("pooling") else weights.pool

@@ -21,6 +21,7 @@ from ..state import GEOMETRY, PARTS, Weights, embedding_weights, summarize_names
 _STATED = ("strides", "tubelet", "channels", "heads", "grid", "position_table")  # by a model's or run's configuration
 _PREPROCESSING = (  # by a run's
     *("data.format", "data.mean", "data.std", "data.sampling", "data.stride", "data.fps"),
+    "data.multi_label",
     "data.augmentation.interpolation",
     *("test.segments", "test.crops", "test.crop_pct"),
 )
