@@ -106,7 +106,7 @@ def upload(folder: Path, scheme: str) -> str:
 
 
 def copies(cache: Path) -> list[Path]:
-    return [path for path in cache.glob("??/*") if path.name != "lock"]
+    return [path for path in cache.glob("??/*") if not path.name.startswith("lock")]
 
 
 @pytest.mark.parametrize("name", ["0.mp4", "frames", "frames/*", "shard.tar#1.mp4"])
