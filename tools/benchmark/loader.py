@@ -34,8 +34,8 @@ from video_convmae.data.options import AugmentationConfig, ViewConfig
 from video_convmae.data.records import Records, read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
+from video_convmae.machine import describe_machine
 
-from .environment import describe_machine
 from .files import video_lists
 from .reading import RIVALS, CodecFloor, LoaderSide, ReadCase, ReadSide, StageTimer
 

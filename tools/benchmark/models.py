@@ -23,10 +23,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from video_convmae.machine import describe_machine
 from video_convmae.models.sizes import LIBRARY, library_model
 from video_convmae.weights.formats.pytorchvideo import PROTOCOLS
 
-from .environment import describe_machine
 from .step import measure_step, resolve_step_options
 
 OUR_VIEWS = (5, 3)  # of configs/video/finetune_k400_base.yaml

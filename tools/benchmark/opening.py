@@ -23,8 +23,8 @@ import av
 
 from video_convmae.data.decoding import count_frames, open_frames
 from video_convmae.data.records import Record
+from video_convmae.machine import describe_machine
 
-from .environment import describe_machine
 from .files import make_files
 
 SIDES = ("first", "again")

@@ -20,10 +20,10 @@ import torch
 from video_convmae.data.records import read_list
 from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
+from video_convmae.machine import describe_machine
 from video_convmae.prepare.options import PRESETS, PackSettings
 from video_convmae.prepare.pack import pack_videos
 
-from .environment import describe_machine
 from .files import VideoList, video_lists
 from .reading import LoaderSide, ReadCase
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from .environment import describe_machine
+from video_convmae.machine import describe_machine
+
 from .step import Runner, own_process, resolve_step_options
 
 SWEEPS: dict[str, tuple[str, tuple[float, ...]]] = {  # option: its axis label, its values

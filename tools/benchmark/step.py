@@ -43,12 +43,12 @@ from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation
 from video_convmae.engine.distributed import DistInfo, keep_freed_memory
 from video_convmae.engine.parallel import parallelize
+from video_convmae.machine import describe_machine
 from video_convmae.models.encoder import Encoder
 from video_convmae.models.pytorchvideo import LibraryClassifier
 from video_convmae.models.sizes import LIBRARY, ClassifierConfig, size_named
 from video_convmae.weights.formats.pytorchvideo import PROTOCOLS
 
-from .environment import describe_machine
 from .files import make_files
 from .reading import LoaderSide, ReadCase
 

@@ -39,7 +39,6 @@ import av
 import numpy as np
 import torch
 from PIL import Image
-from video_convmae.benchmark.environment import describe_machine
 
 from tools.study.clips import SETTINGS_FILE, is_complete, remove_clips, write_h264
 from tools.study.study import Row, cell, origins, write_rows
@@ -51,6 +50,7 @@ from video_convmae.cli.parser import parse
 from video_convmae.config import EvaluateConfig, FinetuneConfig
 from video_convmae.engine.baselines import TITLES
 from video_convmae.engine.checkpoint import Checkpoint, file_digest, find_weights
+from video_convmae.machine import describe_machine
 from video_convmae.prepare.lists import scan_folder
 
 FPS = 25

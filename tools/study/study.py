@@ -33,7 +33,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torchvision.transforms.v2.functional import center_crop
-from video_convmae.benchmark.environment import describe_machine
 
 from tools.study.clips import SETTINGS_FILE, make_digit_clips
 from tools.study.doom import CLASSES, make_doom_clips
@@ -44,6 +43,7 @@ from video_convmae.data.records import read_list
 from video_convmae.engine.baselines import fit_and_score, mean_frame, motion_energy
 from video_convmae.engine.checkpoint import checkpoint_name
 from video_convmae.engine.distributed import choose_device
+from video_convmae.machine import describe_machine
 
 PRETRAIN_STEPS, PRETRAIN_BATCH = 8000, 32  # of configs/debug/demo.yaml
 TRAIN_CLIPS, VALIDATION_CLIPS, SIZE = 20_000, 2_000, 32

@@ -7,10 +7,8 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence, Sized
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from video_convmae.atomic import read_json, read_json_lines, whole_lines, write_
 from video_convmae.data.datasets import BadRecord
 from video_convmae.data.mixture import Mixture
 from video_convmae.errors import UserError
+from video_convmae.machine import current_commit, processor_name
 
 from .checkpoint import BEST, checkpoint_name
 from .loggers import open_loggers
@@ -205,21 +204,9 @@ class RankLog:
 
 def describe_process() -> dict[str, Any]:
     """Return what a run is of: the command, the version, in a clone its commit, torch, and the device's name."""
-    package = Path(__file__).parent.parent
-    commit = None
-    if (package.parent / ".git").exists():
-        git = ["git", "-C", str(package), "describe", "--always", "--dirty", "--exclude", "*"]
-        with suppress(OSError, subprocess.SubprocessError):
-            commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor_name()
-    versions = {"version": __version__, "commit": commit, "torch": torch.__version__}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+    versions = {"version": __version__, "commit": current_commit(), "torch": torch.__version__}
     return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), **versions, "device": device}
-
-
-def _processor_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 class Trace:
