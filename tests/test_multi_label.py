@@ -56,7 +56,7 @@ def test_a_list_of_several_classes(tmp_path: Path) -> None:
     assert [record.labels for record in records] == [(3, 0), (1,), ()]
     assert records.targets(4).tolist() == [[True, False, False, True], [False, True, False, False], [False] * 4]
     assert count_labels(records) == 4
-    assert records.take(np.array([1, 2])).is_multi_label is False
+    assert records.select(np.array([1, 2])).is_multi_label is False
     (tmp_path / "other.txt").write_text("a.mp4 3,1\nb.mp4 1\nc.mp4\n")
     assert read_list(tmp_path / "other.txt").digest() != records.digest()
     with pytest.raises(ListError, match=r"a\.mp4 has the label 3; expected 0 to 2"):

@@ -178,7 +178,7 @@ def test_records_are_held_out_evenly_by_their_paths_alone(labels: list[int], sha
         count, taken = labels.count(label), int((held.labels == label).sum())
         assert taken == (min(max(round(share * count), 1), count - 1) if count > 1 else round(share))
     order = np.random.default_rng(seed).permutation(len(labels))
-    moved = listed(labels, "elsewhere/").take(order)
+    moved = listed(labels, "elsewhere/").select(order)
     again = split_records(moved, share, "elsewhere")[1]
     assert {r.path.removeprefix("elsewhere/") for r in again} == {r.path.removeprefix("root/") for r in held}
 

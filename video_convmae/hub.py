@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
@@ -67,6 +67,7 @@ _NUMBERS = {  # of a run's metrics, that its card shows
     "step": "optimizer steps",
 }
 Model = TypeVar("Model", bound="Pretrained")
+Alone = TypeVar("Alone", bound="PretrainedModel")
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,32 @@ class Pretrained(ModelHubMixin, library_name=LIBRARY):
         return write_card(self._hub_folder(), self._hub_tensors())
 
 
+class PretrainedModel(Pretrained):
+    """Folders of a model alone, without preprocessing; `_from_config` builds it.
+
+    architecture: name of the class, in config.json.
+    """
+
+    architecture: ClassVar[str]
+
+    @classmethod
+    def _from_config(cls, found: Folder) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def _from_folder(cls: type[Alone], folder: Path) -> Alone:
+        found, tensors = open_folder(folder, cls.architecture)
+        try:
+            model = cls._from_config(found)
+            model.load_state_dict(tensors)
+        except (TypeError, ValueError, RuntimeError) as error:
+            text = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{folder} makes no model of version {video_convmae.__version__}: {text}; save it again"
+            ) from error
+        return model.eval()
+
+
 def find_folder(name: str | Path, **options: Any) -> Path:
     """Return a folder of this name, or that of a download from the hub.
 
@@ -200,12 +227,6 @@ def open_folder(path: Path, architecture: str) -> tuple[Folder, dict[str, Tensor
         return found, safetensors_torch.load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path / WEIGHTS} cannot be read: {error}") from error
-
-
-def misfit(path: Path, error: Exception) -> NoReturn:
-    """Raise a UserError for a configuration and tensors that make no model of this version."""
-    text = " ".join(str(error).split())[:300]
-    raise UserError(f"{path} makes no model of version {video_convmae.__version__}: {text}; save it again") from error
 
 
 def write_folder(path: Path, folder: Folder, tensors: Mapping[str, Tensor]) -> None:

@@ -37,6 +37,7 @@ from video_convmae.data.records import ListError, Records, class_names
 from video_convmae.data.transforms import Augmentation
 from video_convmae.data.windows import Span, WindowDataset
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
+from video_convmae.engine.evaluation import class_scores
 from video_convmae.engine.options import ProtocolConfig
 from video_convmae.errors import Note, UserError
 from video_convmae.lists import open_process, read_class_names
@@ -171,9 +172,7 @@ class Predictor(hub.Pretrained):
         if isinstance(self.model, Autoencoder):
             raise TypeError("a pretrained autoencoder has no classes; features() works, finetuning adds classes")
         with torch.inference_mode():
-            logits = self.model(clips).float()
-        several = getattr(self.config.data, "multi_label", None)
-        return logits.sigmoid() if several else logits.softmax(dim=1)
+            return class_scores(self.model(clips), bool(getattr(self.config.data, "multi_label", False)))
 
     def _best(self, scores: Tensor, top: int) -> list[Prediction]:
         best = scores.topk(min(top, len(scores)))

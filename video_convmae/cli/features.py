@@ -60,13 +60,11 @@ def extract_features(config: FeaturesConfig) -> Path:
         config = replace(config, sampling=config.sampling or "dense")  # windows are parts of a video
     with init_distributed(config.device) as info:
         loaded, path, digest = load_model(config, info)
-        if is_video(config.list):
+        single = is_video(config.list)
+        if single:
             config = replace(config, format="video")
         data, protocol = merge_options(config, loaded, info)
-        if is_video(config.list):
-            records = Records([Record(config.list)])
-        else:
-            records = read_list(config.list, data.format, data.root)
+        records = Records([Record(config.list)]) if single else read_list(config.list, data.format, data.root)
         how = (loaded.model, config.kind, config.pool)
         plan = None
         if config.window is not None:

@@ -128,6 +128,15 @@ def count_labels(*lists: Records) -> int:
     return count
 
 
+def label_array(records: Records) -> np.ndarray:
+    """Return the classes of a list: `(R,)` int64, or `(R, classes)` bool where a record has several.
+
+    Raises:
+        ListError: as `count_labels`.
+    """
+    return records.targets(count_labels(records)) if records.is_multi_label else records.labels
+
+
 def check_labels(records: Records, num_classes: int, least: int = 0) -> None:
     """Raise a ListError unless every label lies in `least` (-1: may be missing) to `num_classes - 1`."""
     if records.is_multi_label and records.all_labels.max() >= num_classes:

@@ -89,7 +89,7 @@ class Mixture(Records):
         return [(each.name, range(first, last)) for each, first, last in zip(self.lists, ends, ends[1:])]
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Mixture:
-        """Return some of the records, by ascending indices."""
+        """Return some of the records, by ascending indices, each with its line."""
         cuts = np.searchsorted(indices, self.starts)
         parts = [
             replace(each, records=each.records.select(np.asarray(indices[first:last]) - start))

@@ -140,18 +140,13 @@ class Records(Sequence[Record]):
         """Return how many classes beside the first every record has, `(R,)`."""
         return np.zeros(len(self), np.int64) if self._others_ends is None else np.diff(self._others_ends, prepend=0)
 
-    def take(self, places: np.ndarray) -> Records:
-        """Return the records at these places, each with its line."""
-        chosen = [self[int(place)] for place in places]
-        return Records(chosen, self.format, self.lines[places].tolist())
-
     def same_list(self, index: int) -> range:
         """Return the indices of the records in a record's list: all of them."""
         return range(len(self))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Records:
-        """Return some of the records."""
-        return Records([self[int(index)] for index in indices], self.format)
+        """Return some of the records, in this order, each with its line."""
+        return Records([self[int(index)] for index in indices], self.format, self.lines[indices].tolist())
 
     def digest(self, root: str | Path | None = None) -> str:
         """Return the SHA-256 of the records in their order: the same for the same list under another file name.

@@ -149,6 +149,11 @@ def best_classes(scores: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(-scores, axis=1, kind="stable")[:, :count]
 
 
+def class_scores(logits: Tensor, multi_label: bool) -> Tensor:
+    """Return the probabilities of `(B, classes)`: of one class each the softmax, of several the sigmoid."""
+    return logits.float().sigmoid() if multi_label else logits.float().softmax(dim=1)
+
+
 def evaluate_list(
     inference: ListInference, num_classes: int, folder: Path | None = None, multi_label: bool = False
 ) -> Evaluation:
@@ -161,11 +166,7 @@ def evaluate_list(
         multi_label: records may have several classes.
     """
 
-    def class_scores(clips: Tensor) -> Tensor:
-        logits = inference.model(clips).float()
-        return logits.sigmoid() if multi_label else logits.softmax(dim=1)
-
-    result = inference.run(class_scores, (num_classes,), folder)
+    result = inference.run(lambda clips: class_scores(inference.model(clips), multi_label), (num_classes,), folder)
     records = inference.views.records
     targets = records.targets(num_classes) if multi_label else None
     return Evaluation(result.values, records.labels, result.failed, result.bad_records, result.new, targets)

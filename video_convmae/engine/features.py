@@ -24,7 +24,7 @@ from torch import Tensor
 
 from video_convmae.atomic import replacing
 from video_convmae.data.datasets import BadRecord
-from video_convmae.data.labels import count_labels
+from video_convmae.data.labels import label_array
 from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import Records
 from video_convmae.errors import UserError
@@ -217,7 +217,7 @@ def write_features(
         features = (maps[number]["values"][row] for number, row in rows)
         write_parts(archive, "features", np.dtype("<f4"), (len(records), *shape), features)
         others = {
-            "labels": records.targets(count_labels(records)) if records.is_multi_label else records.labels,
+            "labels": label_array(records),
             "failed": np.array([maps[number]["failed"][row] for number, row in rows]),
             "records": np.array([record.path for record in records]),
             "about": np.array(json.dumps(about)),

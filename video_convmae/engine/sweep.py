@@ -68,7 +68,7 @@ def split_records(records: Records, share: float, root: str = "") -> tuple[Recor
             f"sweep.holdout is {share}, and of {len(records)} records {int(held.sum())} would be held out; expected "
             "classes of two or more records"
         )
-    return records.take(np.flatnonzero(~held)), records.take(np.flatnonzero(held))
+    return records.select(np.flatnonzero(~held)), records.select(np.flatnonzero(held))
 
 
 def measure_heads(inference: ListInference) -> Values:

@@ -24,7 +24,7 @@ from video_convmae.data.decoding import DecodeError
 from video_convmae.data.loader import AnyBatch
 from video_convmae.data.workers import LoaderError
 from video_convmae.errors import UserError
-from video_convmae.models.lora import merge_lora
+from video_convmae.models.lora import merge_lora, stated_scale
 from video_convmae.weights.files import save_file
 
 from .checkpoint import PUBLISHED, Checkpoint, CheckpointError, Saver
@@ -482,9 +482,7 @@ class Trainer:
 
     def _publish(self) -> None:
         """Write the weights in one file for use elsewhere; `video_convmae.load` reads it."""
-        weights, model = self.state.weights(), self.state.config.get("model", {})
-        if rank := model.get("lora_rank"):
-            weights = merge_lora(weights, model["lora_alpha"] / rank)
+        weights = merge_lora(self.state.weights(), stated_scale(self.state.config.get("model")))
         if self.info.is_main:
             partial = self.folder / "partial.safetensors"
             save_file(weights, partial, self.state.config)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from video_convmae.atomic import read_json, replacing, whole_lines, write_text
 from video_convmae.data.datasets import BadRecord
-from video_convmae.data.labels import count_labels
+from video_convmae.data.labels import label_array
 from video_convmae.data.loader import iter_stream
 from video_convmae.data.records import Records
 from video_convmae.data.windows import Span, WindowBatch, WindowDataset, WindowPlan
@@ -263,7 +263,7 @@ def _write_features(
     widest = max((len(records[index].path) for index in shown), default=1)
     with open_archive(path) as archive:
         write_parts(archive, "features", np.dtype("<f4"), (len(rows), *shape), values.read(rows, "values"))
-        labels = records.targets(count_labels(records)) if records.is_multi_label else records.labels
+        labels = label_array(records)
         write_parts(archive, "labels", labels.dtype, (len(rows), *labels.shape[1:]), [labels[values.records]])
         write_parts(archive, "failed", np.dtype("?"), (len(rows),), [np.zeros(len(rows), bool)])
         paths = (np.array([records[index].path] * values.count(index), f"<U{widest}") for index in shown)

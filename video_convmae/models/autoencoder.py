@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import prod
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from video_convmae.hub import Folder, Pretrained, misfit, open_folder
+from video_convmae.hub import Folder, PretrainedModel
 
 from . import positions
 from .blocks import AttentionBlock, multiply_adds
@@ -178,7 +177,7 @@ class FusedEncoder(nn.Module):
         return Features(features.pyramid, self.norm(tokens))
 
 
-class Autoencoder(FusedEncoder, Pretrained):
+class Autoencoder(FusedEncoder, PretrainedModel):
     """Masked autoencoder over clips; an image is a clip of one frame.
 
     It predicts the pixels of hidden tokens and, with `targets`, a teacher's features (ConvMAE-v2). Targets at hidden
@@ -192,6 +191,8 @@ class Autoencoder(FusedEncoder, Pretrained):
     Raises:
         ValueError: a target with an impossible name or layer, or none at all.
     """
+
+    architecture = "Autoencoder"
 
     def __init__(self, config: AutoencoderConfig, targets: Sequence[FeatureTarget] = (), pixels: bool = True) -> None:
         super().__init__(config, config.msd)
@@ -284,21 +285,15 @@ class Autoencoder(FusedEncoder, Pretrained):
         return feature_loss(prediction, take_tokens_of_clips(features[target.name], index), target.loss)
 
     def _hub_folder(self) -> Folder:
-        return Folder("Autoencoder", {"model": asdict(self.decoder.config)})
+        return Folder(self.architecture, {"model": asdict(self.decoder.config)})
 
     def _hub_tensors(self) -> dict[str, Tensor]:
         """Return the tensors without the heads of features, as a run's model is loaded."""
         return {name: t for name, t in self.state_dict().items() if not name.startswith("feature_heads.")}
 
     @classmethod
-    def _from_folder(cls, folder: Path) -> Autoencoder:
-        found, tensors = open_folder(folder, "Autoencoder")
-        try:
-            model = cls(AutoencoderConfig(**found.model))
-            model.load_state_dict(tensors)
-        except (TypeError, ValueError, RuntimeError) as error:
-            misfit(folder, error)
-        return model.eval()
+    def _from_config(cls, found: Folder) -> Autoencoder:
+        return cls(AutoencoderConfig(**found.model))
 
     @torch.no_grad()
     def reconstruct(self, clips: Tensor, visible: Tensor) -> Tensor:

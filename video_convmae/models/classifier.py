@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from math import prod
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
-from video_convmae.hub import Folder, Pretrained, misfit, open_folder
+from video_convmae.hub import Folder, PretrainedModel
 
 from .blocks import multiply_adds
 from .encoder import Encoder, Features, encoder_layer
@@ -20,13 +19,10 @@ from .lora import add_lora
 from .pooling import AttentivePool, pool_features, pooled_width
 from .sizes import ClassifierConfig, apply_overrides
 
-Model = TypeVar("Model", bound="PretrainedHead")
 
-
-class PretrainedHead(Pretrained):
+class PretrainedHead(PretrainedModel):
     """Folders of a classifier or a probe: built from a configuration and the number of classes."""
 
-    architecture: ClassVar[str]
     encoder: Encoder
     num_classes: int
 
@@ -38,14 +34,9 @@ class PretrainedHead(Pretrained):
         return self.state_dict()
 
     @classmethod
-    def _from_folder(cls: type[Model], folder: Path) -> Model:
-        found, tensors = open_folder(folder, cls.architecture)
-        try:
-            model: Any = cls(ClassifierConfig(**found.model), found.num_classes)
-            model.load_state_dict(tensors)
-        except (TypeError, ValueError, RuntimeError) as error:
-            misfit(folder, error)
-        return model.eval()
+    def _from_config(cls, found: Folder) -> Any:
+        build: Any = cls  # of a configuration and the number of classes, as both subclasses are
+        return build(ClassifierConfig(**found.model), found.num_classes)
 
 
 class Classifier(nn.Module, PretrainedHead):

@@ -6,6 +6,9 @@ names; whatever reads them adds the change to W, which needs no peft.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from video_convmae.errors import UserError
@@ -26,6 +29,12 @@ def add_lora(blocks: nn.ModuleList, rank: int, alpha: float) -> None:
         raise UserError(f'model.lora_rank is {rank} and peft is missing: pip install "video-convmae[lora]"') from error
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)  # type: ignore[arg-type]  # any number works
     inject_adapter_in_model(config, blocks)
+
+
+def stated_scale(model: Any) -> float | None:
+    """Return the factor of the changes by a classifier's configuration as plain data; None: it has none, or no LoRA."""
+    rank = model.get("lora_rank") if isinstance(model, Mapping) else None
+    return model["lora_alpha"] / rank if rank else None
 
 
 def without_lora(name: str) -> str | None:

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from video_convmae.build import build_sampling
 from video_convmae.config import PretrainConfig
 from video_convmae.data.datasets import times_for
 from video_convmae.data.decoding import open_frames, resolve_reader
 from video_convmae.data.records import Record, read_list
-from video_convmae.data.sampling import Sampling
 from video_convmae.data.transforms import Augmentation, view_crops
 from video_convmae.engine.probing import choose_records
 from video_convmae.engine.tasks import Normalizer
@@ -54,7 +54,7 @@ def read_middle_clips(records: Iterable[Record], config: PretrainConfig, size: t
     Raises:
         DecodeError: a file cannot be read.
     """
-    sampling = Sampling(config.data.sampling, config.model.num_frames, config.data.stride, config.data.fps)
+    sampling = build_sampling(config.data, config.model)
     name, clips = resolve_reader(config.data.reader), []
     for record in records:
         with open_frames(record, name, config.data.max_side) as reader:

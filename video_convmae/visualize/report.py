@@ -27,7 +27,6 @@ from video_convmae.atomic import read_json, read_json_lines
 from video_convmae.build import build_inference, cap_workers
 from video_convmae.config import FinetuneConfig, LabelledDataConfig, PretrainConfig
 from video_convmae.data.decoding import DecodeError
-from video_convmae.data.records import Records
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
 from video_convmae.engine.distributed import DistInfo
 from video_convmae.engine.evaluation import Evaluation, evaluate_list, read_evaluation
@@ -554,7 +553,7 @@ class Shown:
         assert isinstance(config, FinetuneConfig)
         every = lists.read_validation_records(config.data)
         chosen = choose_records(every.labels, min(self.records, len(every)))
-        records = Records([every[int(index)] for index in chosen], every.format)
+        records = every.select(chosen)
         read = replace(config.data, workers=cap_workers(config.data.workers, self.info), reader=self._reader)
         protocol = replace(config.validate, precision=config.validate.precision or config.train.precision)
         with redirect_stdout(io.StringIO()):

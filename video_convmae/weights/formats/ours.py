@@ -12,7 +12,7 @@ from torch import nn
 
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
-from video_convmae.models.lora import merge_lora
+from video_convmae.models.lora import merge_lora, stated_scale
 from video_convmae.models.sizes import EncoderConfig
 
 from ..files import Tensors
@@ -51,8 +51,7 @@ def from_tensors(tensors: Tensors, contents: Mapping[str, Any]) -> Weights:
         raise ValueError(f"weights with names that no model of ours has: {summarize_names(unknown)}")
     config, geometry = contents.get("config"), contents.get("geometry")
     model = config.get("model") if isinstance(config, Mapping) else None
-    rank = model.get("lora_rank") if isinstance(model, Mapping) else None
-    tensors = merge_lora(tensors, model["lora_alpha"] / rank if isinstance(model, Mapping) and rank else None)
+    tensors = merge_lora(tensors, stated_scale(model))
     tensors = rename_norm(tensors) if "head.weight" in tensors else tensors
     if isinstance(model, Mapping) and {"size", "num_frames", "image_size"} <= model.keys():  # a run's
         assert isinstance(config, Mapping)
