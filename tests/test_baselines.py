@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import ENVIRONMENT
 
 from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.finetune import finetune
@@ -25,7 +25,6 @@ from video_convmae.engine.baselines import Table, compare, fit_and_score, mean_f
 from video_convmae.engine.evaluation import Evaluation
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
 TRAIN, TEST = 24, 15
 
 

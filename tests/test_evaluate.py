@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from clips import encode
+from processes import ENVIRONMENT
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 from states import interrupt_and_resume, load_state
 
@@ -31,7 +31,6 @@ from video_convmae.lists import read_validation_records
 from video_convmae.predictor import load
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
 COUNT, CLASSES, CHUNK = 12, 6, 2  # with the bad record 13 in 7 chunks: 2 and 3 processes get unequal shares
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from clips import encode, pictures, save_series
 from PIL import Image
+from processes import ENVIRONMENT
 from states import interrupt_and_resume
 from torch import nn
 
@@ -48,7 +48,6 @@ from video_convmae.weights.files import save_file
 from video_convmae.weights.formats import to_format
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
 COUNT, CLASSES, WIDTH, TOKENS = 7, 3, 192, 8
 SHAPE = {"size": "tiny", "num_frames": 4, "image_size": 32}
 

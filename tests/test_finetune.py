@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from clips import encode
+from processes import ENVIRONMENT
 from states import load_state
 
 from video_convmae import create_autoencoder, create_classifier
@@ -28,7 +29,6 @@ from video_convmae.models import positions
 from video_convmae.runs import load_classifier
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @pytest.fixture(scope="module")

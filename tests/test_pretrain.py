@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ENVIRONMENT
 from states import load_state
 
 from video_convmae.engine import checkpoint
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def command(videos: Path, output: Path, *edits: str, processes: int = 1) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 import torch
 import yaml
 from clips import encode
+from processes import ENVIRONMENT
 from states import load_state
 from torch import Tensor, nn
 
@@ -41,7 +41,6 @@ from video_convmae.weights.load import load_weights, model_from
 
 pytest.importorskip("pytorchvideo.models", reason="pytorchvideo is not installed (pip install -e '.[baselines]')")
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LIBRARY_MODELS if name != "x3d_xs"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 from clips import encode, pictures, save_series
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import ENVIRONMENT
 from states import Interrupted
 
 from video_convmae import load
@@ -53,7 +53,6 @@ from video_convmae.predictor import Prediction, WindowPrediction
 from video_convmae.visualize.timeline import Timeline, draw_timeline, merge_windows
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
 FRAMES = {"a": 50, "b/long": 75, "c": 5}  # of each video; 25 a second
 NAMES = ("a", "b", "some $ signs")
 WINDOW, STRIDE, HOP, BATCH = 4, 3, 8, 2

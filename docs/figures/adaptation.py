@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from svg import BLUE, INK, ORANGE, Axes, Drawing
+from svg import BLUE, INK, ORANGE, Drawing, draw_legend, draw_panel
 
 HERE = Path(__file__).parent
 RUNS = {"from the shipped weights, peak 3e-4": BLUE, "from nothing, peak 1e-3": ORANGE}
@@ -19,7 +19,7 @@ PANELS = (  # title, ticks along y, the runs that are drawn
     ("Loss (predicting nothing: 1)", ((0, "0"), (0.4, ".4"), (0.8, ".8"), (1.2, "1.2")), 2),
     ("The same, from the weights alone", ((0.2, ".2"), (0.3, ".3"), (0.4, ".4")), 1),
 )
-STEPS = (0, 300)
+STEPS = (0, 100, 200, 300)
 TOP, WIDTH, HEIGHT = 74, 370, 200  # of a panel
 
 
@@ -30,16 +30,10 @@ def draw_adaptation(path: Path) -> None:
     drawing.text(14, 28, "What a normal loss is, on videos of one's own", 17, "start", font_weight="bold")
     for number, (title, ticks, count) in enumerate(PANELS):
         left = 56 + number * (WIDTH + 100)
-        drawing.text(left + WIDTH / 2, TOP - 16, title, 14)
-        steps = [(step, f"{step}") for step in (0, 100, 200, 300)]
-        axes = Axes(drawing, (left, TOP, WIDTH, HEIGHT), STEPS, (ticks[0][0], ticks[-1][0]), (steps, ticks))
+        axes = draw_panel(drawing, title, (left, TOP, WIDTH, HEIGHT), STEPS, ticks)
         for name, colour in list(RUNS.items())[:count]:
             axes.curve([(step, [min(height, ticks[-1][0])]) for step, height in runs[name]], colour)
-    x = 56
-    for name, colour in RUNS.items():
-        drawing.line([(x, 324), (x + 26, 324)], stroke=colour, stroke_width=3)
-        drawing.text(x + 34, 329, name, 14, "start", fill=colour)
-        x += 440
+    draw_legend(drawing, RUNS, 324, 440)
     note = "110 clips of 16 real files, steps of 16; one run each; measured here: docs/adaptation.json."
     drawing.text(14, 362, note, 13, "start", fill=INK)
     drawing.write(path)

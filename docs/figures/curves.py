@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from svg import BLUE, INK, ORANGE, Axes, Drawing
+from svg import BLUE, INK, ORANGE, Drawing, draw_legend, draw_panel
 
 HERE = Path(__file__).parent
 COLOURS = {"VideoConvMAE-MSD": BLUE, "VideoMAE (plain ViT)": ORANGE, "MSD, tube mask 0.75": INK}  # the last one dies
@@ -32,17 +32,11 @@ def draw_curves(path: Path) -> None:
     drawing.text(14, 28, "What the logs of pretraining say", 17, "start", font_weight="bold")
     for number, (value, title, ticks) in enumerate(PANELS):
         left = 56 + number * (WIDTH + 80)
-        drawing.text(left + WIDTH / 2, TOP - 16, title, 14)
-        steps = [(step, f"{step:,}") for step in (0, last // 2, last)]
-        axes = Axes(drawing, (left, TOP, WIDTH, HEIGHT), (0, last), (ticks[0][0], ticks[-1][0]), (steps, ticks))
+        axes = draw_panel(drawing, title, (left, TOP, WIDTH, HEIGHT), (0, last // 2, last), ticks)
         for model, colour in COLOURS.items():
             if model in shown:
                 axes.curve([(step, [min(height, ticks[-1][0])]) for step, height in shown[model][value]], colour)
-    x = 56
-    for model, colour in [each for each in COLOURS.items() if each[0] in shown]:
-        drawing.line([(x, 344), (x + 26, 344)], stroke=colour, stroke_width=3)
-        drawing.text(x + 34, 349, model, 14, "start", fill=colour)
-        x += 300
+    draw_legend(drawing, {model: colour for model, colour in COLOURS.items() if model in shown}, 344, 300)
     note = (
         "Moving digits, half the frames hidden or tubes; steps of 32; one seed each; measured here: docs/curves.json."
     )

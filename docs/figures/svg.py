@@ -7,7 +7,7 @@ Backgrounds are transparent, and the colour of text has a contrast of 4 or more 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -103,6 +103,36 @@ class Axes:
             if len(values) > 1:
                 spread = statistics.stdev(values)
                 self._drawing.line([self.place(x, mean - spread), self.place(x, mean + spread)], stroke=colour)
+
+
+def draw_panel(
+    drawing: Drawing,
+    title: str,
+    box: tuple[float, float, float, float],
+    steps: Sequence[int],
+    ticks: Sequence[tuple[float, str]],
+) -> Axes:
+    """Draw the title and the axes of one of several plots over training steps, whose marks are the ends of both axes.
+
+    Args:
+        drawing: where to draw.
+        title: above the plot.
+        box: left, top, width and height on the drawing.
+        steps: marks along x.
+        ticks: marks along y, each a value and its label.
+    """
+    left, top, width, _ = box
+    drawing.text(left + width / 2, top - 16, title, 14)
+    marks = [(step, f"{step:,}") for step in steps]
+    return Axes(drawing, box, (steps[0], steps[-1]), (ticks[0][0], ticks[-1][0]), (marks, ticks))
+
+
+def draw_legend(drawing: Drawing, colours: Mapping[str, str], y: float, gap: float) -> None:
+    """Name the lines of a figure's plots, in their colours, beside each other."""
+    for number, (name, colour) in enumerate(colours.items()):
+        x = 56 + number * gap
+        drawing.line([(x, y), (x + 26, y)], stroke=colour, stroke_width=3)
+        drawing.text(x + 34, y + 5, name, 14, "start", fill=colour)
 
 
 def _attributes(style: dict[str, object]) -> str:

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from svg import BLUE, INK, ORANGE, Axes, Drawing
+from svg import BLUE, INK, ORANGE, Drawing, draw_legend, draw_panel
 
 HERE = Path(__file__).parent
 RUNS = {"pixels, and a teacher's features at visible tokens": BLUE, "an average of the encoder alone": ORANGE}
@@ -20,7 +20,7 @@ PANELS = (  # value, title, ticks along y
     ("loss_features", "Loss of the features", ((0, "0"), (0.15, ".15"), (0.3, ".3"), (0.45, ".45"))),
     ("feature_rank", "Effective rank of the features", ((0, "0"), (7, "7"), (14, "14"), (21, "21"))),
 )
-STEPS = (0, 400)
+STEPS = (0, 200, 400)
 TOP, WIDTH, HEIGHT = 74, 230, 200  # of a panel
 
 
@@ -31,17 +31,11 @@ def draw_targets(path: Path) -> None:
     drawing.text(14, 28, "A loss that falls says little: the features live, or die", 17, "start", font_weight="bold")
     for number, (value, title, ticks) in enumerate(PANELS):
         left = 56 + number * (WIDTH + 80)
-        drawing.text(left + WIDTH / 2, TOP - 16, title, 14)
-        steps = [(step, f"{step}") for step in (0, 200, 400)]
-        axes = Axes(drawing, (left, TOP, WIDTH, HEIGHT), STEPS, (ticks[0][0], ticks[-1][0]), (steps, ticks))
+        axes = draw_panel(drawing, title, (left, TOP, WIDTH, HEIGHT), STEPS, ticks)
         for name, colour in RUNS.items():
             if value in runs[name]:
                 axes.curve([(step, [height]) for step, height in runs[name][value]], colour)
-    x = 56
-    for name, colour in RUNS.items():
-        drawing.line([(x, 324), (x + 26, 324)], stroke=colour, stroke_width=3)
-        drawing.text(x + 34, 329, name, 14, "start", fill=colour)
-        x += 440
+    draw_legend(drawing, RUNS, 324, 440)
     note = "4,000 clips of moving digits, steps of 32; one run each; measured here: docs/targets.json."
     drawing.text(14, 362, note, 13, "start", fill=INK)
     drawing.write(path)
