@@ -5,7 +5,7 @@
 
 A classifier, probe or published classifier gives logits, a pretrained model its tokens, a segmenter logits at a quarter
 of the pixels. The input is clips (B, 3, T, H, W), of a segmenter images (B, 3, H, W), float and normalised; B may be
-any number. Mean, deviation, stride of frames and class names lie in the file, as JSON under the name video_convmae. A
+any number. Mean, deviation, sampling of frames and class names lie in the file, as JSON under the name video_convmae. A
 file that computes something else than the model is not written. ONNX needs pip install "video-convmae[export]".
 """
 
