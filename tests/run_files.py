@@ -11,11 +11,9 @@ from video_convmae.config import (
     FinetuneConfig,
     LabelledDataConfig,
     PretrainConfig,
-    SegmentationDataConfig,
-    SegmentationTestConfig,
-    TrainSegmentationConfig,
     to_plain,
 )
+from video_convmae.config_dense import SegmentationDataConfig, SegmentationTestConfig, TrainSegmentationConfig
 from video_convmae.dense.segmentation import Segmenter
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier

@@ -30,11 +30,10 @@ from video_convmae.config import (
     FinetuneConfig,
     PretrainConfig,
     TargetConfig,
-    TrainDetectionConfig,
-    TrainSegmentationConfig,
     from_plain,
     to_plain,
 )
+from video_convmae.config_dense import TrainDetectionConfig, TrainSegmentationConfig
 from video_convmae.data.records import ListError, Record, Records
 from video_convmae.dense.detection import Detector
 from video_convmae.engine import checkpoint

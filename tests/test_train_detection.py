@@ -22,7 +22,8 @@ from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.parser import parse
 from video_convmae.cli.predict import main as predict
 from video_convmae.cli.train_detection import train_detection
-from video_convmae.config import EvaluateConfig, TrainDetectionConfig
+from video_convmae.config import EvaluateConfig
+from video_convmae.config_dense import TrainDetectionConfig
 from video_convmae.data.records import ListError
 from video_convmae.engine.coco import NUMBERS
 from video_convmae.errors import UserError

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 
 from video_convmae.build import build_normalizer, cap_workers, load_initial_weights
 from video_convmae.build_trainer import Parts, build_trainer
-from video_convmae.config import (
+from video_convmae.config import SourceConfig
+from video_convmae.config_dense import (
     DetectionDataConfig,
     SegmentationDataConfig,
     SegmentationTestConfig,
-    SourceConfig,
     TrainDetectionConfig,
     TrainSegmentationConfig,
 )

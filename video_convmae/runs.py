@@ -14,13 +14,8 @@ from torch import Tensor, nn
 from video_convmae import hub
 from video_convmae.atomic import read_json
 from video_convmae.build import AnyClassifier, build_classifier
-from video_convmae.config import (
-    FinetuneConfig,
-    PretrainConfig,
-    TrainDetectionConfig,
-    TrainSegmentationConfig,
-    from_plain,
-)
+from video_convmae.config import FinetuneConfig, PretrainConfig, from_plain
+from video_convmae.config_dense import TrainDetectionConfig, TrainSegmentationConfig
 from video_convmae.dense.detection import Detector
 from video_convmae.dense.segmentation import Segmenter
 from video_convmae.engine.checkpoint import Checkpoint, find_weights

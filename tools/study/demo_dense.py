@@ -42,7 +42,8 @@ from video_convmae.cli.parser import parse
 from video_convmae.cli.segmentation import predict_segments
 from video_convmae.cli.train_detection import train_detection
 from video_convmae.cli.train_segmentation import train_segmentation
-from video_convmae.config import EvaluateConfig, TrainDetectionConfig, TrainSegmentationConfig
+from video_convmae.config import EvaluateConfig
+from video_convmae.config_dense import TrainDetectionConfig, TrainSegmentationConfig
 from video_convmae.data.coco import CocoRecords, image_results, read_coco
 from video_convmae.data.masks import draw_mask
 from video_convmae.engine.coco import evaluate_coco

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from video_convmae.config import DetectionDataConfig, EvaluateConfig, SegmentationDataConfig
+from video_convmae.config import EvaluateConfig
+from video_convmae.config_dense import DetectionDataConfig, SegmentationDataConfig
 from video_convmae.data.options import IMAGE_SUFFIXES
 from video_convmae.data.text import ListError
 from video_convmae.errors import UserError

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from video_convmae.cli.parser import run_command
-from video_convmae.config import TrainDetectionConfig
+from video_convmae.config_dense import TrainDetectionConfig
 
 
 def train_detection(config: TrainDetectionConfig) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from video_convmae.cli.parser import run_command
-from video_convmae.config import TrainSegmentationConfig
+from video_convmae.config_dense import TrainSegmentationConfig
 
 
 def train_segmentation(config: TrainSegmentationConfig) -> int:
