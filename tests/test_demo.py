@@ -101,11 +101,16 @@ def test_the_table_has_the_mean_over_seeds_and_no_shorter_pretraining() -> None:
     rows.append({**msd, "seed": 0, "top1": 0.1, "pretrain_steps": 750})  # a point of the curve
     rows.append({**ROW, "model": "from scratch (hybrid)", "pretrain_steps": 0, "seed": 0, "top1": 0.125})
     rows.append({**rows[-1], "labels": 1000, "top1": 0.2})
-    lines = table(rows).splitlines()
-    assert lines[0] == f"| model | {MEASUREMENTS[0].title} | {MEASUREMENTS[1].title} |"
-    assert lines[2:] == [
-        "| VideoConvMAE-MSD | 60.0 ± 10.0 (3) | - |",
-        "| from scratch (hybrid) | 12.5 (1) | 20.0 (1) |",
+    rows.append({**msd, "model": "MSD, temporal kernel 1", "seed": 0, "pretrain_steps": 3000, "top1": 0.4})
+    assert table(rows).splitlines() == [
+        f"| model | pretraining steps | {MEASUREMENTS[0].title} | {MEASUREMENTS[1].title} |",
+        "|---|---|---|---|",
+        "| VideoConvMAE-MSD | 6,000 | 60.0 ± 10.0 (3) | - |",
+        "| from scratch (hybrid) | 0 | 12.5 (1) | 20.0 (1) |",
+        "",
+        f"| model | pretraining steps | {MEASUREMENTS[0].title} |",
+        "|---|---|---|",
+        "| MSD, temporal kernel 1 | 3,000 | 40.0 (1) |",
         "",
         "a processor, commit abc",
     ]

@@ -1,14 +1,16 @@
 """The study: does pretraining help, which encoder, which mask? Measured on moving digits, in hours on a CPU.
 
-    make study                                     # estimated at a night on two CPU cores
+    make study                                     # estimated at nine hours on two idle CPU cores
     python -m tools.study --quick                  # one seed, three models, which way the digit moves
     python -m tools.study --scale 4 --device cuda  # four times the clips and the pretraining steps
     python -m tools.study --world doom             # another world: which button is held in Doom (tools.study.doom)
 
 Each model is pretrained on all training clips without labels, and then measured with few: *how* (which of eight ways a
 digit moves) and *what* (which digit). Validation clips show digits and photographs that no training clip shows. A model
-from scratch is finetuned alone, for as many steps, and in a column of their own for five times as many. On a CPU each
-core trains a model of its own. *How* with the fewest labels comes first, for every model, and then the rest.
+from scratch is finetuned alone, for as many steps, and in a column of their own for five times as many. Ablations, a
+model with one thing changed, are pretrained for half as many steps, with one seed, beside the model with nothing
+changed. On a CPU each core trains a model of its own. *How* with the fewest labels comes first, for every model, and
+then the rest.
 
 results.json, a list of rows, curves.json, what the logs of pretraining say, and table.md are written after every
 measurement. The same command resumes the study.
@@ -45,7 +47,7 @@ from video_convmae.engine.checkpoint import checkpoint_name
 from video_convmae.engine.distributed import choose_device
 from video_convmae.machine import describe_machine
 
-PRETRAIN_STEPS, PRETRAIN_BATCH = 8000, 32  # of configs/debug/demo.yaml
+PRETRAIN_STEPS, ABLATION_STEPS, PRETRAIN_BATCH = 8000, 4000, 32  # of configs/debug/demo.yaml
 TRAIN_CLIPS, VALIDATION_CLIPS, SIZE = 20_000, 2_000, 32
 
 Edits = tuple[str, ...]
@@ -57,9 +59,9 @@ class StudyModel:
     """A model of the study.
 
     model: edits of every configuration. stages: edits of each pretraining, which starts from the one before; none: from
-    scratch. several: measured with several seeds and on both tasks, not with one on *how*. curve: also measured after
-    shorter pretraining. cost: of a step, against that of one mask; as many times fewer steps are taken. teacher: the
-    model whose features the visible tokens also mimic.
+    scratch. several: measured with several seeds, on both tasks and in every way; otherwise it is an ablation. curve:
+    also measured after shorter pretraining. cost: of a step, against that of one mask; as many times fewer steps are
+    taken. teacher: the model whose features the visible tokens also mimic.
     """
 
     model: Edits = ()
@@ -68,6 +70,11 @@ class StudyModel:
     curve: bool = False
     cost: int = 1
     teacher: str | None = None
+
+    @property
+    def steps(self) -> float:
+        """Steps of each pretraining, at scale 1."""
+        return (PRETRAIN_STEPS if self.several else ABLATION_STEPS) / self.cost if self.stages else 0
 
 
 # A plain ViT of as many parameters as the demo's hybrid (926,888 and 921,032).
@@ -120,6 +127,7 @@ MODELS = {
     # Two masks that hide half take 1.97 times the CPU time of one (median of 25 pairs, batch 32): nothing is shared.
     "MSD, fast: two masks, half of the steps": StudyModel(stages=(("--mask.count=2",),), cost=2),
     "MSD, v2: taught by VideoConvMAE-MSD": StudyModel(teacher="VideoConvMAE-MSD"),
+    "MSD, nothing changed": StudyModel(),
 }
 BASELINES = {"motion energy + logistic regression": motion_energy, "mean frame + logistic regression": mean_frame}
 QUICK = ("VideoConvMAE-MSD", "VideoMAE (plain ViT)", "from scratch (hybrid)")
@@ -133,7 +141,7 @@ class Measurement:
     """
 
     task: Literal["how", "what"]
-    protocol: Literal["finetune", "linear", "attentive", "knn"]
+    protocol: Literal["finetune", "attentive", "logistic", "knn"]
     labels: int
     steps: int
     edits: Edits = ()
@@ -154,17 +162,19 @@ class Measurement:
 
 
 UNMIXED = ("--mixing.mixup=0", "--mixing.cutmix=0")
-PROBE = (*UNMIXED, "--mixing.smoothing=0", "--optim.weight_decay=0")
+ATTENTIVE = (*UNMIXED, "--mixing.smoothing=0", "--optim.weight_decay=0", "--model.probe=attentive")
 FEW_LABELS = Measurement("how", "finetune", 200, 400)
 MEASUREMENTS = (
     FEW_LABELS,
     Measurement("how", "finetune", 1000, 400),
     # With the mean over tokens *what* stays at chance: a digit is few of the 64 tokens (docs/results.md).
     Measurement("what", "finetune", 10_000, 2000, (*UNMIXED, "--validate.every_steps=200", "--model.pool=motion")),
-    Measurement("how", "attentive", 1000, 1000, (*PROBE, "--model.probe=attentive")),
-    Measurement("how", "linear", 1000, 1000, (*PROBE, "--model.probe=linear", "--optim.lr=1e-2")),
+    Measurement("how", "attentive", 1000, 1000, ATTENTIVE),
+    # A linear probe that is fitted at once, on the mean token and its mean change over time.
+    Measurement("how", "logistic", 1000, 1, ("--model.probe=logistic", "--model.pool=difference")),
     Measurement("how", "knn", VALIDATION_CLIPS // 2, 0),  # of the probe beside pretraining: half the validation clips
 )
+ABLATED = tuple(column for column in MEASUREMENTS if column is FEW_LABELS or column.protocol in ("logistic", "knn"))
 AS_LONG_AS_THEY_LIKE = Measurement("how", "finetune", 1000, 2000)  # of models from scratch
 CURVE = (500, 1000, 2000, 4000)  # steps of pretraining after which few labels are also tried
 
@@ -220,14 +230,14 @@ def require_same_study(output: Path, steps: int) -> None:
 def plan_model(name: str, args: argparse.Namespace) -> list[tuple[Measurement, int]]:
     """Return what is measured of a model, each after how many steps of pretraining; few labels first."""
     model = MODELS[name]
-    whole = round(args.scale * PRETRAIN_STEPS) if model.stages else 0
+    whole = round(args.scale * model.steps)
     planned = [(FEW_LABELS, whole)]
     if args.quick:
         return planned
     if model.curve:
         planned += [(FEW_LABELS, round(args.scale * steps)) for steps in CURVE]
-    tasks = WORLDS[args.world].tasks if model.several else ("how",)
-    columns = [column for column in MEASUREMENTS[1:] if column.task in tasks]
+    columns = MEASUREMENTS if model.several else ABLATED
+    columns = [column for column in columns[1:] if column.task in WORLDS[args.world].tasks]
     if not model.stages:
         columns = [column for column in columns if column.protocol != "knn"] + [AS_LONG_AS_THEY_LIKE]
     return planned + [(column, whole) for column in columns]
@@ -248,7 +258,7 @@ def measure_model(name: str, seed: int, planned: list[tuple[Measurement, int]], 
         if column.protocol == "knn" and weights is not None:
             row["top1"] = json.loads((weights / "metrics.json").read_text())["probe_knn_top1"]
         else:
-            if weights is not None and pretrain_steps < args.scale * PRETRAIN_STEPS:
+            if weights is not None and pretrain_steps < round(args.scale * model.steps):
                 weights = weights / "checkpoints" / checkpoint_name(pretrain_steps)
             edits = [*run_settings(model, seed, args), *column.edits]
             with _ended_by_a_signal():
@@ -288,7 +298,7 @@ def pretrain_model(name: str, seed: int, args: argparse.Namespace) -> Path | Non
     for number, edits in enumerate(model.stages):
         start = [] if weights is None else [f"--init.weights={weights}"]
         weights = folder / f"pretrain_{number}"
-        length = f"--train.max_steps={round(args.scale * PRETRAIN_STEPS / model.cost)}"
+        length = f"--train.max_steps={round(args.scale * model.steps)}"
         with _ended_by_a_signal():
             pretrain_on(data, weights, *settings, *start, length, *watch, *edits)
     return weights
@@ -390,25 +400,41 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Return top-1 in percent, mean and standard deviation over the seeds (and their number).
+    """Return two tables, of the models and of the ablations, and where they were measured.
 
-    Of *what*, also the first validation above 50%, in steps, mean over the seeds that reach it.
+    A cell is top-1 in percent after a model's longest pretraining, mean and standard deviation over the seeds (and
+    their number); of *what* also the first validation above 50%, in steps, mean over the seeds that reach it.
     """
-    whole = max((row["pretrain_steps"] for row in rows), default=0)
-    shown = [row for row in rows if row["pretrain_steps"] in (0, whole)]
-    columns = [column for column in (*MEASUREMENTS, AS_LONG_AS_THEY_LIKE) if any(map(column.matches, shown))]
-    lines = ["| model | " + " | ".join(column.title for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name in [*MODELS, *BASELINES]:
-        cells = []
+    ablations = [name for name, model in MODELS.items() if not model.several]
+    models = [name for name in [*MODELS, *BASELINES] if name not in ablations]
+    tables = [_table(rows, names) for names in (models, ablations)]
+    return "\n\n".join([*filter(None, tables), origins(rows)])
+
+
+def _table(rows: list[Row], names: list[str]) -> str:
+    """Return a table of some models; empty: nothing of them was measured."""
+    shown = {name: [row for row in rows if row["model"] == name] for name in names}
+    longest = {name: max(row["pretrain_steps"] for row in of) for name, of in shown.items() if of}
+    shown = {name: [row for row in shown[name] if row["pretrain_steps"] == longest[name]] for name in longest}
+    columns = [
+        column
+        for column in (*MEASUREMENTS, AS_LONG_AS_THEY_LIKE)
+        if any(column.matches(row) for of in shown.values() for row in of)
+    ]
+    if not columns:
+        return ""
+    heads = ["model", "pretraining steps", *(column.title for column in columns)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, of in shown.items():
+        cells = [name, f"{longest[name]:,}"]
         for column in columns:
-            matching = [row for row in shown if row["model"] == name and column.matches(row)]
+            matching = [row for row in of if column.matches(row)]
             cells.append(cell([row["top1"] for row in matching]))
             halves = [row["steps_to_half"] for row in matching if row.get("steps_to_half")]
             if column.task == "what" and halves:
                 cells[-1] += f", 50% at step {statistics.mean(halves):.0f}"
-        if any(each != "-" for each in cells):
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", origins(rows)])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def origins(rows: list[Row]) -> str:
