@@ -291,6 +291,11 @@ def test_weights_say_how_their_head_pools(pool: str) -> None:
     assert not report.missing
     clips = clips_for(source)
     assert torch.equal(model.eval()(clips), source(clips))
+    if pool == "attentive":
+        deeper = create_classifier("tiny", num_classes=3, pool=pool, pool_depth=3, pool_heads=6, **VIDEO)
+        notes = load_weights(deeper, source).notes
+        difference = "the file's pools with 2 blocks, the model's with 3 (model.pool_depth)"
+        assert {f"the {part} is new: {difference}" for part in ("pooling", "norm", "head")} <= {*notes}
     if pool != "mean":
         with pytest.raises(ValueError, match=f"published formats hold classifiers on the mean .* pools {pool}"):
             to_format(source, "convmae")

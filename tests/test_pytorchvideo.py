@@ -349,6 +349,10 @@ def test_one_and_two_processes_agree(x3d: Path, videos: Path, tmp_path: Path) ->
         (["--model.drop_path=0.1"], "drop_path is 0.1 and size"),
         (["--optim.layer_decay=0.75"], "optim.layer_decay is 0.75 and model.size pytorchvideo/x3d_xs; expected 1"),
         (["--train.compile"], "train.compile is True and model.size"),
+        (
+            ["--data.multi_label=true"],
+            "x3d_xs, which ends with a softmax over the classes; expected a model without one",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_one_line(

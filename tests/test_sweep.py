@@ -19,6 +19,7 @@ from test_finetune import ENVIRONMENT, PLAIN, ROOT, arguments, run
 from torch import nn
 
 from video_convmae import load
+from video_convmae.atomic import read_json
 from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
@@ -26,6 +27,7 @@ from video_convmae.config import EvaluateConfig, FinetuneConfig
 from video_convmae.data.records import Record, Records, read_list
 from video_convmae.engine.optim import Optimization, Schedule, head_groups
 from video_convmae.engine.sweep import split_records
+from video_convmae.visualize.run_facts import draw_sweep, read_run
 
 COUNT, CLASSES = 16, 4
 SWEEP = ("--sweep.lr=[3e-3,1e-3]", "--sweep.weight_decay=[0.05,0.5]", "--sweep.holdout=0.25")
@@ -101,6 +103,15 @@ def test_the_chosen_head_is_an_ordinary_probe(
     assert "is finished" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"was begun with sweep.lr \[0.003, 0.001\]"):
         run(videos, folder, *PLAIN, *PROBE, *SWEEP, f"--model.probe={kind}", "--sweep.lr=[1e-3]")
+
+
+def test_the_page_of_a_sweep_lists_its_heads_best_first(swept: tuple[str, Path]) -> None:
+    _, folder = swept
+    heads = read_json(folder / "metrics.json")["sweep"]["heads"]
+    rows = draw_sweep(read_run(folder)).split("<tr>")[2:]
+    scores = [float(re.findall(r">([\d.]+)%<", row)[0]) for row in rows]
+    assert scores == sorted((round(100 * head["held_out_top1"], 1) for head in heads), reverse=True)
+    assert sum(">chosen<" in row for row in rows) == 1
 
 
 def test_a_sweep_that_was_stopped_ends_with_the_same_bits(

@@ -37,7 +37,7 @@ from video_convmae.engine.options import (
     TrainConfig,
 )
 from video_convmae.errors import UserError
-from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig, Pool
+from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig, Pool, library_model
 from video_convmae.weights.options import Inflation
 
 SamplingKind = Literal["dense", "uniform"]
@@ -377,6 +377,11 @@ class FinetuneConfig(RunConfig):
                 raise ValueError(
                     f"{name} is {value} and model.size {self.model.size}; expected {expected}: it is for our own models"
                 )
+        if self.data.multi_label and library_model(self.model.size).one_class:
+            raise ValueError(
+                f"data.multi_label is true and model.size {self.model.size}, which ends with a softmax over the "
+                "classes; expected a model without one (slowfast, mvit), or one class of each record"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

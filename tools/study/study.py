@@ -236,8 +236,8 @@ def plan_model(name: str, args: argparse.Namespace) -> list[tuple[Measurement, i
         return planned
     if model.curve:
         planned += [(FEW_LABELS, round(args.scale * steps)) for steps in CURVE]
-    columns = MEASUREMENTS if model.several else ABLATED
-    columns = [column for column in columns[1:] if column.task in WORLDS[args.world].tasks]
+    measured = MEASUREMENTS if model.several else ABLATED
+    columns = [column for column in measured[1:] if column.task in WORLDS[args.world].tasks]
     if not model.stages:
         columns = [column for column in columns if column.protocol != "knn"] + [AS_LONG_AS_THEY_LIKE]
     return planned + [(column, whole) for column in columns]

@@ -65,13 +65,14 @@ def size_named(name: str) -> Size:
 @dataclass(frozen=True)
 class LibraryModel:
     """A model of pytorchvideo's hub, to compare with: frames and pixels of its training clips, and what they must be
-    multiples of.
+    multiples of. one_class: it ends with a softmax over the classes at each place, which is for one class of a record.
     """
 
     num_frames: int
     image_size: int
     frames_multiple: int = 1
     pixels_multiple: int = 1
+    one_class: bool = False
 
 
 LIBRARY = "pytorchvideo/"  # before a name of pytorchvideo.models.hub, in place of a size
@@ -83,11 +84,11 @@ LIBRARY_MODELS = {
     "slowfast_r101": LibraryModel(32, 224, frames_multiple=4),
     "slowfast_16x8_r101_50_50": LibraryModel(64, 224, frames_multiple=4),
     "csn_r101": LibraryModel(32, 224),
-    "r2plus1d_r50": LibraryModel(16, 224),
-    "x3d_xs": LibraryModel(4, 160),
-    "x3d_s": LibraryModel(13, 160),
-    "x3d_m": LibraryModel(16, 224),
-    "x3d_l": LibraryModel(16, 312),
+    "r2plus1d_r50": LibraryModel(16, 224, one_class=True),
+    "x3d_xs": LibraryModel(4, 160, one_class=True),
+    "x3d_s": LibraryModel(13, 160, one_class=True),
+    "x3d_m": LibraryModel(16, 224, one_class=True),
+    "x3d_l": LibraryModel(16, 312, one_class=True),
     "mvit_base_16x4": LibraryModel(16, 224, frames_multiple=2, pixels_multiple=32),
     "mvit_base_32x3": LibraryModel(32, 224, frames_multiple=2, pixels_multiple=32),
 }

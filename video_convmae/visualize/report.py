@@ -65,6 +65,7 @@ from .run_facts import (
     draw_curves,
     draw_head,
     draw_last_values,
+    draw_sweep,
     read_run,
 )
 
@@ -107,6 +108,7 @@ def make_report(folder: Path, info: DistInfo, records: int = 400) -> Report:
             ("Accuracy", shown.accuracy),
             *zip(OF_SCORES, (shown.confusion, shown.classes, shown.mistakes)),
         ]
+    parts.append(("Heads of the sweep", lambda: draw_sweep(run)))
     if run.lines:
         parts.append(("Course of the training", lambda: draw_curves(run, TRAINING)))
     parts.append(("Last values", lambda: draw_last_values(run)))

@@ -278,6 +278,8 @@ def draw_curves(run: Run, groups: Plots) -> str:
                     curves.append(Curve(label, points, each in BASELINES))
         if any(value is not None for curve in curves for _, value in curve.points):
             plots.append(draw_plot(Plot(title, curves, unit)))
+    if not plots and "sweep" in run.metrics:
+        raise UserError(f"the heads of a sweep are trained together: video-convmae report {run.folder / 'sweep'}")
     if not plots:
         raise UserError("nothing is logged yet" if run.lines or not run.metrics else "a fitted probe takes no steps")
     return f'<div class="plots">{"".join(plots)}</div>'
@@ -311,6 +313,22 @@ def _unit(name: str) -> str:
         return ""
     ends = ("top1", "top5", "accuracy", "_class", "largest", "data_wait", "miou", "macc", "aacc")
     return "%" if name.endswith(ends) or "_ap" in name or "_ar" in name else ""
+
+
+def draw_sweep(run: Run) -> str:
+    """Return a table of the heads of a sweep, the best first; empty: the run is none, or has not ended."""
+    if "sweep" not in run.metrics:
+        return ""
+    sweep = run.metrics["sweep"]
+    chosen = sweep["chosen"]["head"]
+    heads = sorted(enumerate(sweep["heads"]), key=lambda each: each[1]["held_out_top1"], reverse=True)
+    rows = [
+        ("chosen" if number == chosen else "", f"{head['lr']:g}", f"{head['weight_decay']:g}", (show(top1, "%"), top1))
+        for number, head in heads
+        for top1 in (head["held_out_top1"],)
+    ]
+    records = f"held out: {sweep['held_out']['records']} records of the training list"
+    return draw_table(("", "learning rate", "weight decay", "held-out top-1"), rows, records)
 
 
 def draw_bad_records(run: Run) -> str:

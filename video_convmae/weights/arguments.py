@@ -41,7 +41,7 @@ def model_arguments(source: Source, kind: Literal["autoencoder", "classifier"] |
         return arguments | (_head_arguments(weights) if weights.has("head") else {})
     if not weights.has("decoder"):
         return arguments | {"msd": True}
-    width, depth = len(weights.tensors["decoder.embedding.bias"]), _count_blocks(weights.tensors, "decoder.blocks")
+    width, depth = len(weights.tensors["decoder.embedding.bias"]), count_blocks(weights.tensors, "decoder.blocks")
     size = SIZES[arguments["size"]]
     named = size.image_decoder if weights.is_image else size.video_decoder
     assumed = named[2] if named[:2] == (width, depth) else max(1, width // (32 if weights.is_image else 64))
@@ -61,7 +61,7 @@ def encoder_arguments(weights: Weights) -> dict[str, Any]:
     tensors, last = weights.tensors, len(weights.strides) - 1
     stages = [*(f"encoder.conv_stages.{stage}" for stage in range(last)), "encoder.attention_blocks"]
     widths = tuple(len(kernel) for kernel in embedding_weights(tensors))
-    depths = tuple(_count_blocks(tensors, stage) for stage in stages)
+    depths = tuple(count_blocks(tensors, stage) for stage in stages)
     named = next((name for name, size in SIZES.items() if (size.widths, size.depths) == (widths, depths)), None)
     frames = weights.frames or (1 if weights.is_image else max(1, 16 // weights.tubelet))
     arguments = {
@@ -94,7 +94,8 @@ def _image_size(weights: Weights, frames: int) -> int | tuple[int, int]:
     return side * patch if side and side**2 * frames == tokens else 224
 
 
-def _count_blocks(tensors: Tensors, blocks: str) -> int:
+def count_blocks(tensors: Tensors, blocks: str) -> int:
+    """Return the number of blocks whose names begin so."""
     return sum(name.startswith(f"{blocks}.") and name.endswith(".norm1.weight") for name in tensors)
 
 
@@ -121,6 +122,6 @@ def _head_arguments(weights: Weights) -> dict[str, Any]:
     pool = "attentive" if weights.has("pooling") else weights.pool or widths.get(width, "frames")
     arguments: dict[str, Any] = {"num_classes": classes}
     if pool == "attentive":
-        depth = 1 + _count_blocks(weights.tensors, "pooling.blocks")
+        depth = 1 + count_blocks(weights.tensors, "pooling.blocks")
         return arguments | {"pool": pool, "pool_depth": depth, "pool_heads": weights.pool_heads}
     return arguments if pool == "mean" else arguments | {"pool": pool}

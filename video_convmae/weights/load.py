@@ -28,7 +28,7 @@ from video_convmae.models.probe import Probe
 from video_convmae.models.pytorchvideo import LibraryClassifier
 from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig, EncoderConfig
 
-from .arguments import encoder_arguments, model_arguments
+from .arguments import count_blocks, encoder_arguments, model_arguments
 from .files import Tensors
 from .formats import Source, read_weights
 from .formats.base import NO_CLS
@@ -428,6 +428,10 @@ class _Plan:
             return None
         weights, ours = self.weights, config.pool
         theirs = "attentive" if weights.has("pooling") else weights.pool
+        if theirs == ours == "attentive":
+            depth = 1 + count_blocks(weights.tensors, "pooling.blocks")
+            if depth != config.pool_depth:
+                return f"the file's pools with {depth} blocks, the model's with {config.pool_depth} (model.pool_depth)"
         if theirs is None and len(weights.tensors.get("fc_norm.weight", ())) == config.widths[-1]:
             theirs = "mean"
         return None if theirs in (None, ours) else f"the file's reads pool {theirs}, the model's {ours}"
