@@ -205,7 +205,7 @@ def test_heads_start_with_the_deviation_that_was_asked_for() -> None:
     [
         ({"num_classes": 0}, "num_classes is 0; expected 1"),
         ({"kind": "quadratic"}, "kind is 'quadratic'; expected one of linear, attentive, knn"),
-        ({"head_init_std": 0.0}, "head_init_std is 0.0; expected a deviation above 0"),
+        ({"head_init_std": 0.0}, "head_init_std is 0.0; expected more than 0"),
     ],
 )
 def test_impossible_heads_are_errors(wrong: dict, message: str) -> None:
@@ -227,7 +227,7 @@ def test_dropout_before_the_head_is_there_in_training_alone() -> None:
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model.eval()(clips), plain.eval()(clips))
     assert torch.equal(plain.train()(clips), plain(clips))
-    with pytest.raises(ValueError, match=r"head_dropout is 1\.0; expected a share"):
+    with pytest.raises(ValueError, match=r"head_dropout is 1\.0; expected 0 or more and less than 1"):
         create_classifier("tiny", num_classes=3, head_dropout=1.0, **VIDEO)
 
 

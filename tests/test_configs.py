@@ -22,7 +22,7 @@ from states import load_state
 from video_convmae import create_autoencoder, create_classifier
 from video_convmae.build import build_classifier
 from video_convmae.cli.finetune import finetune
-from video_convmae.cli.parser import fields_of, flatten, merge, parse, read_config
+from video_convmae.cli.parser import fields_of, merge, parse, read_config
 from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import (
     AutoencoderConfig,
@@ -30,6 +30,7 @@ from video_convmae.config import (
     FinetuneConfig,
     PretrainConfig,
     TargetConfig,
+    flatten,
     from_plain,
     to_plain,
 )

@@ -16,11 +16,11 @@ from tools.study.demo import (
     draw_curves,
     draw_predictions,
     find_failure,
-    remove_finished,
     report_demo,
     shown_clips,
 )
 from tools.study.study import FEW_LABELS, MEASUREMENTS, MODELS, collect_curves, collect_rows, table, write_results
+from tools.study.training import remove_runs_of_other_settings
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.config import FinetuneConfig
@@ -50,14 +50,19 @@ def test_a_demo_that_has_not_learned_says_what_failed() -> None:
     assert "pretraining has not learned" in find_failure(METRICS | {"reconstruction": worse})
 
 
-def test_an_interrupted_demo_keeps_its_runs_and_a_finished_one_does_not(tmp_path: Path) -> None:
+def test_an_interrupted_demo_keeps_its_runs_a_finished_one_or_one_of_other_settings_does_not(tmp_path: Path) -> None:
+    settings = {"demo.yaml": "seed: 0"}
     for name in (*RUNS, "data"):
         (tmp_path / name).mkdir()
-    remove_finished(tmp_path)
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    remove_runs_of_other_settings(tmp_path, settings, RUNS)
     assert all((tmp_path / name).is_dir() for name in RUNS)
     (tmp_path / "metrics.json").write_text("{}")
-    remove_finished(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    remove_runs_of_other_settings(tmp_path, settings, RUNS)
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "settings.json"}
+    (tmp_path / RUNS[0]).mkdir()
+    remove_runs_of_other_settings(tmp_path, {"demo.yaml": "seed: 1"}, RUNS)
+    assert not (tmp_path / RUNS[0]).exists()
 
 
 def test_pictures_show_the_same_clips_whoever_is_right(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ from video_convmae.dense.detection import Detector
 from video_convmae.dense.segmentation import Segmenter, pixel_losses, slide
 from video_convmae.engine.dense_tasks import Detection, Segmentation
 from video_convmae.engine.detection import DetectionInference, judge_detector
-from video_convmae.engine.distributed import DistInfo, all_gather_object
+from video_convmae.engine.distributed import DistInfo, broadcast_object
 from video_convmae.engine.evaluation import write_bad_records
 from video_convmae.engine.metrics import Values
 from video_convmae.engine.options import Precision
@@ -107,7 +107,7 @@ def try_pictures(data: SourceConfig, dataset: Dataset[Any], info: DistInfo) -> N
             dataset[SampleKey(0, 0)]
         except DecodeError as met:
             error = f"{data.train}: {met}; check data.root, which is {data.root!r}, and the files"
-    if (error := all_gather_object(error)[0]) is not None:
+    if (error := broadcast_object(error)) is not None:
         raise ListError(error)
 
 

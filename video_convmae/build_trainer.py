@@ -24,7 +24,7 @@ from video_convmae.config import (
 from video_convmae.data.loader import AnyBatch, BatchPlan, ResumableBatchSampler, collate, iter_batches
 from video_convmae.data.mixture import Mixture
 from video_convmae.engine.checkpoint import Checkpoint, find_latest
-from video_convmae.engine.distributed import DistInfo, all_gather_object
+from video_convmae.engine.distributed import DistInfo, broadcast_object
 from video_convmae.engine.log import BadRecordLog
 from video_convmae.engine.loggers import check_loggers
 from video_convmae.engine.optim import HasLayers, NamesUndecayed, Optimization, Schedule, head_groups, parameter_groups
@@ -291,5 +291,5 @@ def _checkpoint_to_resume(folder: Path, info: DistInfo) -> Checkpoint | None:
     found, errors = find_latest(folder) if info.is_main else (None, [])
     for error in errors:
         print(f"skipped: {error}", flush=True)
-    path = all_gather_object(None if found is None else found.path)[0]
+    path = broadcast_object(None if found is None else found.path)
     return None if path is None else Checkpoint(path, verified=True)

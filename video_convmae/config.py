@@ -23,6 +23,7 @@ from video_convmae.data.options import (
     ListFormat,
     MixingConfig,
     ReaderName,
+    SamplingKind,
 )
 from video_convmae.engine.options import (
     HANG_TIMEOUT,
@@ -39,8 +40,6 @@ from video_convmae.engine.options import (
 from video_convmae.errors import UserError
 from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig, Pool, library_model
 from video_convmae.weights.options import Inflation
-
-SamplingKind = Literal["dense", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -246,11 +245,11 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, batch, precision and parallelism."""
     log: LogConfig = field(default_factory=LogConfig)
-    """Measurements beside the usual log."""
+    """Where a run logs to, pictures, and measurements beside the log."""
     hang_timeout: Annotated[float, Bounds(above=0)] = HANG_TIMEOUT
     """Seconds without progress, for data or for other processes, after which a process ends and says what each does."""
     device: str = "auto"
-    """auto (CUDA if available), cpu, cuda."""
+    """auto (CUDA if available), cpu, cuda, or one device such as cuda:1."""
     seed: Annotated[int, Bounds(least=0, most=2**63 - 1)] = 0
     """Seed of every random number of the run."""
 
@@ -420,7 +419,7 @@ class InferenceConfig:
     ema: bool | None = None
     """Use the average of the weights; none: for a classifier, if the run kept one."""
     device: str = "auto"
-    """auto (CUDA if available), cpu, cuda."""
+    """auto (CUDA if available), cpu, cuda, or one device such as cuda:1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -483,10 +482,11 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def from_plain(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Return the configuration that `to_plain` turned into plain data, checked as strictly as a file.
+    """Return the configuration that `to_plain` turned into plain data. Types and the options' own checks are
+    checked as in a file; bounds of other fields are the command line's.
 
     Raises:
-        ValueError: a field is unknown, missing or of a wrong type.
+        UserError: a field is unknown, missing or of a wrong type.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind)

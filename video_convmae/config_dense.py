@@ -56,7 +56,7 @@ class TrainDetectionConfig(RunConfig):
 
     data: DetectionDataConfig
     """The data sets, and how pictures are made of them."""
-    model: DetectorConfig  # no default, as above
+    model: DetectorConfig  # no default: see PretrainConfig.model
     """The detector."""
     validate: DetectionTestConfig = field(default_factory=DetectionTestConfig)
     """Validation during training, and tests."""
@@ -118,7 +118,7 @@ class TrainSegmentationConfig(RunConfig):
 
     data: SegmentationDataConfig
     """The folders, and how pictures are made of them."""
-    model: SegmenterConfig  # no default, as above
+    model: SegmenterConfig  # no default: see PretrainConfig.model
     """The segmenter."""
     validate: SegmentationTestConfig = field(default_factory=SegmentationTestConfig)
     """Validation during training, and tests."""

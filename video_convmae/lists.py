@@ -15,7 +15,7 @@ from video_convmae.data.labels import check_labels, check_single, class_names, c
 from video_convmae.data.mixture import MixedList, Mixture
 from video_convmae.data.records import ListError, Records, read_list
 from video_convmae.data.remote import ObjectCache, is_url, join, use_cache
-from video_convmae.engine.distributed import DistInfo, all_gather_object
+from video_convmae.engine.distributed import DistInfo, broadcast_object
 from video_convmae.errors import Note
 
 
@@ -89,7 +89,7 @@ def try_records(data: DataConfig, path: str, records: Records, info: DistInfo, c
                     f"none of {len(errors)} records of {path} that were tried can be read ({errors[0]}); check "
                     f"data.root, which is {data.root!r}, and the files: video-convmae check-videos names the bad ones"
                 )
-    if (error := all_gather_object(error)[0]) is not None:
+    if (error := broadcast_object(error)) is not None:
         raise ListError(error)
 
 

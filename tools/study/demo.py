@@ -19,14 +19,11 @@ own mean colour, is a fair comparison; `mean_colour_mse` and `nearest_patch_mse`
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import multiprocessing
-import shutil
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -38,7 +35,13 @@ from torch import Tensor
 
 import video_convmae
 from tools.study.clips import HOW, clip_classes, make_digit_clips
-from tools.study.training import finetune_on, pretrain_on
+from tools.study.training import (
+    CONFIGS,
+    finetune_on,
+    pretrain_on,
+    remove_runs_of_other_settings,
+    side_by_side,
+)
 from video_convmae.atomic import write_text
 from video_convmae.cli import run_tool
 from video_convmae.data.records import Record, read_list
@@ -74,7 +77,8 @@ def main() -> None:
     output: Path = parser.parse_args().output
     started = time.perf_counter()
     torch.set_num_threads(min(2, torch.get_num_threads()))  # more only wait for each other at this size
-    remove_finished(output)
+    settings = {name: (CONFIGS / name).read_text(encoding="utf-8") for name in ("demo.yaml", "finetune_demo.yaml")}
+    remove_runs_of_other_settings(output, settings, RUNS)
 
     print("Clips of moving digits, h264 mp4:", flush=True)
     data = output / "data"
@@ -84,7 +88,9 @@ def main() -> None:
     pretrain_on(data, output / "pretrain", f"--train.max_steps={PRETRAIN_STEPS}", probe)
     errors = draw_reconstructions(output / "pretrain", data, output)
     print(f"Finetuning from the pretrained weights and from scratch, {FINETUNE_STEPS} steps each:", flush=True)
-    finetune_both(data, output)
+    runs = {output / "finetuned": output / "pretrain", output / "scratch": None}
+    calls = [partial(_finetune, data, run, weights) for run, weights in runs.items()]
+    print(*side_by_side(calls, list(runs)), sep="\n", flush=True)
     draw_curves(output, output / "curves.png")
     draw_predictions([output / "finetuned", output / "scratch"], data, output / "predictions.png")
 
@@ -103,31 +109,9 @@ def main() -> None:
         sys.exit(failure)
 
 
-def remove_finished(output: Path) -> None:
-    """Remove the runs of a finished demo; those of an interrupted one stay and are resumed."""
-    if (output / "metrics.json").exists():
-        (output / "metrics.json").unlink()
-        for name in RUNS:
-            shutil.rmtree(output / name, ignore_errors=True)
-
-
-def finetune_both(data: Path, output: Path) -> None:
-    """Finetune with and without pretrained weights at the same time, one thread each: faster than with two in turn."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        starts = {"finetuned": output / "pretrain", "scratch": None}
-        for future in [pool.submit(_finetune, data, output / name, weights) for name, weights in starts.items()]:
-            print(future.result(), flush=True)
-
-
 def _finetune(data: Path, run: Path, weights: Path | None) -> str:
-    """Finetune; returns a line to print. What the run prints goes to RUN.txt."""
-    with (
-        open(f"{run}.txt", "a", encoding="utf-8") as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
-        metrics = finetune_on(data, "how", LABELLED, FINETUNE_STEPS, run, weights, "--validate.every_steps=50")
+    """Finetune; returns a line to print."""
+    metrics = finetune_on(data, "how", LABELLED, FINETUNE_STEPS, run, weights, "--validate.every_steps=50")
     return f"  {run.name}: top-1 {metrics['val_top1']:.1%} after {metrics['seconds']:.0f} s"
 
 

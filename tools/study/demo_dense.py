@@ -25,6 +25,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from PIL import Image, ImageDraw
 
 from tools.study.demo_image import make_digits, pretrain_digits
 from tools.study.scenes import CLASSES, make_scenes
-from tools.study.training import is_finished, remove_runs_of_other_settings, require_finished
+from tools.study.training import is_finished, remove_runs_of_other_settings, require_finished, side_by_side
 from video_convmae.atomic import write_text
 from video_convmae.cli import run_tool
 from video_convmae.cli.evaluate import evaluate
@@ -122,16 +123,17 @@ def main() -> None:
         return
     settings = {name: path.read_text(encoding="utf-8") for name, path in CONFIGS.items()}
     remove_runs_of_other_settings(output, settings, ["pretrain", *CONFIGS])
-    torch.set_num_threads(1)  # as in the image demo; the loading process has the other core
+    torch.set_num_threads(1)  # as in the image demo
     make_digits(output / "digits")
     pretrain_digits(output / "pretrain", output / "digits", 0, *LARGER)
     records = read_coco(data / "annotations" / "instances_validation.json")
-    metrics: dict[str, Any] = {}
-    for start in STARTS:
-        weights = output / "pretrain" if start == "pretrained" else None
-        metrics[start] = detect(output / "detection" / start, data, weights) | segment(
-            output / "segmentation" / start, data, weights
-        )
+    metrics: dict[str, Any] = {start: {} for start in STARTS}
+    for task, head in {"detection": detect, "segmentation": segment}.items():
+        print(f"{task.capitalize()}, from the pretrained weights and from scratch (logs beside the runs):", flush=True)
+        runs = [output / task / start for start in STARTS]
+        calls = [partial(head, run, data, weights) for run, weights in zip(runs, (output / "pretrain", None))]
+        for start, found in zip(STARTS, side_by_side(calls, runs)):
+            metrics[start] |= found
     metrics |= baselines(records, data / "labels" / "validation")
     metrics["seconds"] = time.perf_counter() - started
     draw_detections(output, records).save(output / "detections.png")

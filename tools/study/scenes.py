@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tools.study.clips import SPLITS, digit_drawings, photographs
+from tools.study.clips import SETTINGS_FILE, SPLITS, digit_drawings, photographs
 from video_convmae.cli import run_tool
 from video_convmae.data.masks import encode_mask, tight_box
 
@@ -39,7 +39,6 @@ SIDES = (96, 128)  # pixels
 MIN_VISIBLE = 0.4  # of each object
 FINE = 4  # an outline is drawn that many times larger, for smooth edges
 RECIPE = 1  # raise it when the same settings give other scenes, so that earlier folders are made again
-SETTINGS_FILE = "settings.json"
 SCENE_NAME = re.compile(r"\d{5}\.(jpg|png)")
 
 

@@ -18,8 +18,7 @@ from typing import Any
 
 from video_convmae import shipped
 from video_convmae.cli import run_tool
-from video_convmae.cli.parser import flatten
-from video_convmae.config import PretrainConfig, from_plain, to_plain
+from video_convmae.config import PretrainConfig, flatten, from_plain, to_plain
 from video_convmae.engine.checkpoint import PUBLISHED
 from video_convmae.errors import UserError
 from video_convmae.weights.files import read_file, save_file

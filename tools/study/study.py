@@ -6,8 +6,8 @@
     python -m tools.study --world doom             # another world: which button is held in Doom (tools.study.doom)
 
 Each model is pretrained on all training clips without labels, and then measured with few: *how* (which of eight ways a
-digit moves) and *what* (which digit). Validation clips show digits and photographs that no training clip shows. A model
-from scratch is finetuned alone, for as many steps, and in a column of their own for five times as many. Ablations, a
+digit moves) and *what* (which digit). Validation clips show digits and photographs that no training clip shows. Models
+from scratch are only finetuned: for as many steps and, in a column of their own, for five times as many. Ablations, a
 model with one thing changed, are pretrained for half as many steps, with one seed, beside the model with nothing
 changed. On a CPU each core trains a model of its own. *How* with the fewest labels comes first, for every model, and
 then the rest.
@@ -109,7 +109,7 @@ WORLDS = {
     "doom": World(_make_doom, ("how",), ("--data.stride=2",)),  # its clips have 16 frames, models see 8
 }
 IMAGE = ("--model.num_frames=1", "--mask.kind=random", "--mask.ratio=0.75")
-MODELS = {
+MODELS = {  # numbered by place in run_folder: append only
     "VideoConvMAE-MSD": StudyModel(several=True, curve=True),
     "VideoConvMAE": StudyModel(model=("--model.msd=false",), several=True),
     "VideoMAE (plain ViT)": StudyModel(model=PLAIN, several=True),
@@ -157,7 +157,7 @@ class Measurement:
         if (self.task, self.labels) != (row["task"], row["labels"]):
             return False
         if row["model"] in BASELINES:
-            return self.protocol == "finetune" and self != AS_LONG_AS_THEY_LIKE
+            return self.protocol == "finetune" and self != FIVE_TIMES_AS_LONG
         return (self.protocol, self.steps) == (row["protocol"], row["steps"])
 
 
@@ -175,7 +175,7 @@ MEASUREMENTS = (
     Measurement("how", "knn", VALIDATION_CLIPS // 2, 0),  # of the probe beside pretraining: half the validation clips
 )
 ABLATED = tuple(column for column in MEASUREMENTS if column is FEW_LABELS or column.protocol in ("logistic", "knn"))
-AS_LONG_AS_THEY_LIKE = Measurement("how", "finetune", 1000, 2000)  # of models from scratch
+FIVE_TIMES_AS_LONG = Measurement("how", "finetune", 1000, 2000)  # of models from scratch
 CURVE = (500, 1000, 2000, 4000)  # steps of pretraining after which few labels are also tried
 
 
@@ -198,8 +198,12 @@ def main() -> None:
     if args.quick:
         args.models, args.seeds = list(QUICK), 1
     args.output = args.output or Path("runs/study" if args.world == "digits" else f"runs/study_{args.world}")
+    settings: dict[str, Any] = {"world": args.world, "pretrain_steps": round(args.scale * PRETRAIN_STEPS)}
+    require_same_study(args.output, settings)  # before its clips are replaced
     WORLDS[args.world].make(args.output / "data", round(args.scale * TRAIN_CLIPS), VALIDATION_CLIPS)
-    require_same_study(args.output, round(args.scale * PRETRAIN_STEPS))
+    settings["clips"] = read_json(args.output / "data" / SETTINGS_FILE)
+    require_same_study(args.output, settings)
+    write_text(args.output / SETTINGS_FILE, json.dumps(settings) + "\n")
     several = [(name, seed) for seed in range(args.seeds) for name in args.models if MODELS[name].several]
     models = several + [(name, 0) for name in args.models if not MODELS[name].several]
     processes = args.processes or (1 if args.device.startswith("cuda") else os.cpu_count())
@@ -218,13 +222,12 @@ def main() -> None:
     print(table(collect_rows(args.output)))
 
 
-def require_same_study(output: Path, steps: int) -> None:
-    """Exit if a folder holds runs on other clips, or of another length: their rows would stand beside new ones."""
+def require_same_study(output: Path, settings: dict[str, Any]) -> None:
+    """Exit if a folder holds runs of other settings: their rows would stand beside new ones."""
     path = output / SETTINGS_FILE
-    now = {"clips": read_json(output / "data" / SETTINGS_FILE), "pretrain_steps": steps}
-    if (output / "runs").exists() and (not path.exists() or read_json(path) != now):
+    known = {"world": "digits"} | read_json(path) if path.exists() else {}
+    if (output / "runs").exists() and any(known.get(name) != value for name, value in settings.items()):
         sys.exit(f"{output} holds runs on other clips or of another length; give another --output")
-    write_text(path, json.dumps(now) + "\n")
 
 
 def plan_model(name: str, args: argparse.Namespace) -> list[tuple[Measurement, int]]:
@@ -239,7 +242,7 @@ def plan_model(name: str, args: argparse.Namespace) -> list[tuple[Measurement, i
     measured = MEASUREMENTS if model.several else ABLATED
     columns = [column for column in measured[1:] if column.task in WORLDS[args.world].tasks]
     if not model.stages:
-        columns = [column for column in columns if column.protocol != "knn"] + [AS_LONG_AS_THEY_LIKE]
+        columns = [column for column in columns if column.protocol != "knn"] + [FIVE_TIMES_AS_LONG]
     return planned + [(column, whole) for column in columns]
 
 
@@ -288,7 +291,7 @@ def pretrain_model(name: str, seed: int, args: argparse.Namespace) -> Path | Non
     model, data = MODELS[name], args.output / "data"
     folder, settings = run_folder(name, seed, args), run_settings(model, seed, args)
     weights: Path | None = None
-    every = CURVE[0] * PRETRAIN_BATCH / TRAIN_CLIPS  # in epochs; as many steps whatever the scale
+    every = CURVE[0] * PRETRAIN_BATCH / TRAIN_CLIPS  # in epochs: CURVE[0] steps times the scale, as in plan_model
     watch = [f"--probe.list={data / 'validation_how.txt'}", f"--probe.records={VALIDATION_CLIPS}"]
     watch += [f"--train.keep_every={every}", f"--probe.every={every}"]
     if model.teacher is not None:
@@ -418,7 +421,7 @@ def _table(rows: list[Row], names: list[str]) -> str:
     shown = {name: [row for row in shown[name] if row["pretrain_steps"] == longest[name]] for name in longest}
     columns = [
         column
-        for column in (*MEASUREMENTS, AS_LONG_AS_THEY_LIKE)
+        for column in (*MEASUREMENTS, FIVE_TIMES_AS_LONG)
         if any(column.matches(row) for of in shown.values() for row in of)
     ]
     if not columns:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from video_convmae.atomic import write_text
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import FinetuneConfig, PretrainConfig
+
+Result = TypeVar("Result")
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "debug"
 
@@ -43,6 +50,30 @@ def remove_runs_of_other_settings(output: Path, settings: dict[str, str], runs: 
             shutil.rmtree(output / run, ignore_errors=True)
         metrics.unlink(missing_ok=True)
     write_text(known, json.dumps(settings, indent=2) + "\n")
+
+
+def side_by_side(calls: Sequence[Callable[[], Result]], folders: Sequence[Path]) -> list[Result]:
+    """Run functions at the same time, a process and a thread each, and return their results in order.
+
+    So two runs on two cores end sooner than with two threads in turn. What a run prints goes to FOLDER.txt.
+
+    Args:
+        calls: functions that can be pickled.
+        folders: of their runs.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(calls), context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(_call_quietly, calls, folders))
+
+
+def _call_quietly(call: Callable[[], Result], folder: Path) -> Result:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(f"{folder}.txt", "a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        return call()
 
 
 def pretrain_on(data: Path, run: Path, *edits: str) -> None:

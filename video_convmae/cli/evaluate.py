@@ -169,10 +169,10 @@ def load_model(config: InferenceConfig, info: DistInfo) -> tuple[Predictor, Path
     """
     from video_convmae import predictor
     from video_convmae.engine.checkpoint import Checkpoint, file_digest, find_weights
-    from video_convmae.engine.distributed import all_gather_object
+    from video_convmae.engine.distributed import broadcast_object
 
     found: Checkpoint | Path | None = find_weights(config.weights) if info.is_main else None
-    is_checkpoint, path = all_gather_object((True, found.path) if isinstance(found, Checkpoint) else (False, found))[0]
+    is_checkpoint, path = broadcast_object((True, found.path) if isinstance(found, Checkpoint) else (False, found))
     source = Checkpoint(path, verified=True) if is_checkpoint else path
     digest = source.digest() if is_checkpoint else file_digest(path)
     labels = config.labels if isinstance(config, EvaluateConfig) else None

@@ -13,7 +13,10 @@ from typing import Annotated, Literal
 from video_convmae.bounds import Bounds, check_bounds
 
 ListFormat = Literal["video", "frames", "image"]
+SamplingKind = Literal["dense", "uniform"]
 ReaderName = Literal["auto", "torchcodec", "pyav", "decord", "torchcodec_cuda"]
+# Fields of a data configuration that say how its files are loaded, and change no value.
+LOADING = ("workers", "start_method", "decode_timeout", "memory", "cache", "cache_size")
 
 UNIFORM_HAS_NO_RATE = "which takes frames over the whole video, at no rate; expected dense sampling, or no fps"
 

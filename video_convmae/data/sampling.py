@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 import torch
 
-from .options import UNIFORM_HAS_NO_RATE
+from .options import UNIFORM_HAS_NO_RATE, SamplingKind
 
 _ROUNDING = 1e-6  # seconds; the times of a file are rounded, and two frames equally near must not depend on that
 
@@ -44,13 +44,13 @@ class Sampling:
         ValueError: an unknown kind, a number out of bounds, or uniform sampling with `fps`.
     """
 
-    kind: Literal["dense", "uniform"] = "dense"
+    kind: SamplingKind = "dense"
     num_frames: int = 16
     stride: int = 4
     fps: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("dense", "uniform"):
+        if self.kind not in get_args(SamplingKind):
             raise ValueError(f"sampling is {self.kind!r}; expected 'dense' or 'uniform'")
         if self.num_frames < 1 or self.stride < 1:
             raise ValueError(f"num_frames is {self.num_frames} and stride {self.stride}; expected 1 or more")

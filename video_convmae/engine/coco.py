@@ -14,7 +14,7 @@ from typing import Any
 from video_convmae.data.coco import CocoRecords
 from video_convmae.data.masks import mask_api
 
-from .distributed import all_gather_object, gather_object
+from .distributed import broadcast_object, gather_object
 
 # COCO's twelve: precision (over IoU .5 to .95, at .5, at .75, by area), recall (by detections a picture, by area).
 NUMBERS = (
@@ -40,10 +40,10 @@ def evaluate_everywhere(
     mask_api()  # says what to install, on every process
     gathered = gather_object(list(own))
     if gathered is None:
-        return all_gather_object(None)[0], None
+        return broadcast_object(None), None
     results = sorted((result for each in gathered for result in each), key=itemgetter("image_id"))
     metrics = evaluate_coco(results, records, failed, masks)
-    return all_gather_object(metrics)[0], results
+    return broadcast_object(metrics), results
 
 
 def evaluate_coco(

@@ -25,7 +25,7 @@ from video_convmae.dense.detection import Detections, paste_masks
 from .coco import evaluate_everywhere
 from .dense_tasks import stack_pictures
 from .distributed import DistInfo, all_gather_object
-from .inference import NonFiniteOutput, Progress, in_list_order
+from .inference import Progress, in_list_order, not_finite
 from .metrics import Values
 from .options import Precision
 from .tasks import Normalizer, autocast
@@ -112,7 +112,7 @@ class DetectionInference:
             found = model(images, sizes)
         for record, each in zip(batch.records.tolist(), found):
             if not (each.scores.isfinite().all() and each.boxes.isfinite().all()):
-                raise NonFiniteOutput(f"not finite for picture {record}: try precision bf16 or fp32")
+                raise not_finite(f"picture {record}", self.precision)
         return found
 
 

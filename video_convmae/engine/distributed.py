@@ -99,6 +99,10 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"device is {device!r}, and PyTorch finds no CUDA device; expected cpu or auto")
     chosen = torch.device(device if ":" in device else f"cuda:{local_rank}")
     if (chosen.index or 0) >= (count := torch.cuda.device_count()):
+        if ":" in device:
+            raise UserError(
+                f"device is {device!r}, and there are {count} CUDA devices; expected a number below {count}"
+            )
         raise UserError(
             f"process {local_rank} of this machine needs {chosen}, and there are {count} CUDA devices; expected at "
             f"most {count} processes a machine (torchrun --nproc_per_node {count})"
@@ -127,6 +131,15 @@ def all_gather_object(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's picklable value, on every process."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def gather_object(value: Any) -> list[Any] | None:

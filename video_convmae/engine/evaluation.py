@@ -79,12 +79,10 @@ class Evaluation:
         }
 
     def judge(self, names: Sequence[str] | None = None) -> dict[str, Any]:
-        """Compare top-1 with always answering the most frequent class.
+        """Compare top-1 with always answering the most frequent class; where records have several, nothing is judged.
 
         Args:
             names: of the classes; None: they are numbered.
-
-        Of several classes each, nothing is judged.
 
         Returns:
             learned: True if top-1 is above that class's share by more than a standard error of a proportion; None if

@@ -224,7 +224,8 @@ def write_features(
         }
         for name, array in others.items():
             write_parts(archive, name, array.dtype, array.shape, [array])
-    return in_list_order(store.bad_records())
+    # What an interrupted attempt could not read, a later one may have.
+    return in_list_order([record for record in store.bad_records() if others["failed"][record.index]])
 
 
 @contextmanager

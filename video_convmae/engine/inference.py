@@ -1,4 +1,4 @@
-"""A model over the test views of every record of a list: evaluation, features and nearest neighbours.
+"""A model over the test views of every record of a list: evaluation, features, probes.
 
 Every record counts exactly once, and no value depends on the number of ranks: the list is cut into fixed chunks that
 are dealt whole, so that each forward pass has the same composition wherever it runs. A record that cannot be read is
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from video_convmae.atomic import whole_lines
 from video_convmae.data.datasets import BadRecord, TestViewDataset
 from video_convmae.data.loader import Batch, iter_batches
+from video_convmae.data.options import LOADING
 from video_convmae.data.ragged import RaggedCrops
 from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import Autoencoder
@@ -166,8 +167,14 @@ class ListInference:
             values = compute(normalised)
         values = values.float().unflatten(0, (-1, views)).mean(dim=1).cpu()
         if not values.isfinite().all():  # sorted like any others, they would count as predictions
-            raise NonFiniteOutput(f"not finite for {names}: try precision bf16 or fp32 for {precision}")
+            raise not_finite(names, precision)
         return values.numpy()
+
+
+def not_finite(names: str, precision: str) -> NonFiniteOutput:
+    """Return the error of an output that is not finite, for the named records or picture."""
+    advice = "try precision bf16 or fp32" if precision == "fp16" else "are the weights damaged?"
+    return NonFiniteOutput(f"not finite for {names} at precision {precision}: {advice}")
 
 
 def in_list_order(bad_records: Sequence[BadRecord]) -> tuple[BadRecord, ...]:
@@ -297,7 +304,6 @@ def chunk_folder(folder: Path, settings: dict[str, Any]) -> Path:
         folder: of the results.
         settings: everything that a value depends on, as plain data; `data` holds a data configuration.
     """
-    loading = ("workers", "start_method", "decode_timeout", "max_bad_fraction", "memory", "cache", "cache_size")
-    data = {name: value for name, value in settings["data"].items() if name not in loading}
+    data = {name: value for name, value in settings["data"].items() if name not in (*LOADING, "max_bad_fraction")}
     text = json.dumps(settings | {"data": data}, sort_keys=True)
     return folder / "partial" / hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -21,9 +21,10 @@ from video_convmae.atomic import read_json, read_json_lines, whole_lines, write_
 from video_convmae.data.datasets import BadRecord
 from video_convmae.data.mixture import Mixture
 from video_convmae.errors import UserError
-from video_convmae.machine import current_commit, processor_name
+from video_convmae.machine import current_commit, describe_machine
 
 from .checkpoint import BEST, checkpoint_name
+from .distributed import DistInfo
 from .loggers import open_loggers
 from .metrics import Values
 from .options import LoggerName
@@ -181,13 +182,14 @@ def _progress_line(values: Values) -> str:
 class RankLog:
     """Log of one rank: `logs/rank_NNNN.jsonl` with a line a logged step, and the error that ended it, if any."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._path, self._rank = folder / "logs" / f"rank_{rank:04d}.jsonl", rank
+    def __init__(self, folder: Path, info: DistInfo) -> None:
+        self._path, self._info = folder / "logs" / f"rank_{info.rank:04d}.jsonl", info
 
     def __enter__(self) -> RankLog:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self._path, "a", encoding="utf-8")
-        self.write({"host": platform.node(), "pid": os.getpid()} | ({} if self._rank else describe_process()))
+        about = describe_process(self._info) if self._info.is_main else {}
+        self.write({"host": platform.node(), "pid": os.getpid()} | about)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
@@ -202,10 +204,10 @@ class RankLog:
         self._file.flush()
 
 
-def describe_process() -> dict[str, Any]:
+def describe_process(info: DistInfo) -> dict[str, Any]:
     """Return what a run is of: the command, the version, in a clone its commit, torch, and the device's name."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     versions = {"version": __version__, "commit": current_commit(), "torch": torch.__version__}
+    device = describe_machine(str(info.device))["device"]
     return {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), **versions, "device": device}
 
 
@@ -214,14 +216,15 @@ class Trace:
 
     Args:
         folder: the run folder.
-        rank: of this process.
+        info: this process and its device.
         steps: number of recorded steps; 0: none.
     """
 
     WARM_UP = 3  # steps before: kernels are chosen and compiled, memory is allocated
 
-    def __init__(self, folder: Path, rank: int, steps: int) -> None:
-        self._path = folder / "logs" / f"trace_rank_{rank:04d}.json.gz"
+    def __init__(self, folder: Path, info: DistInfo, steps: int) -> None:
+        self._path = folder / "logs" / f"trace_rank_{info.rank:04d}.json.gz"
+        self._by = "self_cuda_time_total" if info.device.type == "cuda" else "self_cpu_time_total"
         self.profiler: torch.profiler.profile | None = None
         if steps:
             plan = torch.profiler.schedule(wait=self.WARM_UP - 1, warmup=1, active=steps, repeat=1)
@@ -238,8 +241,7 @@ class Trace:
 
     def _write(self, profiler: torch.profiler.profile) -> None:
         profiler.export_chrome_trace(str(self._path))
-        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=70)
+        table = profiler.key_averages().table(sort_by=self._by, row_limit=30, max_name_column_width=70)
         write_text(self._path.with_name(self._path.name.replace(".json.gz", ".txt")), table + "\n")
 
 
@@ -314,11 +316,16 @@ def write_run_metrics(folder: Path, seconds: float, extra: Values | None = None)
             metrics["last"][name] = metrics.get(f"val_{name}")
             metrics["best"] = {"path": f"checkpoints/{BEST}", "step": best["step"], name: best[f"val_{name}"]}
     if "loss_nothing" in metrics:
-        probes = [line for line in lines if line.get("probe_rank") is not None]
-        metrics |= judge_pretraining(metrics.get("loss_pixels", metrics["loss"]), metrics["loss_nothing"], probes)
+        metrics |= judge_log(lines, metrics)
     elif "val_learned" in metrics:
         metrics |= {name: metrics.pop(f"val_{name}") for name in ("learned", "verdict")}
     write_text(folder / "metrics.json", json.dumps(metrics | (extra or {}) | {"seconds": seconds}) + "\n")
+
+
+def judge_log(lines: Sequence[Values], last: Values) -> dict[str, Any]:
+    """Judge a pretraining by its logged lines and the last value of each; see `judge_pretraining`."""
+    probes = [line for line in lines if line.get("probe_rank") is not None]
+    return judge_pretraining(last.get("loss_pixels", last["loss"]), last["loss_nothing"], probes)
 
 
 def judge_pretraining(loss: float | None, nothing: float, probes: Sequence[Values] = ()) -> dict[str, Any]:

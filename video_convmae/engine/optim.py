@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .options import Decay
+from .parallel import full_tensor
 
 
 @runtime_checkable
@@ -82,7 +83,7 @@ class Optimization:
             norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients: a DTensor
+        return full_tensor(norm)  # of sharded gradients
 
     def _clip_heads(self) -> Tensor:
         gradients: dict[int, list[Tensor]] = {}

@@ -50,6 +50,7 @@ class OptimConfig:
     """Largest gradient norm; none: no clipping."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, "optim.{}")
         if (self.decay == "steps") != bool(self.milestones):
             raise ValueError(
                 f"optim.decay is {self.decay} and optim.milestones {list(self.milestones)}; expected milestones with "

@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from video_convmae.models.pooling import pool_features
+from video_convmae.models.pooling import pool_features, pooled_width
 from video_convmae.models.probe import KNNHead
 from video_convmae.models.pytorchvideo import LibraryClassifier
+from video_convmae.models.sizes import Pool
 
-from .distributed import all_gather_object
+from .distributed import broadcast_object
 from .evaluation import write_bad_records
 from .inference import ListInference
 from .metrics import Values, effective_rank
@@ -32,15 +32,6 @@ from .watchdog import heartbeat
 TIME_SHARE = 0.05  # of the training time
 MEASUREMENTS = 20
 RECORDS_OF_CLASS = 20  # measured less often rather than with fewer: at 160 records, a standard error of 3 to 4 points
-
-
-def pool(tokens: Tensor, frames: int) -> Tensor:
-    """Return what the probes read: tokens `(B, N, D)` of t frames -> `(B, 2 D)`, or `(B, D)` of an image.
-
-    The mean over tokens and, as it hardly depends on what moves, the mean absolute difference of neighbours in time. Of
-    the demo's model, logistic regression with 1,000 labels reads 18% from the mean and 47% from both (chance 12.5%).
-    """
-    return pool_features(tokens.float(), [], "mean" if frames == 1 else "difference", frames)
 
 
 class ProbePlan(NamedTuple):
@@ -100,8 +91,14 @@ def measure_probe(inference: ListInference, folder: Path) -> Values:
     """
     model, info, labels = inference.model, inference.info, inference.views.records.labels
     assert not isinstance(model, LibraryClassifier)  # none is pretrained
-    grid, width = model.encoder.config.grid, model.encoder.width
-    result = inference.run(lambda clips: pool(model.encode(clips), grid[0]), (width if grid[0] == 1 else 2 * width,))
+    config = model.encoder.config
+    frames = config.grid[0]
+    # The mean hardly depends on what moves: of the demo's model, logistic regression with 1,000 labels reads 18% from
+    # it and 47% with the difference in time beside it (chance 12.5%).
+    pool: Pool = "mean" if frames == 1 else "difference"
+    result = inference.run(
+        lambda clips: pool_features(model.encode(clips).float(), [], pool, frames), (pooled_width(config, pool),)
+    )
     values: Values = {}
     if info.is_main:
         heartbeat("fits the probes")
@@ -110,7 +107,7 @@ def measure_probe(inference: ListInference, folder: Path) -> Values:
         read = ~result.failed
         values = probe_features(result.values[read], labels[read], first_half(labels)[read])
         values |= {"scored": int(read.sum()), "failed": int(result.failed.sum())}
-    return all_gather_object(values)[0]
+    return broadcast_object(values)
 
 
 def probe_features(features: np.ndarray, labels: np.ndarray, first: np.ndarray) -> Values:

@@ -18,9 +18,10 @@ from typing import Any
 import yaml
 
 from video_convmae.atomic import write_text
+from video_convmae.data.options import LOADING
 from video_convmae.errors import UserError
 
-from .distributed import DistInfo, all_gather_object
+from .distributed import DistInfo, broadcast_object
 from .options import is_path_of_teacher
 
 try:
@@ -34,8 +35,7 @@ LOCK = "run.lock"
 # records of data.train by their digest.
 FREE = (
     *("output", "device", "hang_timeout", "log", "probe", "test"),
-    *("data.train", "data.workers", "data.start_method", "data.decode_timeout", "data.memory"),
-    *("data.cache", "data.cache_size"),
+    *("data.train", *(f"data.{name}" for name in LOADING)),
     *("train.batch_size", "train.accumulate", "train.effective_batch", "train.parallel"),
     *("train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.activation_checkpointing"),
 )
@@ -89,10 +89,13 @@ def _is_place(name: str, *values: str | None) -> bool:
 
 
 def write_config(folder: Path, config: dict[str, Any], step: int) -> None:
-    """Write config.yaml; one that says something else becomes config.before_step_N.yaml."""
+    """Write config.yaml; one that says something else becomes config.before_step_N.yaml, unless that is there already:
+    the first of a step made the steps before.
+    """
     path, text = folder / "config.yaml", yaml.safe_dump(config, sort_keys=False)
-    if path.exists() and path.read_bytes() != text.encode():
-        path.replace(folder / f"config.before_step_{step}.yaml")
+    before = folder / f"config.before_step_{step}.yaml"
+    if path.exists() and path.read_bytes() != text.encode() and not before.exists():
+        path.replace(before)
     write_text(path, text)
 
 
@@ -125,7 +128,7 @@ def claim(folder: Path, info: DistInfo) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
     try:
-        if (error := all_gather_object(error)[0]) is not None:
+        if (error := broadcast_object(error)) is not None:
             raise UserError(error)
         yield
     finally:

@@ -26,7 +26,7 @@ from video_convmae.errors import UserError
 
 from .distributed import DistInfo, all_gather_object
 from .evaluation import write_bad_records
-from .inference import in_list_order
+from .inference import in_list_order, not_finite
 from .options import Precision
 from .tasks import Normalizer, autocast
 from .watchdog import heartbeat
@@ -158,7 +158,7 @@ class SegmentationInference:
         with autocast(pixels.device, self.precision):
             logits = self.logits(self.model, pixels)
         if not logits.isfinite().all():
-            raise UserError(f"{name}: logits are not finite; try precision bf16 or fp32 for {self.precision}")
+            raise not_finite(name, self.precision)
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(dim=1)[0].cpu()
 
 

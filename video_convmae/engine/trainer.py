@@ -28,7 +28,7 @@ from video_convmae.models.lora import merge_lora, stated_scale
 from video_convmae.weights.files import save_file
 
 from .checkpoint import PUBLISHED, Checkpoint, CheckpointError, Saver
-from .distributed import DistInfo, all_gather_object, all_reduce_max, barrier
+from .distributed import DistInfo, all_gather_object, all_reduce_max, barrier, broadcast_object
 from .ema import EMA
 from .log import (
     BadRecordLog,
@@ -206,10 +206,10 @@ class Trainer:
         self.skipped = 0  # steps in a row, up to now, whose gradients were not finite
         self.stopwatch = Stopwatch(info.device, log.profile)
         self.stop_signal = StopSignal()
-        self.trace = Trace(folder, info.rank, log.trace)
+        self.trace = Trace(folder, info, log.trace)
         self.pictures: Pictures | None = None  # the commands set it: the engine draws nothing itself
         self.log = NullLog()  # a RunLog on rank 0, while `fit` runs
-        self.rank_log = RankLog(folder, info.rank)
+        self.rank_log = RankLog(folder, info)
         self.publishes = True  # the weights of a finished run, in one file
         self.stopped_early = False
         self.keep_every = None if train.keep_every is None else self._epochs_to_steps(train.keep_every)
@@ -235,8 +235,9 @@ class Trainer:
             TooManyBadRecords: see `BadRecordLog`.
             LoaderError: a loading process ended, of this rank or of another.
             DecodeError: many records in a row could not be read (a disk that is gone, a wrong data.root).
-                After these and after TooManyBadRecords the state of the last whole step is saved.
             CheckpointError: a checkpoint could not be written; earlier ones are whole.
+
+        After a LoaderError, a DecodeError or TooManyBadRecords the state of the last whole step is saved.
         """
         with claim(self.folder, self.info):
             return self._fit()
@@ -286,7 +287,7 @@ class Trainer:
                 self.log = RunLog(self.folder, first_step, self.steps, self.log_config.to, self.state.config)
             except UserError as met:
                 error = str(met)
-        if (error := all_gather_object(error)[0]) is not None:
+        if (error := broadcast_object(error)) is not None:
             raise UserError(error)
 
     def _train(self, batches: Iterator[AnyBatch]) -> None:
@@ -303,7 +304,7 @@ class Trainer:
         self.metrics = StepMetrics()
         while not self.is_finished:
             try:
-                with self.stopwatch.step() if self.log_config.profile else contextlib.nullcontext():
+                with self.stopwatch.step():
                     self.train_step(batches)
             except StopRequested:
                 if len(self.metrics):
@@ -484,9 +485,7 @@ class Trainer:
         """Write the weights in one file for use elsewhere; `video_convmae.load` reads it."""
         weights = merge_lora(self.state.weights(), stated_scale(self.state.config.get("model")))
         if self.info.is_main:
-            partial = self.folder / "partial.safetensors"
-            save_file(weights, partial, self.state.config)
-            partial.replace(self.folder / PUBLISHED)
+            save_file(weights, self.folder / PUBLISHED, self.state.config)
 
     def _all_bad_records(self) -> list:
         return [record for records in all_gather_object(self.metrics.bad_records) for record in records]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .checkpoint import Saver
-from .distributed import all_gather_object
+from .distributed import broadcast_object
 from .log import SCORES, NullLog
 from .metrics import Values
 
@@ -60,7 +60,7 @@ class Validator:
         self._every, self._steps = every, steps
         self._log, self._saver = log, saver
         names = [f"{validation.prefix}{name}" for name in ("scored", validation.best) if name]
-        measured, *known = all_gather_object([log.values(name) for name in names])[0]
+        measured, *known = broadcast_object([log.values(name) for name in names])
         self._measured = set(measured)
         self._scores: dict[int, float | None] = dict(known[0]) if known else {}  # by step
 

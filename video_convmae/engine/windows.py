@@ -34,7 +34,7 @@ from video_convmae.data.loader import iter_stream
 from video_convmae.data.records import Records
 from video_convmae.data.windows import Span, WindowBatch, WindowDataset, WindowPlan
 
-from .distributed import DistInfo, all_gather_object, barrier
+from .distributed import DistInfo, barrier, broadcast_object
 from .features import open_archive, write_npy, write_parts
 from .inference import ChunkStore, ListInference, Progress
 from .watchdog import heartbeat
@@ -115,7 +115,7 @@ class WindowStore(ChunkStore):
         stored = Counter(places["record"].tolist())
         whole = {record for record, end in self.ends().items() if end.error is None}
         mine = [(record, stored[record] // batch * batch) for record in range(count) if record not in whole]
-        return all_gather_object(mine)[0]
+        return broadcast_object(mine)
 
 
 def extract_windows(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from video_convmae.masking import Grid
+
 Kernel = tuple[int, int, int]
 
 
@@ -47,7 +49,7 @@ class Neighbours:
         return self.tokens[:, :, row[:, None], column].transpose(0, 1) * side**2 + cell
 
 
-def find_neighbours(keep: Tensor, grid: Kernel, order: Tensor, kernel: Kernel) -> Neighbours:
+def find_neighbours(keep: Tensor, grid: Grid, order: Tensor, kernel: Kernel) -> Neighbours:
     """Write each token's number into a grid with a border, then read the box around each token.
 
     With one frame of 1 x 3 tokens, the first and the last of them packed, and r = 1, the grid is

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import prod
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from . import positions
 from .blocks import AttentionBlock, multiply_adds
 from .encoder import Encoder, Features, init_as_convolution, init_as_transformer
 from .packing import Packing, put_patches, take_patches, take_tokens, take_tokens_of_clips
-from .sizes import AutoencoderConfig, EncoderConfig, FeatureTarget, Target, apply_overrides
+from .sizes import AutoencoderConfig, EncoderConfig, FeatureTarget, Implementation, Target, apply_overrides
 from .targets import HiddenHead, VisibleHead, feature_loss
 
 
@@ -122,18 +122,18 @@ class Decoder(nn.Module):
             x = block(x)
         return x
 
-    def predict(self, x: Tensor, visible: int) -> Tensor:
-        """Map the trunk's tokens, of which the first `visible` are visible, to pixels `(B, k, pixels)`."""
+    def predict(self, x: Tensor, num_visible: int) -> Tensor:
+        """Map the trunk's tokens, of which the first `num_visible` are visible, to pixels `(B, k, pixels)`."""
         for block in list(self.blocks)[-1:]:  # a decoder may have none
             x = block(x)
-        return self.prediction(self.norm(x[:, visible:]))
+        return self.prediction(self.norm(x[:, num_visible:]))
 
-    def multiply_adds(self, visible: int, predicted: int, pixels: bool = True) -> int:
+    def multiply_adds(self, num_visible: int, num_predicted: int, pixels: bool = True) -> int:
         """Return the multiply-adds of one clip; without pixels, of the trunk alone."""
-        tokens = visible + predicted
-        total = multiply_adds(self.embedding, visible) + multiply_adds(self.blocks, tokens)
+        tokens = num_visible + num_predicted
+        total = multiply_adds(self.embedding, num_visible) + multiply_adds(self.blocks, tokens)
         if pixels:
-            return total + multiply_adds(self.prediction, predicted)
+            return total + multiply_adds(self.prediction, num_predicted)
         return total - multiply_adds(nn.ModuleList(list(self.blocks)[-1:]), tokens)
 
 
@@ -312,25 +312,25 @@ class Autoencoder(FusedEncoder, PretrainedModel):
         patches[clip, packing.hidden] = hidden.to(patches.dtype)
         return put_patches(patches, config.grid)
 
-    def multiply_adds(self, visible: int, predicted: int | None = None) -> dict[str, int]:
+    def multiply_adds(self, num_visible: int, num_predicted: int | None = None) -> dict[str, int]:
         """Return the forward multiply-adds of one clip, by part.
 
         Args:
-            visible: number of visible tokens.
-            predicted: number of predicted tokens; `None` = all hidden.
+            num_visible: number of visible tokens.
+            num_predicted: number of predicted tokens; `None` = all hidden.
         """
-        parts = self.encoder.multiply_adds(visible)
+        parts = self.encoder.multiply_adds(num_visible)
         tokens = prod(self.grid)
         if self.fusion is not None:
-            computed = visible if self.encoder.config.implementation == "packed" else tokens
+            computed = num_visible if self.encoder.config.implementation == "packed" else tokens
             parts["fusion"] = multiply_adds(self.fusion, computed)
-        predicted = tokens - visible if predicted is None else predicted
+        num_predicted = tokens - num_visible if num_predicted is None else num_predicted
         parts["decoder"] = 0
         if self.predicts_hidden:
-            parts["decoder"] = self.decoder.multiply_adds(visible, predicted, self.predicts_pixels)
+            parts["decoder"] = self.decoder.multiply_adds(num_visible, num_predicted, self.predicts_pixels)
         for each in self.targets:
             head = cast(VisibleHead | HiddenHead, self.feature_heads[each.name])
-            parts["decoder"] += head.multiply_adds(visible, predicted)
+            parts["decoder"] += head.multiply_adds(num_visible, num_predicted)
         return parts
 
 
@@ -390,7 +390,7 @@ def create_autoencoder(
     num_frames: int = 16,
     image_size: int | tuple[int, int] = 224,
     msd: bool = True,
-    implementation: Literal["packed", "dense"] = "packed",
+    implementation: Implementation = "packed",
     **overrides: Any,
 ) -> Autoencoder:
     """Build a masked autoencoder of a named size.

@@ -23,7 +23,8 @@ class Features(NamedTuple):
     """Outputs of the stages.
 
     pyramid: the convolutional stages' outputs, `(B, m, cells, C)` each, cells nested as packing.py says.
-    tokens: `(B, n, D)` visible tokens in ascending order, after the last attention block, before any final norm.
+    tokens: `(B, n, D)` visible tokens in ascending order: of `Encoder` after the last attention block, before any norm;
+        of `FusedEncoder.features` after fusion and norm.
     """
 
     pyramid: list[Tensor]
@@ -33,7 +34,7 @@ class Features(NamedTuple):
 class EncoderParts(nn.Module):
     """The parameters of an encoder, under the names that weights have; `Encoder` and dense.Backbone compute with them.
 
-    added: names of the parameters of a model that weights of an encoder do not have.
+    added: names of this model's parameters that weights of an encoder never hold (those of dense.Backbone).
     """
 
     added: frozenset[str] = frozenset()
@@ -165,16 +166,16 @@ class Encoder(EncoderParts):
         grids = [self._grid(features, packing, stage).permute(0, 4, 1, 2, 3) for stage in chosen]
         return grids if intermediates_only else (features.tokens, grids)
 
-    def multiply_adds(self, visible: int) -> dict[str, int]:
-        """Return the multiply-adds of one clip with `visible` visible tokens, by part, as `implementation` has it."""
+    def multiply_adds(self, num_visible: int) -> dict[str, int]:
+        """Return the multiply-adds of one clip of `num_visible` tokens, by part, as `implementation` has it."""
         config, last = self.config, len(self.conv_stages)
-        computed = visible if config.implementation == "packed" else prod(config.grid)
+        computed = num_visible if config.implementation == "packed" else prod(config.grid)
         cells = [computed * prod(later) ** 2 for later in config.later_strides]
         embeddings = sum(multiply_adds(embedding, count) for embedding, count in zip(self.embeddings, cells))
         parts = {"embeddings": embeddings + multiply_adds(self.projection, computed)}
         for stage, blocks in enumerate(self.conv_stages):
             parts[f"stage {stage + 1}"] = multiply_adds(blocks, cells[stage])
-        parts[f"stage {last + 1}"] = multiply_adds(self.attention_blocks, visible)
+        parts[f"stage {last + 1}"] = multiply_adds(self.attention_blocks, num_visible)
         return parts
 
     def _grid(self, features: Features, packing: Packing, stage: int) -> Tensor:

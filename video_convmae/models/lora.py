@@ -32,7 +32,7 @@ def add_lora(blocks: nn.ModuleList, rank: int, alpha: float) -> None:
 
 
 def stated_scale(model: Any) -> float | None:
-    """Return the factor of the changes by a classifier's configuration as plain data; None: it has none, or no LoRA."""
+    """Return LoRA's scale, lora_alpha / lora_rank, of a model's configuration as plain data; None: none, or no LoRA."""
     rank = model.get("lora_rank") if isinstance(model, Mapping) else None
     return model["lora_alpha"] / rank if rank else None
 

@@ -26,7 +26,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from video_convmae.kernels import find_neighbours
+from video_convmae.kernels import Kernel, find_neighbours
 from video_convmae.masking import Grid
 
 from .sizes import Implementation
@@ -113,7 +113,7 @@ class Cells:
         kernel: of the stage's depthwise convolutions; `None`: there are none.
     """
 
-    def __init__(self, packing: Packing, factors: tuple[int, ...], kernel: Grid | None = None) -> None:
+    def __init__(self, packing: Packing, factors: tuple[int, ...], kernel: Kernel | None = None) -> None:
         self.packing = packing
         self.factors = factors
         side = prod(factors)

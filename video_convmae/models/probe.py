@@ -1,5 +1,4 @@
-"""The probe: a head on a frozen pretrained encoder. Heads: linear, attentive, k nearest neighbours,
-logistic regression.
+"""The probe: a head (linear, attentive, k nearest neighbours, logistic regression) on a frozen pretrained encoder.
 
 Letters: B clips, C T H W their channels, frames and pixels; N tokens, n visible ones, D width of a token; R stored
 features.
@@ -293,10 +292,11 @@ def create_probe(
     head_init_std: float = 0.01,
     **overrides: Any,
 ) -> Probe:
-    """Build a probe of a named size; arguments as in `create_autoencoder`, overrides any field of `EncoderConfig`.
+    """Build a probe of a named size; arguments as in `create_autoencoder`, overrides any other field of
+    `ClassifierConfig`.
 
     Positions are fixed, as in an autoencoder. `kind` is the head's (linear, attentive, knn, logistic); see `Probe`.
     """
-    given = {"size": size, "num_frames": num_frames, "image_size": image_size, "msd": msd}
+    given = {"size": size, "num_frames": num_frames, "image_size": image_size, "msd": msd, "from_weights": False}
     head = {"probe": kind, "head_init_std": head_init_std, "head_dropout": 0.0}
     return Probe(apply_overrides(ClassifierConfig, overrides, **given, **head), num_classes)

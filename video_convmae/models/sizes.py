@@ -12,7 +12,7 @@ from functools import cached_property
 from math import prod
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from video_convmae.bounds import Bounds
+from video_convmae.bounds import Bounds, check_bounds
 
 Implementation = Literal["packed", "dense"]
 PositionTable = Literal["sincos", "flat"]
@@ -151,6 +151,7 @@ class EncoderConfig:
     """Compute the visible cells alone (packed), or all of them (dense); the result is the same."""
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         named, image = size_named(self.size), self.num_frames == 1
         self._resolve(
             widths=named.widths,
@@ -347,14 +348,10 @@ class ClassifierConfig(EncoderConfig):
         super().__post_init__()
         if self.probe not in (None, *get_args(ProbeKind)):
             raise ValueError(f"the probe's kind is {self.probe!r}; expected one of {', '.join(get_args(ProbeKind))}")
-        if self.head_init_std is None or not self.head_init_std > 0:
-            raise ValueError(f"head_init_std is {self.head_init_std}; expected a deviation above 0")
         if self.pool not in get_args(Pool):
             raise ValueError(f"pool is {self.pool!r}; expected one of {', '.join(get_args(Pool))}")
         self._check_pool()
         self._check_trained()
-        if not 0 <= self.head_dropout < 1:
-            raise ValueError(f"head_dropout is {self.head_dropout}; expected a share, 0 or more and less than 1")
 
     @property
     def of_library(self) -> bool:

@@ -28,18 +28,18 @@ class VisibleHead(nn.Module):
     def __init__(self, config: AutoencoderConfig, target: FeatureTarget) -> None:
         super().__init__()
         config.check_layer(target.name, target.layer)
-        layer = len(config.widths) - 1 if target.layer is None else target.layer - 1
-        cells = prod(config.later_strides[layer]) ** 2
-        self.norm = nn.Identity() if target.layer is None else nn.LayerNorm(config.widths[layer], eps=1e-6)
-        self.prediction = nn.Linear(cells * config.widths[layer], target.width)
+        stage = len(config.widths) - 1 if target.layer is None else target.layer - 1
+        cells = prod(config.later_strides[stage]) ** 2
+        self.norm = nn.Identity() if target.layer is None else nn.LayerNorm(config.widths[stage], eps=1e-6)
+        self.prediction = nn.Linear(cells * config.widths[stage], target.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, n, D)` or `(B, n, cells, C)` to `(B, n, F)`."""
         return self.prediction(self.norm(x).flatten(2))
 
-    def multiply_adds(self, visible: int, predicted: int) -> int:
+    def multiply_adds(self, num_visible: int, num_predicted: int) -> int:
         """Return the multiply-adds of one clip."""
-        return multiply_adds(self, visible)
+        return multiply_adds(self, num_visible)
 
 
 class HiddenHead(nn.Module):
@@ -52,13 +52,13 @@ class HiddenHead(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.prediction = nn.Linear(width, target.width)
 
-    def forward(self, x: Tensor, visible: int) -> Tensor:
-        """Map the decoder's trunk `(B, n + k, width)`, of which the first n are `visible`, to `(B, k, F)`."""
-        return self.prediction(self.norm(self.block(x)[:, visible:]))
+    def forward(self, x: Tensor, num_visible: int) -> Tensor:
+        """Map the decoder's trunk `(B, n + k, width)`, of which the first n are visible, to `(B, k, F)`."""
+        return self.prediction(self.norm(self.block(x)[:, num_visible:]))
 
-    def multiply_adds(self, visible: int, predicted: int) -> int:
+    def multiply_adds(self, num_visible: int, num_predicted: int) -> int:
         """Return the multiply-adds of one clip."""
-        return multiply_adds(self.block, visible + predicted) + multiply_adds(self.prediction, predicted)
+        return multiply_adds(self.block, num_visible + num_predicted) + multiply_adds(self.prediction, num_predicted)
 
 
 def feature_loss(prediction: Tensor, features: Tensor, loss: FeatureLoss) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from video_convmae.atomic import read_json, read_json_lines
-from video_convmae.engine.log import SCORES, judge_pretraining
+from video_convmae.engine.log import SCORES, judge_log
 from video_convmae.engine.metrics import Values
 from video_convmae.errors import UserError
 from video_convmae.runs import RunKind, kind_of
@@ -176,9 +176,7 @@ def judge(run: Run) -> tuple[bool | None, str]:
     learned, reason = run.metrics.get("learned"), run.metrics.get("verdict")
     is_finished = bool(run.metrics)
     if not is_finished and "loss_nothing" in run.last:
-        probes = [line for line in run.lines if line.get("probe_rank") is not None]
-        loss = run.last.get("loss_pixels", run.last["loss"])
-        judged = judge_pretraining(loss, run.last["loss_nothing"], probes)
+        judged = judge_log(run.lines, run.last)
         learned, reason = judged["learned"], judged["verdict"]
     elif not is_finished:
         learned, reason = run.last.get("val_learned"), run.last.get("val_verdict")
