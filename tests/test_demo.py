@@ -10,6 +10,7 @@ import torch
 from clips import encode
 from PIL import Image
 
+from tools.study import study
 from tools.study.clips import HOW
 from tools.study.demo import (
     RUNS,
@@ -144,6 +145,20 @@ def test_a_run_that_was_killed_at_its_start_has_no_curve(tmp_path: Path) -> None
             (folder / "log.jsonl").write_text(log)
     (curve,) = collect_curves(tmp_path)
     assert (curve["seed"], curve["loss"]) == (0, [(5, 0.5)])
+
+
+def test_a_study_of_other_settings_leaves_the_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clips are what the runs there were trained on."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "settings.json").write_text('{"clips": {}, "pretrain_steps": 8000}')
+    made: list[Path] = []
+    for world in study.WORLDS:
+        monkeypatch.setitem(study.WORLDS, world, study.World(lambda folder, *_: made.append(folder), ("how",)))
+    for edits in (["--scale=2"], ["--world=doom"]):
+        monkeypatch.setattr("sys.argv", ["study", f"--output={tmp_path}", *edits])
+        with pytest.raises(SystemExit, match="holds runs on other clips or of another length"):
+            study.main()
+    assert not made
 
 
 @pytest.mark.parametrize("name", MODELS)

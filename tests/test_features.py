@@ -34,11 +34,12 @@ from video_convmae.config import (
     PretrainConfig,
     to_plain,
 )
+from video_convmae.data.datasets import BadRecord
 from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import Record, Records
 from video_convmae.engine import checkpoint, features
 from video_convmae.engine.evaluation import Evaluation
-from video_convmae.engine.inference import ChunkStore
+from video_convmae.engine.inference import Chunk, ChunkStore
 from video_convmae.engine.options import ProtocolConfig
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.pooling import pool_features
@@ -261,6 +262,17 @@ def test_rows_that_are_not_there_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"features of 2 of 2 records are not in .*same file system"):
         features.write_features(tmp_path, (4,), records, tmp_path / "features.npz", {})
     assert ChunkStore(tmp_path, (4,), 0).stored_records() == set()
+
+
+def test_a_record_that_a_later_attempt_read_is_not_bad(tmp_path: Path) -> None:
+    records = Records([Record("a.mp4"), Record("b.mp4")])
+    gone = (BadRecord(1, "b.mp4", "disk gone"),)
+    for read in (Chunk([0, 1], np.ones((2, 4)), gone), Chunk([1], np.ones((1, 4)), ())):
+        store = ChunkStore(tmp_path / "partial", (4,), 0)
+        store.add(read)
+        store.close()
+    assert features.write_features(tmp_path / "partial", (4,), records, tmp_path / "features.npz", {}) == ()
+    assert not np.load(tmp_path / "features.npz")["failed"].any()
 
 
 # Pictures of features and evidence

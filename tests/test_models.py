@@ -633,6 +633,12 @@ def test_video_positions_at_one_frame_are_the_image_table() -> None:
         ({"position_table": "learned"}, "position_table"),
         ({"temporal_kernel": 2}, "odd"),
         ({"heads": 7}, "heads"),
+        ({"drop_path": 1.5}, "drop_path is 1.5; expected 0 or more and less than 1"),
+        ({"decoder": (96, -1, 3)}, "decoder is"),
+        ({"depths": (1, -1, 1)}, "depths is"),
+        ({"strides": (4, 0, 2)}, "strides is"),
+        ({"tubelet": -2}, "tubelet is"),
+        ({"mlp_ratio": -1}, "mlp_ratio is"),
     ],
 )
 def test_impossible_models_are_errors(wrong: dict, message: str) -> None:

@@ -23,8 +23,9 @@ from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import FinetuneConfig, PretrainConfig, flatten, to_plain
-from video_convmae.engine.distributed import DistInfo
-from video_convmae.engine.run_folder import FREE, TOLD, check_unchanged
+from video_convmae.engine.distributed import DistInfo, choose_device
+from video_convmae.engine.log import RankLog, describe_process
+from video_convmae.engine.run_folder import FREE, TOLD, check_unchanged, write_config
 from video_convmae.errors import UserError
 
 ALONE = DistInfo(0, 1, torch.device("cpu"))
@@ -180,6 +181,33 @@ def test_what_may_change_is_told_and_the_earlier_configuration_is_kept(
     assert f"{tmp_path / 'run'} is finished: all of its 2 steps are done and nothing is trained" in said
     assert (tmp_path / "run" / "config.before_step_2.yaml").read_bytes() == before
     assert "log_every: 2" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_the_first_configuration_of_a_step_is_kept(tmp_path: Path) -> None:
+    """Changed at step 10, killed before the next checkpoint, and changed again: the first made the steps before 10."""
+    for step, lr in ((0, 1), (10, 2), (10, 3)):
+        write_config(tmp_path, {"lr": lr}, step)
+    assert (tmp_path / "config.before_step_10.yaml").read_text() == "lr: 1\n"
+    assert (tmp_path / "config.yaml").read_text() == "lr: 3\n"
+
+
+def test_a_run_on_the_cpu_says_so_on_a_machine_with_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "a GPU")
+    with RankLog(tmp_path, DistInfo(0, 1, torch.device("cpu"))):
+        pass
+    assert json.loads((tmp_path / "logs" / "rank_0000.jsonl").read_text())["device"] != "a GPU"
+    assert describe_process(DistInfo(0, 1, torch.device("cuda:0")))["device"] == "a GPU"
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == choose_device("auto", local_rank=1) == torch.device("cuda:1")
+    with pytest.raises(UserError, match=r"device is 'cuda:5', and there are 2 CUDA devices; expected a number below 2"):
+        choose_device("cuda:5")
+    with pytest.raises(UserError, match="at most 2 processes a machine"):
+        choose_device("cuda", local_rank=2)
 
 
 def test_another_list_under_the_same_name_is_refused(clips: Path, tmp_path: Path) -> None:
