@@ -103,6 +103,7 @@ def test_bounds() -> None:
         ("data.decode_timeout=0", "data.decode_timeout is 0.0; expected"),
         ("data.max_bad_fraction=2", "data.max_bad_fraction is 2.0; expected"),
         ("data.mean=[0.5]", "data.mean is [0.5]; expected [number, number, number]"),
+        ("data.mean=[123.675,116.28,103.53]", "expected [number, number, number] (0 or more and at most 1)"),
         ("data.std=[0,1,1]", "data.std is [0.0, 1.0, 1.0]; expected"),
         ("data.augmentation.area=[1,0.5]", "augmentation.area is [1.0, 0.5]; expected the smaller number first"),
         ("hang_timeout=0", "hang_timeout is 0.0; expected"),

@@ -27,6 +27,7 @@ from video_convmae.engine.optim import parameter_groups
 from video_convmae.engine.options import OptimConfig, TrainConfig
 from video_convmae.models import positions
 from video_convmae.runs import load_classifier
+from video_convmae.weights.load import load_weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -163,6 +164,8 @@ def test_validation_scores_the_average_of_the_weights(videos: Path, tmp_path: Pa
     average, _ = load_classifier(tmp_path)
     last, _ = load_classifier(tmp_path, ema=False)
     assert not torch.equal(average.head.weight, last.head.weight)
+    report = load_weights(last, next((tmp_path / "checkpoints").glob("step_*")))
+    assert any("an average of the weights lies beside (ema) and is not taken" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -212,7 +215,7 @@ def test_a_run_of_no_steps_is_an_error_of_one_line(videos: Path, tmp_path: Path)
 
 def test_clips_are_never_flipped_where_labels_name_left_or_right(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("Pulling something from left to right\nLifting\nTurning\nbright things\n")
-    with pytest.raises(ValueError, match="name left or right, the first 'Pulling"):
+    with pytest.raises(ValueError, match="name left or right, or a way to turn, the first 'Pulling"):
         run(videos, tmp_path / "run", f"--data.labels={tmp_path / 'names.txt'}", "--data.augmentation.flip=true")
 
 
@@ -375,7 +378,7 @@ def test_nearest_neighbours_know_what_they_remember(videos: Path, tmp_path: Path
 @pytest.mark.parametrize("name", ["left_shoe", "Turn Right", "something-left"])
 def test_left_and_right_are_found_however_words_are_joined(videos: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "names.txt").write_text(f"{name}\nupright\ncleft\nbright\n")
-    with pytest.raises(ValueError, match=f"1 classes name left or right, the first {name!r}"):
+    with pytest.raises(ValueError, match=f"1 classes name left or right, or a way to turn, the first {name!r}"):
         run(videos, tmp_path / "run", f"--data.labels={tmp_path / 'names.txt'}", "--data.augmentation.flip=true")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from video_convmae.config import AugmentationConfig, LabelledDataConfig
-from video_convmae.data.labels import check_labels, class_names, count_labels, label_notes
+from video_convmae.data.labels import check_labels, class_names, count_labels, label_notes, path_notes
 from video_convmae.data.records import ListError, Record, Records, read_list
 from video_convmae.lists import count_classes
 
@@ -109,3 +109,36 @@ def test_names_of_class_folders_are_as_many(tmp_path: Path) -> None:
     (tmp_path / "train" / "n00").mkdir()
     with pytest.raises(ListError, match=r"names 2 classes and .*train holds 3 class folders"):
         class_names("train", tmp_path, tmp_path / "names.txt")
+
+
+def test_names_in_another_order_than_the_class_folders_are_an_error(tmp_path: Path) -> None:
+    for name in ("apple", "zebra"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    (tmp_path / "names.txt").write_text("zebra\napple\n")
+    with pytest.raises(ListError, match="in another order, and folders are numbered by name"):
+        class_names("train", tmp_path, tmp_path / "names.txt")
+
+
+def test_files_of_both_lists_and_files_named_twice_are_said() -> None:
+    records = labelled(0, 1, 0)
+    assert path_notes(records, Records([Record("9.mp4", 0)])) == []
+    (note,) = path_notes(records, labelled(0, 1, 0, 1))
+    assert note.startswith("3 of the 4 records of the validation list are in the training list, too")
+    (note,) = path_notes(Records([*records, Record("1.mp4", 1)]))
+    assert note.startswith("1 records of the training list are files")
+
+
+def test_a_file_of_two_classes_in_two_lines_is_an_error() -> None:
+    records = Records([Record("a.mp4", 0), Record("b.mp4", 0), Record("a.mp4", 1)])
+    with pytest.raises(ListError, match=r"a.mp4 has the class 0 in one line and 1 in another; .* 'a.mp4 0,1'"):
+        path_notes(records)
+
+
+@pytest.mark.parametrize("name", ["TurnLeft", "Turning Hand Counterclockwise", "move_right", "swipe rightwards"])
+def test_names_of_directions_forbid_flips(tmp_path: Path, name: str) -> None:
+    (tmp_path / "names.txt").write_text(f"brightness\n{name}\n")
+    data = LabelledDataConfig(
+        train="list.txt", labels=str(tmp_path / "names.txt"), augmentation=AugmentationConfig(flip=True)
+    )
+    with pytest.raises(ListError, match=f"the first '{name}': a flipped clip would have a wrong label"):
+        count_classes(data, labelled(0, 1))

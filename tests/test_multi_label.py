@@ -164,6 +164,14 @@ def test_a_run_learns_several_classes_and_is_tested(trained: Path, videos: Path,
     assert sum(scores.values()) != pytest.approx(1, abs=1e-3)  # each is a probability of its own
 
 
+def test_a_record_without_a_class_among_others_is_an_error(trained: Path, videos: Path, tmp_path: Path) -> None:
+    """It may be of no class or not labelled, and mAP differs."""
+    (tmp_path / "some.txt").write_text("0.mp4 0,1\n1.mp4\n")
+    options = [f"--weights={trained}", f"--output={tmp_path}", f"--list={tmp_path / 'some.txt'}", "--workers=0"]
+    with pytest.raises(ListError, match=r"1.mp4 has no label, like 1 of the 2 records"):
+        evaluate(parse(EvaluateConfig, [*options, f"--root={videos}", "--device=cpu"]))
+
+
 def test_a_report_has_the_precision_of_several_classes(trained: Path) -> None:
     with init_distributed("cpu") as info:
         report = make_report(trained, info, records=8)

@@ -105,9 +105,9 @@ class SourceConfig:
     memory: Annotated[float, Bounds(least=0)] = 0.0
     """GiB of decoded training records that each loading process keeps in memory: for small clips, which take longer to
     decode than to train on."""
-    mean: Annotated[tuple[float, float, float], Bounds()] = (0.485, 0.456, 0.406)
-    """Mean of each channel, for pixels from 0 to 1."""
-    std: Annotated[tuple[float, float, float], Bounds(above=0)] = (0.229, 0.224, 0.225)
+    mean: Annotated[tuple[float, float, float], Bounds(least=0, most=1)] = (0.485, 0.456, 0.406)
+    """Mean of each channel, for pixels from 0 to 1: of mmaction2's [123.675, ...], for pixels to 255, a 255th."""
+    std: Annotated[tuple[float, float, float], Bounds(above=0, most=1)] = (0.229, 0.224, 0.225)
     """Standard deviation of each channel, for pixels from 0 to 1."""
     workers: Annotated[int, Bounds(least=0)] = 8
     """Loading processes of each device."""

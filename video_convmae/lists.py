@@ -18,6 +18,10 @@ from video_convmae.data.remote import ObjectCache, is_url, join, use_cache
 from video_convmae.engine.distributed import DistInfo, broadcast_object
 from video_convmae.errors import Note
 
+_CAMEL_CASE = re.compile("([a-z])([A-Z])")
+_SIDES = {"left", "right", "leftward", "rightward", "leftwards", "rightwards"}
+_SIDES |= {"clockwise", "counterclockwise", "anticlockwise"}
+
 
 def read_records(data: DataConfig) -> Records:
     """Read the training list, or those of a mixture.
@@ -179,10 +183,10 @@ def count_classes(data: LabelledDataConfig, *lists: Records) -> int:
             Note,
             stacklevel=2,
         )
-    sided = [name for name in names or [] if {"left", "right"} & set(re.split(r"[\W_]+", name.lower()))]
+    sided = [name for name in names or [] if _SIDES & set(re.split(r"[\W_]+", _CAMEL_CASE.sub(r"\1 \2", name).lower()))]
     if sided and data.augmentation.flip:
         raise ListError(
-            f"data.augmentation.flip is on and {len(sided)} classes name left or right, the first {sided[0]!r}: a "
-            "flipped clip would have a wrong label; turn it off"
+            f"data.augmentation.flip is on and {len(sided)} classes name left or right, or a way to turn, the first "
+            f"{sided[0]!r}: a flipped clip would have a wrong label; turn it off"
         )
     return count

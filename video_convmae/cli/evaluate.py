@@ -73,7 +73,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if config.list is not None:
             data = replace(data, validation=config.list)
         records = lists.read_validation_records(data)
-        check_labels(records, num_classes, least=-1)
+        unlabelled = int((records.labels < 0).sum())
+        # Where records have several classes, one without any is of no class, or not labelled: the list does not say.
+        check_labels(records, num_classes, least=0 if data.multi_label and unlabelled < len(records) else -1)
         check_single(records, data.multi_label)
         if data.multi_label and (config.baselines or config.plot):
             raise UserError(f"{config.weights} answers with several classes: leave out --baselines and --plot")
@@ -81,6 +83,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         chunks = chunk_folder(folder, settings | {"data": to_plain(data), "protocol": to_plain(protocol)})
         if info.is_main:
             print(f"{path}: {len(records)} records, {protocol.segments} x {protocol.crops} views", flush=True)
+            if unlabelled:
+                print(f"labels: {unlabelled} of the {len(records)} records have none and do not count", flush=True)
         barrier()
         tables = read_baselines(loaded, data, records, protocol, info, chunks) if config.baselines else None
         started = time.perf_counter()

@@ -22,7 +22,7 @@ def finetune(config: FinetuneConfig) -> int:
     import torch
 
     from video_convmae import build, lists
-    from video_convmae.data.labels import label_notes
+    from video_convmae.data.labels import label_notes, path_notes
     from video_convmae.engine.distributed import init_distributed
     from video_convmae.engine.fit import fit_probe
     from video_convmae.engine.run_folder import claim
@@ -37,7 +37,8 @@ def finetune(config: FinetuneConfig) -> int:
         num_classes = lists.count_classes(config.data, *[each for each in (records, validation) if each is not None])
         multi_label = lists.has_several_labels(config, *[each for each in (records, validation) if each is not None])
         labels = lists.read_class_names(config.data)
-        for note in label_notes(num_classes, labels, records, validation) if info.is_main else ():
+        notes = [*label_notes(num_classes, labels, records, validation), *path_notes(records, validation)]
+        for note in notes if info.is_main else ():
             print(f"labels: {note}")
         several = multi_label or config.data.multi_label  # as given where no record has several, as in older runs
         data = replace(config.data, labels=labels, num_classes=num_classes, multi_label=several)

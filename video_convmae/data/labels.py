@@ -21,7 +21,7 @@ from .remote import exists, is_url
 from .text import ListError, read_text, readable
 
 if TYPE_CHECKING:
-    from .records import Records
+    from .records import Record, Records
 
 # A list without class names may leave gaps, as a part of a data set does; more are a mistake, and no head is built.
 _CLASSES_FOR_EACH_SEEN, _CLASSES_ALWAYS = 10, 100
@@ -53,6 +53,11 @@ def class_names(path: str | Path, root: str | Path = "", labels: str | Path | No
             raise ListError(
                 f"{labels} names {len(names)} classes and {Path(root, path)} holds {len(folders)} class folders; "
                 "expected as many: folder n, sorted by name, is the class of line n"
+            )
+        if names != folders and sorted(names) == sorted(folders):
+            raise ListError(
+                f"{labels} names the class folders of {Path(root, path)} in another order, and folders are numbered by "
+                "name; make a list that is numbered as the names are (video-convmae make-list), or give no data.labels"
             )
         return names
     if labels is None and is_url(path):
@@ -204,6 +209,39 @@ def label_notes(
                 f"{_ranges(unseen)}"
             )
     return notes
+
+
+def path_notes(records: Sequence[Record], validation: Sequence[Record] | None = None) -> list[str]:
+    """Return what a user should know of the files of lists, a sentence each: files that stand in both, or twice.
+
+    Args:
+        records: the list that is trained on.
+        validation: the list that is tested on.
+
+    Raises:
+        ListError: a file stands in two lines, with different classes.
+    """
+    trained: dict[str, tuple[int, ...]] = {}
+    for record in records:
+        if (known := trained.setdefault(record.path, record.labels)) != record.labels:
+            both = ",".join(map(str, sorted({*known, *record.labels})))
+            raise ListError(
+                f"{record.path} has the class {_words(known)} in one line and {_words(record.labels)} in another; "
+                f"expected one line a file: of several classes '{Path(record.path).name} {both}'"
+            )
+    notes = []
+    if repeated := len(records) - len(trained):
+        notes.append(f"{repeated} records of the training list are files that it names before")
+    if validation is not None and (seen := sum(record.path in trained for record in validation)):
+        notes.append(
+            f"{seen} of the {len(validation)} records of the validation list are in the training list, too: their "
+            "accuracy says nothing of new files"
+        )
+    return notes
+
+
+def _words(labels: Sequence[int]) -> str:
+    return ",".join(map(str, labels)) or "none"
 
 
 def _gaps(seen: np.ndarray, count: int) -> list[tuple[int, int]]:

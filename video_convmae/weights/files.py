@@ -34,7 +34,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
     The contents determine how a file is read, not its suffix.
 
     Returns:
-        The object given to `torch.save`; of safetensors the tensors by name, or, with plain data beside them,
+        The object given to `torch.save`; of a run's checkpoint `{"model", "config"}` and, with `train.ema`, `"ema"`; of
+        safetensors the tensors by name, or, with plain data beside them,
         `{"model": tensors, "config": ..., "geometry": ...}` as `save_file` was given them. Where a config.json of
         transformers lies beside the file, `huggingface` has its contents, too: `{"config", "preprocessor"}`; beside one
         of `save_pretrained`, `config` is of its config.json.
@@ -46,7 +47,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     try:
         if (path / "checkpoint.json").exists():
-            return {"model": read_shards(path, "model"), "config": run_config(path)}
+            average = read_shards(path, "ema")
+            run = {"model": read_shards(path, "model"), "config": run_config(path)}
+            return run | ({"ema": average} if average else {})
         file = find_file(path) if path.is_dir() else path
         if file is None:
             raise UserError(f"the folder has none of {', '.join(FOLDER_FILES)}")
