@@ -167,6 +167,27 @@ def test_pretrained_and_released_weights(tmp_path: Path) -> None:
     assert torch.equal(model.head.weight, released["head.weight"])
 
 
+def test_a_head_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    """Of ten classes into five, and of pretraining into a classifier: nothing is left new without a word."""
+    ten, pretrained = create(num_classes=10), autoencoder(depths=(1, 1, 2))
+    torch.save(to_format(pretrained, "convmae"), tmp_path / "convmae.pth")
+    model = create()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"head.weight \(5, 24\).*head.weight \(10, 24\).*num_classes=0"):
+        model.load_state_dict(ten.state_dict())
+    with pytest.raises(RuntimeError, match=r"norm.weight \(24,\).* none of them; expected"):
+        create(checkpoint_path=str(tmp_path / "convmae.pth"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    report = model.load_state_dict(ten.state_dict(), strict=False)
+    assert report.missing_keys == report.unexpected_keys == ["head.weight", "head.bias"]
+    assert torch.equal(model.encoder.projection.weight, ten.encoder.projection.weight)
+    features = create(num_classes=0, checkpoint_path=str(tmp_path / "convmae.pth"))
+    assert torch.equal(features.encoder.projection.weight, pretrained.encoder.projection.weight)
+    features.reset_classifier(5)
+    assert features(images()).shape == (2, 5)
+
+
 def test_import_leaves_the_rest_alone() -> None:
     assert video_convmae.timm.ConvMAE.__module__ == "video_convmae.timm"
     assert timm.is_model("vit_base_patch16_224")

@@ -3,7 +3,7 @@
     import timm, video_convmae.timm
     timm.create_model("convmae_base", num_classes=10, drop_path_rate=0.1)
     timm.create_model("convmae_base", features_only=True, img_size=512)
-    timm.create_model("convmae_base", checkpoint_path="convmae_base.pth")
+    timm.create_model("convmae_base", num_classes=0, checkpoint_path="convmae_base.pth")
 
 Names: convmae_tiny, _small, _base, _large, _huge. Pictures may have any size: positions are resized, and a size that is
 no multiple of 16 is padded with zeros, as in `dense.Backbone`. Weights of any format that `load_weights` reads load.
@@ -232,18 +232,31 @@ class ConvMAE(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict of this model or, what it also takes, weights of any format that `load_weights` reads.
 
-        Those are translated; positions are resized; a head is loaded if it has these classes.
+        Those are translated; positions are resized. Without `strict`, or in a model without a head, a head or norm
+        that is missing or of another shape stays new.
+
+        Raises:
+            RuntimeError: `strict`, and the head or its norm is missing or of another shape; the model is unchanged.
+            ValueError: as `load_weights`.
         """
         own = self.state_dict()
         same = {n: t for n, t in state_dict.items() if n in own and getattr(t, "shape", None) == own[n].shape}
         if same.keys() == state_dict.keys():
             return super().load_state_dict(state_dict, strict, assign)
         weights = read_weights(state_dict)
-        load_weights(self.encoder, weights)
-        head = {n.removeprefix("fc_"): t for n, t in weights.tensors.items() if n.startswith(("fc_norm.", "head."))}
-        head = {n: t for n, t in head.items() if n in own and t.shape == own[n].shape}
-        super().load_state_dict(head, strict=False)
+        found = {n.removeprefix("fc_"): t for n, t in weights.tensors.items() if n.startswith(("fc_norm.", "head."))}
+        head = {n: t for n, t in found.items() if n in own and t.shape == own[n].shape}
         missing = [n for n in own if not n.startswith("encoder.") and n not in head]
+        if strict and self.num_classes and missing:
+            ours = ", ".join(f"{n} {tuple(own[n].shape)}" for n in missing)
+            theirs = ", ".join(f"{n} {tuple(found[n].shape)}" for n in missing if n in found) or "none of them"
+            raise RuntimeError(
+                f"the model has {ours} and the weights have {theirs}; expected the same: create the model with the file's "
+                "num_classes, or with num_classes=0 and call reset_classifier() after loading; "
+                "load_state_dict(..., strict=False) keeps what is new"
+            )
+        load_weights(self.encoder, weights)
+        super().load_state_dict(head, strict=False)
         unexpected = [n for n in state_dict if n.startswith("head.") and n not in head]
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
