@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import unicodedata
 from pathlib import Path
 
@@ -509,6 +510,44 @@ def test_groups_keep_the_fraction_and_every_class() -> None:
     train, validation = split(tree_of(*two, "b/r3_0.mp4", "b/r3_1.mp4"), 0.1, r"r\d")
     assert len(validation.rows) == 9  # rather than none
     assert "1 classes have no file in the validation part, too few files or recordings: 'b'" in validation.notes
+
+
+@pytest.mark.parametrize("group", [None, r"^(.*)_c\d"])
+@pytest.mark.parametrize("seed", range(4))
+def test_files_that_are_added_move_the_split_at_its_cut_alone(group: str | None, seed: int) -> None:
+    """Lists of both parts, made on different days: what has become validation data is hardly in the training list."""
+    paths = [f"{label}/{take:02d}_c{clip}.mp4" for label in "ab" for take in range(20) for clip in range(2)]
+    new = [f"{label}/99_c{clip}.mp4" for label in "ab" for clip in range(2)]
+    train, before = split(tree_of(*paths), 0.2, group, seed)
+    validation = split(tree_of(*paths, *new), 0.2, group, seed)[1]
+    assert len(before.rows) == 16
+    assert len(set(train.rows) & set(validation.rows)) <= 2  # one a class
+    assert len(set(before.rows) & set(validation.rows)) >= 12
+    others = split(tree_of(*paths), 0.2, group, seed + 4)[1]
+    assert set(others.rows) != set(before.rows)
+
+
+def test_every_class_of_two_files_is_in_both_parts() -> None:
+    train, validation = split(tree_of("a/0.mp4", "a/1.mp4", "b/0.mp4"), 0.2, None)
+    assert [[label for _, label in part.rows] for part in (train, validation)] == [[0, 1], [0]]
+    assert "1 classes have no file in the validation part, too few files or recordings: 'b'" in validation.notes
+
+
+def test_the_parts_of_a_split_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(
+        tmp_path / "ds", *(f"{part}/{label}/{i}.mp4" for part in ("train", "Val") for label in "ab" for i in range(2))
+    )
+    message = (
+        "ds holds the parts of a split (Val, train), not classes; expected class folders: name each part by itself"
+    )
+    assert message in fails(capsys, "folders", "--root", tmp_path / "ds", "--out", tmp_path / "l.txt")
+    with pytest.raises(ListError, match=re.escape(message)):
+        read_list("ds", root=tmp_path)
+    touch(tmp_path / "vehicles", "train/0.mp4", "tram/0.mp4")
+    touch(tmp_path / "trains", "train/0.mp4")
+    for name in ("vehicles", "trains"):
+        run(capsys, "folders", "--root", tmp_path / name, "--out", tmp_path / "l.txt")
+        assert ("train/0.mp4", 0) in rows_of(tmp_path / "l.txt")
 
 
 def test_patterns_that_find_nothing_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,8 @@ _NOT_THE_USERS = {
     "System Volume Information",
     "lost+found",
 }
+# Folders of the parts of a data set, which are no classes.
+_PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "trainval"}
 
 
 @dataclass
@@ -54,12 +56,22 @@ class Tree:
         return sum(len(paths) for paths in self.files.values())
 
     def classes(self) -> dict[str, list[str]]:
-        """Return the paths in each folder under the root, both sorted; files in no folder belong to no class."""
+        """Return the paths in each folder under the root, both sorted; files in no folder belong to no class.
+
+        Raises:
+            ListError: the folders are the parts of a split.
+        """
         classes: dict[str, list[str]] = {}
         for path in sorted(path for paths in self.files.values() for path in paths):
             folder, _, name = path.partition(os.sep)
             if name:
                 classes.setdefault(folder, []).append(path)
+        nested = all(path.count(os.sep) > 1 for paths in classes.values() for path in paths)
+        if classes and all(name.lower() in _PARTS for name in classes) and (len(classes) > 1 or nested):
+            raise ListError(
+                f"{self.root} holds the parts of a split ({', '.join(sorted(classes))}), not classes; expected class "
+                f"folders: name each part by itself, as {self.root / min(classes)}"
+            )
         return {name: classes[name] for name in sorted(classes)}
 
     def add(self, path: str) -> None:

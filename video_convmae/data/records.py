@@ -35,7 +35,17 @@ from .labels import class_names
 from .options import IMAGE_SUFFIXES, VIDEO_SUFFIXES, ListFormat
 from .text import ListError, read_text, readable
 
-__all__ = ["ListError", "Record", "Records", "class_names", "format_line", "parse_line", "read_list"]
+__all__ = [
+    "ListError",
+    "Record",
+    "Records",
+    "class_names",
+    "format_line",
+    "hash_order",
+    "hold_out",
+    "parse_line",
+    "read_list",
+]
 
 LARGEST = 2**31 - 1  # label or frame count; a larger one is a mistake, and no model has as many classes
 
@@ -404,3 +414,24 @@ def _at_least(least: int, text: str, name: str) -> int:
 
 def _int_array(values: list[int | None]) -> np.ndarray:
     return np.array([-1 if value is None else value for value in values], dtype=np.int64)
+
+
+# Splitting
+
+
+def hold_out(names: Sequence[str], share: float) -> list[int]:
+    """Return the places of the names of one class that are held out: those with the smallest SHA-256.
+
+    Of n names `share * n` are, rounded, and of two or more at least one and not all. A name that is added, renamed or
+    removed moves at most one other.
+    """
+    count = round(share * len(names))
+    if len(names) > 1:
+        count = min(max(count, 1), len(names) - 1)
+    return hash_order(names)[:count]
+
+
+def hash_order(names: Sequence[str]) -> list[int]:
+    """Return the places of names, sorted by their SHA-256: an order that no other name changes."""
+    digests = [hashlib.sha256(os.fsencode(name)).digest() for name in names]
+    return sorted(range(len(names)), key=digests.__getitem__)

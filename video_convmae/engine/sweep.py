@@ -10,7 +10,6 @@ Letters: R records, K heads, B clips.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -23,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from video_convmae.atomic import read_json_lines, write_text
-from video_convmae.data.records import Records
+from video_convmae.data.records import Records, hold_out
 from video_convmae.errors import UserError
 from video_convmae.models.probe import Probe
 from video_convmae.weights.files import save_file
@@ -55,14 +54,11 @@ def split_records(records: Records, share: float, root: str = "") -> tuple[Recor
     Raises:
         UserError: nothing is left to train on or to choose by.
     """
-    digests = [hashlib.sha256(os.fsencode(r.path.removeprefix(os.path.join(root, "")))).digest() for r in records]
+    names = [record.path.removeprefix(os.path.join(root, "")) for record in records]
     held = np.zeros(len(records), bool)
     for label in np.unique(records.labels):
-        places = sorted(np.flatnonzero(records.labels == label), key=lambda place: digests[place])
-        count = round(share * len(places))
-        if len(places) > 1:
-            count = min(max(count, 1), len(places) - 1)
-        held[places[:count]] = True
+        places = np.flatnonzero(records.labels == label)
+        held[places[hold_out([names[place] for place in places], share)]] = True
     if not held.any() or held.all():
         raise UserError(
             f"sweep.holdout is {share}, and of {len(records)} records {int(held.sum())} would be held out; expected "

@@ -18,14 +18,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import numpy as np
-
 from video_convmae.atomic import refuse_overwriting, replacing
 from video_convmae.data import remote, shards
 from video_convmae.data.folders import SUFFIXES, Tree, normalise_accents, scan_folder
 from video_convmae.data.labels import labels_file, list_name, read_names
 from video_convmae.data.options import ListFormat
-from video_convmae.data.records import ListError, Record, format_line, read_list
+from video_convmae.data.records import ListError, Record, format_line, hash_order, hold_out, read_list
 from video_convmae.data.text import read_text, readable
 from video_convmae.prepare.options import LIST_TEXT
 from video_convmae.shipped import shipped_labels
@@ -241,9 +239,10 @@ def list_folders(
 
     Args:
         tree: the files.
-        part: "validation" is a random `fraction` of each class, "train" the rest, "all" both.
+        part: "validation" is a `fraction` of each class, "train" the rest, "all" both. Which files depends on the
+            SHA-256 of their paths (`hold_out`), so a file that is added moves at most one other.
         fraction: 0 if and only if `part` is "all".
-        seed: seed of the split.
+        seed: hashed before each path; another one makes another split.
         group: regular expression. Files in whose paths it finds the same text (that of its groups, if it has any) come
             from one recording and stay in one part.
 
@@ -269,9 +268,8 @@ def list_folders(
         held_out = _split_recordings(classes, recordings, fraction, seed)
         notes += more
     elif part != "all":
-        for number, paths in enumerate(classes.values()):
-            order = np.random.default_rng([seed, number]).permutation(len(paths))
-            held_out |= {paths[i] for i in order[: round(fraction * len(paths))]}
+        for paths in classes.values():
+            held_out |= {paths[place] for place in hold_out(_seeded(paths, seed), fraction)}
         notes.append("files are split one by one; if some are cut from one recording, keep them together with --group")
     if part != "all":
         notes += _lopsided(classes, held_out)
@@ -388,8 +386,8 @@ def _split_recordings(
 ) -> set[str]:
     """Return the files of a validation part that holds each recording, of whichever classes, whole or not at all.
 
-    In random order, a recording is taken if it brings the parts of its classes closer to `fraction`; then each class
-    that has none of two or more recordings gets its smallest.
+    In the order of their hashes, a recording is taken if it brings the parts of its classes closer to `fraction`; then
+    each class that has none of two or more recordings gets its smallest.
     """
     members: dict[str, list[tuple[str, str]]] = {}
     for name, paths in classes.items():
@@ -409,8 +407,8 @@ def _split_recordings(
         for name, size in sizes[recording].items():
             missing[name] -= size
 
-    names = sorted(members)
-    for place in np.random.default_rng(seed).permutation(len(names)):
+    names = list(members)
+    for place in hash_order(_seeded(names, seed)):
         if gain(names[place]) > 0:
             take(names[place])
     for paths in classes.values():
@@ -418,6 +416,11 @@ def _split_recordings(
         if len(own) > 1 and not taken & set(own):
             take(own[0])
     return {path for recording in taken for _, path in members[recording]}
+
+
+def _seeded(names: Iterable[str], seed: int) -> list[str]:
+    """Return what is hashed to split names."""
+    return [f"{seed}/{name}" for name in names]
 
 
 def _lopsided(classes: Mapping[str, Sequence[str]], held_out: set[str]) -> list[str]:
