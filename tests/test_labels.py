@@ -101,6 +101,49 @@ def test_files_of_names(tmp_path: Path) -> None:
             class_names("", labels=path)
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            "# my classes\ncat\ndog",
+            r"names.txt, line 1 is '# my classes'; expected the name of class 0: remove the line",
+        ),
+        ("cat\ndog\ncat", r"names.txt, line 3 has the name 'cat' of line 1; expected a name once"),
+        (
+            "1 dog\n0 cat",
+            r"names.txt: the numbers before its names are in another order .*'1 dog'; expected class n in",
+        ),
+        ("2,dog\n3,eel\n1,cat", r"the numbers before its names are in another order"),
+    ],
+)
+def test_names_that_would_shift_classes_are_errors(tmp_path: Path, lines: str, message: str) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text(lines + "\n")
+    with pytest.raises(ListError, match=message):
+        class_names("", labels=path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["3 on 3 basketball", "400 m run", "2 player chess"],  # no numbering
+        ["1 dog", "2 cat"],  # UCF101's classInd.txt
+        ["1 a", "10 j", "2 b", "3 c", "4 d", "5 e", "6 f", "7 g", "8 h", "9 i"],  # class folders, sorted by name
+        ["7", "3", "5"],
+        ["2 fingers"],
+        ["cat", "# dog"],
+    ],
+)
+def test_names_with_numbers_are_names(tmp_path: Path, names: list[str]) -> None:
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    assert class_names("", labels=tmp_path / "names.txt") == names
+
+
+@pytest.mark.parametrize(("name", "count"), [("kinetics400", 400), ("something_something_v2", 174)])
+def test_shipped_names_are_taken(name: str, count: int) -> None:
+    assert len(class_names("", labels=name) or []) == count
+
+
 def test_names_of_class_folders_are_as_many(tmp_path: Path) -> None:
     for name in ("n01", "n02"):
         (tmp_path / "train" / name).mkdir(parents=True)

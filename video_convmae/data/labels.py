@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _CLASSES_FOR_EACH_SEEN, _CLASSES_ALWAYS = 10, 100
 _LIST_SUFFIXES = r"(?<=[^/])\.(txt|csv|tsv|list|lst)$"
 _NAMED = 8  # ranges and names quoted in a note
+_NUMBERED = re.compile(r"(\d+)[\s,;:]+\S")
 
 
 # Names
@@ -85,7 +86,7 @@ def read_names(path: str | Path) -> list[str]:
     """Return class names in the order of their numbers: one a line, or a JSON file {name: number} or [name, ...].
 
     Raises:
-        ListError: the file cannot be read or is empty, a line is, or numbers are not 0 to n - 1.
+        ListError: the file cannot be read or is empty, a line is, numbers are not 0 to n - 1, or as `check_names`.
     """
     text = read_text(path, "the class names")
     if str(path).lower().endswith(".json"):
@@ -95,7 +96,34 @@ def read_names(path: str | Path) -> list[str]:
         raise ListError(f"the file of class names {path} is empty")
     if "" in lines:
         raise ListError(f"{path}, line {lines.index('') + 1} is empty; expected a name in each: line n names class n")
+    check_names(lines, path)
     return lines
+
+
+def check_names(names: Sequence[str], path: str | Path) -> None:
+    """Raise a ListError if the names of a file's lines shift or confuse classes.
+
+    So do a comment in the first line, a name that two lines have, and numbers before all names, from 0 or 1, that are
+    in another order than the lines. Lines in the order of their text are allowed, as class folders `1 a`, `10 j`,
+    `2 b` are numbered so.
+    """
+    if names[0].startswith("#"):
+        raise ListError(f"{path}, line 1 is {names[0]!r:.80}; expected the name of class 0: remove the line, or the #")
+    first: dict[str, int] = {}
+    for line, name in enumerate(names, start=1):
+        if first.setdefault(name, line) != line:
+            raise ListError(
+                f"{path}, line {line} has the name {name!r:.80} of line {first[name]}; expected a name once: tell the "
+                "classes apart, as by '(2)'"
+            )
+    matches = [_NUMBERED.match(name) for name in names]
+    numbers = [int(match[1]) for match in matches if match is not None]
+    in_order = list(range(min(numbers, default=0), min(numbers, default=0) + len(names)))
+    if sorted(numbers) == in_order and in_order[0] <= 1 and numbers != in_order and list(names) != sorted(names):
+        raise ListError(
+            f"{path}: the numbers before its names are in another order than the lines, the first is {names[0]!r:.80}; "
+            "expected class n in line n: sort the lines by these numbers and remove them"
+        )
 
 
 def _names_of_json(path: str | Path, text: str) -> list[str]:
@@ -108,7 +136,9 @@ def _names_of_json(path: str | Path, text: str) -> list[str]:
         raise ListError(f"{path} is not json of the form {{name: number}} or [name, ...]: {error}") from error
     if not numbers or sorted(numbers) != list(range(len(numbers))):
         raise ListError(f"{path}: its {len(numbers)} classes are not numbered 0 to {len(numbers) - 1}, each once")
-    return [str(name) for _, name in sorted(zip(numbers, names))]
+    found = [str(name) for _, name in sorted(zip(numbers, names))]
+    check_names(found, path)
+    return found
 
 
 # Numbers

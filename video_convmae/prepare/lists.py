@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn
 from video_convmae.atomic import refuse_overwriting, replacing
 from video_convmae.data import remote, shards
 from video_convmae.data.folders import SUFFIXES, Tree, normalise_accents, scan_folder
-from video_convmae.data.labels import labels_file, list_name, read_names
+from video_convmae.data.labels import check_names, labels_file, list_name, read_names
 from video_convmae.data.options import ListFormat
 from video_convmae.data.records import ListError, Record, format_line, hash_order, hold_out, read_list
 from video_convmae.data.text import read_text, readable
@@ -485,10 +485,13 @@ def write_list(
         root: folder that the paths are relative to.
 
     Raises:
-        ListError: the list cannot hold one of the paths, or is the place of a folder.
+        ListError: the list cannot hold one of the paths, or is the place of a folder, or the names are none of classes
+            (`check_names`).
     """
     if out.is_dir():
         raise ListError(f"--out {out} is a folder; expected the list to write, such as {out / 'train.txt'}")
+    if labels:
+        check_names(labels, labels_file(out))
     records = [Record(path, label, (counts or {}).get(path), format) for path, label in rows]
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out, **LIST_TEXT) as file:
