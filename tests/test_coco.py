@@ -80,6 +80,35 @@ def test_defects_are_mended_or_left_out_and_counted(tmp_path: Path) -> None:
     assert len(read_coco(path, tmp_path / "pictures")) == 6  # a test keeps every picture
 
 
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda x, y, w, h: [x, y, x + w, y + h], "beyond their pictures"),
+        (lambda x, y, w, h: [x / 64, y / 48, w / 64, h / 48], "18 are smaller than a pixel"),
+        (lambda x, y, w, h: [(x + w / 2) / 64, (y + h / 2) / 48, w / 64, h / 48], "18 are smaller than a pixel"),
+    ],
+    ids=["corners", "fractions", "centres"],
+)
+def test_boxes_of_another_convention_are_an_error(
+    tmp_path: Path, change: Callable[..., list[float]], found: str
+) -> None:
+    _, content = write_coco(tmp_path)
+    for annotation in content["annotations"]:
+        annotation["bbox"] = change(*annotation["bbox"])
+    with pytest.raises(ListError, match=rf"objects.json: of 18 boxes .*{found}.*; expected \[x, y, width, height\] in"):
+        read_coco(rewrite(tmp_path, content), tmp_path / "pictures")
+
+
+def test_single_boxes_that_do_not_fit_are_counted(tmp_path: Path) -> None:
+    _, content = write_coco(tmp_path)
+    boxes = [70, 10, 5, 5], [60, 40, 5, 9], [60, 40, 5, 9.5], [-3, 0, 9, 9], [4, 4, 0.5, 20]  # the second: 1 pixel
+    for annotation, box in zip(content["annotations"], boxes):
+        annotation["bbox"] = box
+    report = read_coco(rewrite(tmp_path, content), tmp_path / "pictures").report
+    assert (report.beyond, report.tiny, report.objects + report.crowd) == (3, 1, 18)
+    assert "; 3 boxes that reach beyond their picture; 1 boxes smaller than a pixel" in str(report)
+
+
 def drop(*names: str) -> Callable[[dict[str, Any]], Any]:
     return lambda content: [content.pop(name) for name in names] and content
 

@@ -262,6 +262,28 @@ def test_label_maps_are_checked(folder: Path) -> None:
         ADE.read(str(folder / "images/training/0.png"), size)
 
 
+def palette_map(path: Path, indices: np.ndarray, colours: list[tuple[int, int, int]]) -> str:
+    image = Image.fromarray(indices.astype(np.uint8), mode="P")
+    image.putpalette([value for colour in colours for value in colour])
+    image.save(path, optimize=True)
+    assert Image.open(path).mode == "P"
+    return str(path)
+
+
+def test_greys_of_a_palette_are_values_and_colours_are_not(tmp_path: Path) -> None:
+    """A grey map that became a palette for size reads as before; indices under colours stay, as those of VOC."""
+    values = np.repeat([0, 3, 7, 255], 8).reshape(8, 4)
+    indices = np.repeat([2, 0, 1, 3], 8).reshape(8, 4)
+    grey = palette_map(tmp_path / "grey.png", indices, [(3, 3, 3), (7, 7, 7), (0, 0, 0), (255, 255, 255)])
+    assert np.array_equal(Labels(10).read(grey), values)
+    shown = palette_map(tmp_path / "voc.png", indices, [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)])
+    assert np.array_equal(Labels(10).read(shown), indices)
+    drawn = palette_map(tmp_path / "drawn.png", indices, [(0, 0, 0), (80, 80, 80), (160, 160, 160), (240, 240, 240)])
+    assert np.array_equal(Labels(4).read(drawn), indices)  # greys that are no classes
+    mask = palette_map(tmp_path / "mask.png", indices % 2, [(0, 0, 0), (255, 255, 255)])
+    assert np.array_equal(Labels(2).read(mask), indices % 2)
+
+
 def test_values_that_mean_nothing_are_said(folder: Path) -> None:
     for classes, zero_is_ignored, ignored in ((3, False, 2), (255, True, 255)):
         with pytest.raises(ListError, match=rf"data\.ignored is {ignored}, the value of a class"):

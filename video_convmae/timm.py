@@ -251,8 +251,8 @@ class ConvMAE(nn.Module):
             ours = ", ".join(f"{n} {tuple(own[n].shape)}" for n in missing)
             theirs = ", ".join(f"{n} {tuple(found[n].shape)}" for n in missing if n in found) or "none of them"
             raise RuntimeError(
-                f"the model has {ours} and the weights have {theirs}; expected the same: create the model with the file's "
-                "num_classes, or with num_classes=0 and call reset_classifier() after loading; "
+                f"the model has {ours} and the weights have {theirs}; expected the same: create the model with the "
+                "file's num_classes, or with num_classes=0 and call reset_classifier() after loading; "
                 "load_state_dict(..., strict=False) keeps what is new"
             )
         load_weights(self.encoder, weights)

@@ -7,6 +7,8 @@ programs differ from COCO's own files in what they leave out, so this is what is
 - A mask is polygons, or run lengths (compressed or not). Polygons with fewer than three points are dropped; run lengths
   that do not fill the picture are a broken mask, and the object counts as one without a mask.
 - An object without a usable box gets that of its mask; one with neither is left out.
+- Boxes are [x, y, width, height] in pixels. Some that reach beyond the picture are cut and some below a pixel stay; a
+  file most of whose boxes are so has another convention (corners, centres, parts of the picture) and is an error.
 - Crowd regions (`iscrowd`) take no part in training; the evaluation ignores detections on them.
 - In training, pictures without an object are left out, as in detectron2.
 - A file that is missing, or whose size is not that of the JSON file, is a bad record like any other.
@@ -81,6 +83,8 @@ class CocoReport:
         left_out: objects without a usable box or mask.
         without_mask: objects that are kept, but have no mask, or an empty or broken one.
         strays: objects of pictures that are not in the file; left out.
+        beyond: boxes that reach more than a pixel beyond their picture; the part outside is cut off.
+        tiny: other boxes with a side below one pixel.
     """
 
     images: int = 0
@@ -91,6 +95,8 @@ class CocoReport:
     left_out: int = 0
     without_mask: int = 0
     strays: int = 0
+    beyond: int = 0
+    tiny: int = 0
 
     def __str__(self) -> str:
         found = f"{self.images} pictures, {self.objects} objects"
@@ -101,6 +107,8 @@ class CocoReport:
             "objects left out, with neither box nor mask": self.left_out,
             "objects without a usable mask": self.without_mask,
             "objects left out, of pictures that are not in the file": self.strays,
+            "boxes that reach beyond their picture": self.beyond,
+            "boxes smaller than a pixel": self.tiny,
         }
         return "; ".join([found, *(f"{count} {what}" for what, count in details.items() if count)])
 
@@ -197,6 +205,7 @@ class _Reading:
     def __init__(self, file: Path, labels: dict[int, int], training: bool) -> None:
         self.file, self.labels, self.training = file, labels, training
         self.counts = dict.fromkeys(CocoReport.__dataclass_fields__, 0)
+        self.odd_box = ""  # the first that does not fit its picture
 
     def records(self, content: dict[str, Any], folder: Path, categories: list[tuple[int, str]]) -> CocoRecords:
         """Return the pictures with their objects."""
@@ -230,6 +239,7 @@ class _Reading:
                 if self.training:
                     continue
             rows.append((line, image["file_name"], image["id"], image["height"], image["width"], objects))
+        self._check_boxes()
         if not rows:
             raise ListError(f"{self.file} holds no pictures" + (" with objects" if content["images"] else ""))
         return CocoRecords(rows, folder, categories, CocoReport(**self.counts))
@@ -259,12 +269,34 @@ class _Reading:
                 self.counts["left_out"] += 1
                 return None
             self.counts["boxes_from_masks"] += 1
+        else:
+            self._measure_box(box, height, width)
         self.counts["crowd" if crowd else "objects"] += 1
         self.counts["without_mask"] += segmentation is None
         area = annotation.get("area")
         if not isinstance(area, (int, float)) or not math.isfinite(area):
             area = box[2] * box[3] if segmentation is None else int(draw_mask(segmentation, height, width).sum())
         return CocoObject(self.labels[annotation["category_id"]], box, segmentation, crowd, area)
+
+    def _measure_box(self, box: tuple[float, float, float, float], height: int, width: int) -> None:
+        """Count a box that does not fit its picture, as those of another convention do not."""
+        x, y, w, h = box
+        kind = (
+            "beyond" if min(x, y) < -1 or x + w > width + 1 or y + h > height + 1 else "tiny" if min(w, h) < 1 else ""
+        )
+        if kind:
+            self.counts[kind] += 1
+            self.odd_box = self.odd_box or f"{list(box)} in a picture of {width}x{height}"
+
+    def _check_boxes(self) -> None:
+        """Raise a ListError if most boxes do not fit their pictures."""
+        beyond, tiny = self.counts["beyond"], self.counts["tiny"]
+        boxes = self.counts["objects"] + self.counts["crowd"] - self.counts["boxes_from_masks"]
+        if 2 * (beyond + tiny) > boxes:
+            raise ListError(
+                f"{self.file}: of {boxes} boxes {beyond} reach beyond their pictures and {tiny} are smaller than a "
+                f"pixel, the first is {self.odd_box}; expected [x, y, width, height] in pixels"
+            )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

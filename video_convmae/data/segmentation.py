@@ -1,6 +1,7 @@
 """Data of semantic segmentation: folders of pictures and of label maps -> training crops and test pictures.
 
-A label map is a picture of one channel (or a palette) whose values are classes, as large as its picture. ADE20K's
+A label map is a picture of one channel (or a palette) whose values are classes, as large as its picture. Of a palette
+the indices are the values, unless it is one of greys that an optimiser of PNG files made (`Labels.read`). ADE20K's
 folders are found by themselves: the maps of `images/training` lie in `annotations/training`.
 """
 
@@ -182,6 +183,10 @@ class Labels:
     def read(self, path: str, size: tuple[int, int] | None = None) -> np.ndarray:
         """Read a label map: uint8 `(H, W)`, classes and IGNORED.
 
+        The values of a palette are its indices, as in Pascal VOC, whatever the colours. But where all entries in use
+        are greys that are classes here, they are the values: optimisers store a grey map with few values so. Black and
+        white alone are the colours of indices.
+
         Args:
             path: of the map.
             size: (H, W) of its picture; None: not known.
@@ -195,23 +200,35 @@ class Labels:
                     f"{path}: has the channels {image.mode}; expected a label map of one, whose values are classes"
                 )
             values = np.asarray(image).astype(np.int64)
+            if image.mode == "P":
+                values = self._of_palette(values, np.array(image.getpalette("RGB")).reshape(-1, 3))
         if size is not None and values.shape != size:
             raise DecodeError(
                 f"{path}: is {values.shape[1]}x{values.shape[0]} and its picture {size[1]}x{size[0]}; expected equal"
             )
-        ignored = values == self.ignored
-        if self.zero_is_ignored:
-            ignored |= values == 0
-            values = values - 1
-        wrong = ~ignored & ((values < 0) | (values >= self.classes))
+        shift = int(self.zero_is_ignored)
+        wrong = self._wrong(values)
         if wrong.any():
-            shift = int(self.zero_is_ignored)
-            found = ", ".join(map(str, np.unique(values[wrong])[:5] + shift))
+            found = ", ".join(map(str, np.unique(values[wrong])[:5]))
             raise DecodeError(
                 f"{path}: has the value {found}; expected {shift} to {self.classes - 1 + shift}, or {self.ignored} for "
                 "ignored pixels: check data.num_classes and data.zero_is_ignored"
             )
-        return np.where(ignored, IGNORED, values).astype(np.uint8)
+        ignored = (values == self.ignored) | (values < shift)
+        return np.where(ignored, IGNORED, values - shift).astype(np.uint8)
+
+    def _wrong(self, values: np.ndarray) -> np.ndarray:
+        """Return where values are neither classes nor ignored."""
+        return (values != self.ignored) & ((values < 0) | (values >= self.classes + int(self.zero_is_ignored)))
+
+    def _of_palette(self, indices: np.ndarray, palette: np.ndarray) -> np.ndarray:
+        """Return the values of a map with a palette `(entries, 3)`: its indices or, as `read` says, its greys."""
+        used = np.unique(indices)
+        if used[-1] >= len(palette):
+            return indices
+        greys = palette[used, 0].astype(np.int64)
+        is_grey = (palette[used] == greys[:, None]).all() and not set(greys.tolist()) <= {0, 255}
+        return greys[np.searchsorted(used, indices)] if is_grey and not self._wrong(greys).any() else indices
 
 
 def classes_seen(records: SegmentationRecords, labels: Labels, count: int = 32) -> set[int]:
