@@ -108,7 +108,6 @@ def test_files_of_names(tmp_path: Path) -> None:
             "# my classes\ncat\ndog",
             r"names.txt, line 1 is '# my classes'; expected the name of class 0: remove the line",
         ),
-        ("cat\ndog\ncat", r"names.txt, line 3 has the name 'cat' of line 1; expected a name once"),
         (
             "1 dog\n0 cat",
             r"names.txt: the numbers before its names are in another order .*'1 dog'; expected class n in",

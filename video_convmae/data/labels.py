@@ -101,21 +101,14 @@ def read_names(path: str | Path) -> list[str]:
 
 
 def check_names(names: Sequence[str], path: str | Path) -> None:
-    """Raise a ListError if the names of a file's lines shift or confuse classes.
+    """Raise a ListError if the lines of a file of names are not its classes in order.
 
-    So do a comment in the first line, a name that two lines have, and numbers before all names, from 0 or 1, that are
-    in another order than the lines. Lines in the order of their text are allowed, as class folders `1 a`, `10 j`,
-    `2 b` are numbered so.
+    A comment in the first line shifts them, and numbers before all names, from 0 or 1, in another order than the lines
+    contradict them. Lines in the order of their text are allowed, as class folders `1 a`, `10 j`, `2 b` are numbered
+    so, and so are two classes of one name, which ImageNet has ("crane").
     """
     if names[0].startswith("#"):
         raise ListError(f"{path}, line 1 is {names[0]!r:.80}; expected the name of class 0: remove the line, or the #")
-    first: dict[str, int] = {}
-    for line, name in enumerate(names, start=1):
-        if first.setdefault(name, line) != line:
-            raise ListError(
-                f"{path}, line {line} has the name {name!r:.80} of line {first[name]}; expected a name once: tell the "
-                "classes apart, as by '(2)'"
-            )
     matches = [_NUMBERED.match(name) for name in names]
     numbers = [int(match[1]) for match in matches if match is not None]
     in_order = list(range(min(numbers, default=0), min(numbers, default=0) + len(names)))
