@@ -136,8 +136,8 @@ def _note_dark(brightest: int) -> str | None:
         return None
     bits = max(8, brightest.bit_length())
     return (
-        f"nearly black: the largest 16-bit value is {brightest}, and white is 65535; if these are {bits} bits, multiply "
-        f"them by {2 ** (16 - bits)}, or convert the pictures to 8 bits"
+        f"nearly black: the largest 16-bit value is {brightest}, and white is 65535; if these are {bits} bits, "
+        f"multiply them by {2 ** (16 - bits)}, or convert the pictures to 8 bits"
     )
 
 
