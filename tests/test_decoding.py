@@ -12,7 +12,6 @@ import sys
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from video_convmae.data.decoding import (
     resolve_reader,
 )
 from video_convmae.data.decoding.process import ReaderProcess
+from video_convmae.data.decoding.pyav_reader import _NoStart
 from video_convmae.data.decoding.rules import misread
 from video_convmae.data.records import Record
 
@@ -169,8 +169,8 @@ def test_every_frame_alone(made: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("suffix", ["mpg", "vob"])
 def test_every_frame_of_a_program_stream(codec: str, b_frames: str, suffix: str, tmp_path: Path) -> None:
     """Behind a seek FFmpeg gives its packets the times of others."""
-    options = {"bf": b_frames, "b": "300000"}
-    path = clips.encode(tmp_path / f"clip.{suffix}", 50, codec, size=(96, 128), options=options)
+    options = {"bf": b_frames, "b": "150000"}
+    path = clips.encode(tmp_path / f"clip.{suffix}", 50, codec, size=(144, 176), options=options)
     frames = sequence(path)
     with open_frames(Record(str(path)), "pyav") as reader:
         assert len(reader) == len(frames) == 50
@@ -179,16 +179,17 @@ def test_every_frame_of_a_program_stream(codec: str, b_frames: str, suffix: str,
         assert (reader.read(range(50)) == np.stack([rgb(frame) for frame in frames])).all()
 
 
-def test_packets_whose_times_are_others_behind_a_seek(tmp_path: Path) -> None:
-    """A packet that bears a keyframe's time and is none is not begun at: the frames are right, if slow."""
-    path = clips.encode(tmp_path / "clip.mpg", 50, "mpeg1video", size=(96, 128), options={"b": "300000"})
+def test_decoding_begins_at_keyframes_alone(tmp_path: Path) -> None:
+    """Behind a seek, another packet may bear a keyframe's time."""
+    options = {"bf": "0", "b": "150000"}
+    path = clips.encode(tmp_path / "clip.mpg", 50, "mpeg2video", size=(144, 176), options=options)
+    found = 0
     with open_frames(Record(str(path)), "pyav") as reader:
-        with av.open(str(path)) as container:
-            times = np.sort([packet.pts for packet in container.demux(video=0) if packet.size])
-        reader.scan = replace(reader.scan, timed=True, times=times)  # as a container that nobody tried would have it
-        for index in np.random.default_rng(1).permutation(50):
-            with contextlib.suppress(DecodeError):
-                assert (reader.read([index])[0] == rgb(sequence(path)[index])).all(), index
+        for start in range(len(reader.scan.keyframes)):
+            with contextlib.suppress(_NoStart):
+                assert next(reader._packets_from(start)).is_keyframe, start
+                found += 1
+    assert found
 
 
 def test_every_frame_of_h264_with_b_frames_in_asf(tmp_path: Path) -> None:
