@@ -13,7 +13,7 @@ import numpy as np
 
 from video_convmae.data import shards
 
-from .bitstream import NO_START, Look, examiner
+from .bitstream import NO_START, START, Look, examiner
 from .errors import DecodeError, decode_errors
 from .kept import KEEP_FRAMES, keep_scan, kept_scan
 from .orientation import Turner, orientation, upright
@@ -280,9 +280,9 @@ class PyAVReader(FrameReader):
         return seen is not None and not seen.pictures
 
     def _may_begin(self, packet: Any) -> bool:
-        """Return whether decoding may begin at a packet, as far as its bytes are known to say."""
+        """Return whether a packet is a keyframe to its scan, as far as bytes are known to say."""
         seen = self._look_at(packet) if self.scan.proven else None
-        return seen is None or seen.start != NO_START
+        return seen is None or seen.start == START or bool(packet.is_keyframe and seen.start != NO_START)
 
     def _look_at(self, packet: Any) -> Look | None:
         if self._look is None:
