@@ -126,6 +126,46 @@ def test_a_size_that_changes_is_said_and_read_as_in_training(
         assert reader.note == note["note"].replace("frame 12", "frame 20")
 
 
+def test_half_of_a_download_is_bad(tmp_path: Path) -> None:
+    """The frames that are left decode, and training reads them."""
+    clips.encode(tmp_path / "half.mp4", 100, container={"movflags": "faststart"}, options={"g": "12"})
+    for name in ("half.mkv", "whole.mkv"):
+        clips.encode(tmp_path / name, 100, options={"g": "12"})
+    for name in ("half.mp4", "half.mkv"):
+        clips.cut(tmp_path / name, 0.6)
+    (tmp_path / "list.txt").write_text("half.mp4 0\nwhole.mkv 1\nhalf.mkv 2\n")
+    for options in ((), ("--full",)):
+        faults = check(tmp_path, tmp_path / "out", *options)
+        assert [fault["record"] for fault in faults] == ["half.mp4", "half.mkv"]
+        assert all("is cut off" in fault["error"] and "header says 4.0 seconds" in fault["error"] for fault in faults)
+        assert (tmp_path / "out" / "clean.txt").read_text() == "whole.mkv 1\n"
+    with ReaderProcess("pyav") as process, process.open(Record(str(tmp_path / "half.mp4"))) as reader:
+        assert reader.damaged
+        assert reader.read(range(len(reader))).shape == (len(reader), 48, 64, 3)
+
+
+def test_12_bits_in_16_are_noted(tmp_path: Path) -> None:
+    for name, brightest in (("12 bits.png", 4095), ("12 bits.tif", 4095), ("16 bits.png", 65535), ("black.png", 0)):
+        Image.fromarray(np.linspace(0, brightest, 600).reshape(20, 30).astype(np.uint16)).save(tmp_path / name)
+    (tmp_path / "list.txt").write_text("12 bits.png 0\n16 bits.png 0\n12 bits.tif 1\nblack.png 1\n")
+    assert not check(tmp_path, tmp_path / "out", "--format", "image")
+    notes = json.loads((tmp_path / "out" / "summary.json").read_text())["notes"]
+    assert [note["record"] for note in notes] == ["12 bits.png", "12 bits.tif"]
+    assert "nearly black: the largest 16-bit value is 4095" in notes[0]["note"]
+    assert "if these are 12 bits, multiply them by 16" in notes[0]["note"]
+
+
+def test_a_dark_picture_among_bright_ones_is_not_noted(tmp_path: Path) -> None:
+    for folder, brightest in (("night falls", (60_000, 900)), ("12 bits", (4000, 900))):
+        (tmp_path / folder).mkdir()
+        for number, value in enumerate(brightest):
+            Image.fromarray(np.full((20, 30), value, np.uint16)).save(tmp_path / folder / f"{number}.png")
+    (tmp_path / "list.txt").write_text("night falls 2 0\n12 bits 2 1\n")
+    assert not check(tmp_path, tmp_path / "out", "--format", "frames")
+    notes = json.loads((tmp_path / "out" / "summary.json").read_text())["notes"]
+    assert [note["record"] for note in notes] == ["12 bits"]
+
+
 def check_with_names(folder: Path, out: Path) -> Path:
     """Check the list while it has class names; returns `out`."""
     names = folder / "list.labels.txt"
@@ -249,7 +289,7 @@ def test_full_reads_every_frame_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     class Reader:
         def __init__(self, record: Record) -> None:
             self._opened = process.open(record)
-            self.name, self.note = "pyav", None
+            self.name, self.note, self.damaged = "pyav", None, False
 
         def __enter__(self) -> Reader:
             return self

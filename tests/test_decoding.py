@@ -32,6 +32,7 @@ from video_convmae.data.decoding import (
     resolve_reader,
 )
 from video_convmae.data.decoding.process import ReaderProcess
+from video_convmae.data.decoding.pyav_reader import _NoStart
 from video_convmae.data.decoding.rules import misread
 from video_convmae.data.records import Record
 
@@ -150,6 +151,7 @@ def test_frames_are_those_of_ffmpeg(name: str, process: ReaderProcess, made: Cal
     path = made(name)
     with process.open(Record(str(path))) as reader:
         assert_frames(reader, sequence(path), tolerance=2 if "mpeg4" in name else 0)
+        assert (reader.note, reader.damaged) == (None, False)
         handed = name in HANDED_TO_PYAV.get(process.reader, ())
         assert reader.name == ("pyav" if handed else process.reader)
 
@@ -160,6 +162,41 @@ def test_every_frame_alone(made: Callable[[str], Path]) -> None:
         with open_frames(Record(str(made(name))), "pyav") as reader:
             for index in np.random.default_rng(0).permutation(len(frames)):
                 assert (reader.read([index])[0] == rgb(frames[index])).all(), (name, index)
+
+
+@pytest.mark.parametrize("codec", ["mpeg1video", "mpeg2video"])
+@pytest.mark.parametrize("b_frames", ["0", "2"])
+@pytest.mark.parametrize("suffix", ["mpg", "vob"])
+def test_every_frame_of_a_program_stream(codec: str, b_frames: str, suffix: str, tmp_path: Path) -> None:
+    """Behind a seek FFmpeg gives its packets the times of others."""
+    options = {"bf": b_frames, "b": "150000"}
+    path = clips.encode(tmp_path / f"clip.{suffix}", 50, codec, size=(144, 176), options=options)
+    frames = sequence(path)
+    with open_frames(Record(str(path)), "pyav") as reader:
+        assert len(reader) == len(frames) == 50
+        for index in np.random.default_rng(1).permutation(50):
+            assert (reader.read([index])[0] == rgb(frames[index])).all(), index
+        assert (reader.read(range(50)) == np.stack([rgb(frame) for frame in frames])).all()
+
+
+def test_decoding_begins_at_keyframes_alone(tmp_path: Path) -> None:
+    """Behind a seek, another packet may bear a keyframe's time."""
+    options = {"bf": "0", "b": "150000"}
+    path = clips.encode(tmp_path / "clip.mpg", 50, "mpeg2video", size=(144, 176), options=options)
+    found = 0
+    with open_frames(Record(str(path)), "pyav") as reader:
+        for start in range(len(reader.scan.keyframes)):
+            with contextlib.suppress(_NoStart):
+                assert next(reader._packets_from(start)).is_keyframe, start
+                found += 1
+    assert found
+
+
+def test_every_frame_of_h264_with_b_frames_in_asf(tmp_path: Path) -> None:
+    """FFmpeg guesses when its frames are shown, and guesses wrong."""
+    path = clips.encode(tmp_path / "clip.asf", 50, options={"bf": "3", "b_strategy": "0", "g": "12"})
+    with open_frames(Record(str(path)), "pyav") as reader:
+        assert_frames(reader, sequence(path))
 
 
 def test_interlaced_colours_are_those_of_the_ffmpeg_program(
@@ -250,6 +287,7 @@ def test_real_clips(name: str, process: ReaderProcess) -> None:
     frames, wanted = _some_frames(path)
     with process.open(Record(str(path))) as reader:
         assert len(reader) == frames
+        assert (reader.note, reader.damaged) == (None, False)
         indices = np.random.default_rng(0).permutation(list(wanted))
         result = reader.read(indices)
         for index, image in zip(indices, result, strict=True):
@@ -396,6 +434,55 @@ def test_a_truncated_file_is_not_padded(process: ReaderProcess, tmp_path: Path) 
         assert all(any((frame == later).all() for later in whole[sure : count + 4]) for frame in frames[sure:])
         with pytest.raises(DecodeError, match=rf"frame {count} was asked for; there are {count}"):
             reader.read([count - 1, count])
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.85])
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [("mp4", "libx264"), ("mkv", "libx264"), ("webm", "libvpx-vp9"), ("flv", "flv"), ("avi", "mpeg4")],
+)
+def test_a_file_that_is_cut_off_says_so(suffix: str, codec: str, kept: float, tmp_path: Path) -> None:
+    """The frames that are left are right; with sound or without."""
+    for audio in (False, True) if suffix in ("mp4", "mkv") else (False,):
+        container = {"movflags": "faststart"} if suffix == "mp4" else {}
+        path = clips.encode(
+            tmp_path / f"{audio}.{suffix}", 100, codec, options={"g": "12"}, container=container, audio=audio
+        )
+        whole = [rgb(frame) for frame in sequence(path)]
+        with open_frames(Record(str(path)), "pyav") as reader:
+            assert (reader.note, reader.damaged) == (None, False)
+        clips.cut(path, kept)
+        with open_frames(Record(str(path)), "pyav") as reader:
+            assert reader.damaged
+            assert reader.note is not None
+            says = rf"is cut off, {len(reader)} frames are left \(its header says 4.* seconds, and it ends at \d.\d\)"
+            assert re.match(says, reader.note)
+            assert 0 < len(reader) < 100
+            sure = max(1, len(reader) - 4)  # of B-frames at the cut some are missing
+            assert (reader.read(range(sure)) == np.stack(whole[:sure])).all()
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "flv"])
+def test_what_only_looks_cut_off(suffix: str, tmp_path: Path) -> None:
+    """Sound that is longer or shorter than the pictures; a last frame that is shown for long, after long pauses."""
+    codec = {"avi": "mpeg4", "flv": "flv"}.get(suffix, "libx264")
+    paths = [tmp_path / f"{count}.{suffix}" for count in (8, 90)]
+    if suffix in ("mp4", "mkv"):
+        for path in paths:
+            clips.encode(path, int(path.stem), codec, audio=True)
+    paths.append(tmp_path / f"pauses.{suffix}")
+    clips.encode(paths[-1], 8, codec, times=[0, 1, 2, 50, 51, 52, 150, 151], options={"bf": "0"})
+    for path in (path for path in paths if path.exists()):
+        with open_frames(Record(str(path)), "pyav") as reader:
+            assert (reader.note, reader.damaged) == (None, False)
+
+
+def test_a_trimmed_video_is_not_cut_off(tmp_path: Path) -> None:
+    """An edit list that hides the end: the header counts more frames than are shown."""
+    path = clips.encode(tmp_path / "clip.mp4", 60, options={"g": "20", "bf": "0"})
+    clips.edit(path, 0, 20)
+    with open_frames(Record(str(path)), "pyav") as reader:
+        assert (len(reader), reader.note, reader.damaged) == (20, None, False)
 
 
 def test_damage_in_the_middle(process: ReaderProcess, tmp_path: Path) -> None:

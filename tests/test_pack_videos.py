@@ -19,6 +19,7 @@ import av
 import clips
 import numpy as np
 import pytest
+from PIL import Image
 
 from video_convmae.cli import run as run_cli
 from video_convmae.data.decoding import DecodeError, open_frames, read_record
@@ -150,6 +151,20 @@ def test_odd_sources(name: str, tmp_path: Path) -> None:
             assert np.abs(seconds[0] - seconds[1]).max() < 0.002
     # Colours and sides are right; of 4:4:4 a part of the colours goes.
     assert packed.psnr > (18 if "444" in name else 28)
+
+
+@pytest.mark.parametrize("short_side", [64, 32])
+def test_the_psnr_of_interlaced_videos_is_that_of_the_frames(short_side: int, tmp_path: Path) -> None:
+    """Both are converted and scaled frame by frame, as readers do, not by fields."""
+    record = Record(str(clips.make("h264 interlaced.mp4", tmp_path)))
+    packed = pack_video(record, PackSettings(short_side=short_side, crf=5))
+    (tmp_path / "packed.mp4").write_bytes(packed.data)
+    with open_frames(record, "pyav") as source, open_frames(Record(str(tmp_path / "packed.mp4")), "pyav") as result:
+        places = np.unique(np.linspace(0, 59, 32).astype(int))
+        size = (packed.width, packed.height)
+        frames = [Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC) for frame in source.read(places)]
+        errors = np.square(result.read(places).astype(float) - np.stack([np.asarray(frame) for frame in frames]))
+    assert packed.psnr == pytest.approx(10 * np.log10(255**2 / errors.mean()), abs=0.1 if short_side == 64 else 3)
 
 
 def test_fewer_frames(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Check a list: decode a part of every record as training would, and write the list of the good ones.
 
 Of each record the first, middle and last frames are decoded, and a clip of 16 frames, 4 apart, from the middle; or
-every frame. Written to the output folder:
+every frame. A file that is cut off (half of a download) is bad, though the frames that are left decode. Written to the
+output folder:
 
     clean.txt         the good rows, unchanged and in order, for training; as UTF-8
     clean.before.txt  the list itself, if it was the clean.txt of an earlier check and rows of it are bad now
@@ -27,7 +28,7 @@ import numpy as np
 
 from video_convmae.atomic import refuse_overwriting, replacing, write_text
 from video_convmae.data import shards
-from video_convmae.data.decoding import resolve_reader
+from video_convmae.data.decoding import DecodeError, resolve_reader
 from video_convmae.data.decoding.process import ChildProcess, Handler, ReaderProcess, RemoteReader
 from video_convmae.data.labels import check_labels, class_names, count_labels, label_notes
 from video_convmae.data.options import ListFormat, ReaderName
@@ -68,7 +69,7 @@ class CheckJob(ResumableJob[ReaderProcess, dict[str, Any], CheckResult]):
     title = "checking"
 
     def __init__(self, results_file: Path, reader: ReaderName, timeout: float, full: bool) -> None:
-        super().__init__(results_file, method=f"{reader}, {'every frame' if full else 'some frames'}")
+        super().__init__(results_file, method=f"{reader}, {'every frame' if full else 'some frames'}, length")
         self.reader, self.timeout, self.full = reader, timeout, full
 
     def start_worker(self) -> ReaderProcess:
@@ -82,6 +83,8 @@ class CheckJob(ResumableJob[ReaderProcess, dict[str, Any], CheckResult]):
                 height, width = _read_every_frame(reader)
             else:
                 height, width = reader.read(frames_to_check(len(reader))).shape[1:3]
+            if reader.damaged:
+                raise DecodeError(f"{record.path}: {reader.note}")
             facts = {"frames": len(reader), "reader": reader.name, "note": reader.note}
         fps, codec = read_header(record)
         return {**facts, "width": width, "height": height, "fps": fps, "codec": codec}

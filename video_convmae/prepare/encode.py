@@ -21,7 +21,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 
 from video_convmae.data.decoding import DecodeError, open_frames
 from video_convmae.data.decoding.orientation import UPRIGHT, orientation
-from video_convmae.data.decoding.pyav_reader import PyAVReader, rgb_converter
+from video_convmae.data.decoding.pyav_reader import PyAVReader, rgb_converter, without_fields
 from video_convmae.data.records import Record
 from video_convmae.prepare.options import ENCODERS, PackSettings
 
@@ -167,6 +167,7 @@ class _Converter:
 
     def __call__(self, frame: Any, format: str) -> Any:
         """Return a new frame in the pixel format "yuv420p" or "rgb24"."""
+        frame = without_fields(frame)
         if self.shown != UPRIGHT:  # in RGB, one array; the planes of YUV 4:2:0 have two sizes
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(self._to_rgb(frame)), format="rgb24")
         target = {} if format == "rgb24" else {"dst_colorspace": Colorspace.ITU601, "dst_color_range": ColorRange.MPEG}

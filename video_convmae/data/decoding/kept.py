@@ -22,7 +22,7 @@ from video_convmae.data import shards
 from .scan import Scan
 
 KEEP_FRAMES = 5000  # a scan of more is kept (0.04 s at first opening); clips of a data set are shorter
-_LAYOUT = 2  # of the files; another with every change of what a scan means
+_LAYOUT = 3  # of the files; another with every change of what a scan means
 
 
 def kept_scan(path: str) -> Scan | None:

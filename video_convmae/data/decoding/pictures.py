@@ -51,6 +51,7 @@ class FolderReader(FrameReader):
         if num_frames is not None and len(chosen) != num_frames:
             raise DecodeError(f"{path}: holds {len(chosen)} pictures; the list says {num_frames}")
         self._names = sorted(chosen, key=_natural_key)
+        self._brightest = 0  # 16-bit value of the pictures read so far
 
     def __len__(self) -> int:
         return len(self._names)
@@ -58,13 +59,15 @@ class FolderReader(FrameReader):
     def _read_ascending(self, indices: np.ndarray) -> np.ndarray:
         clip: np.ndarray | None = None
         for place, index in enumerate(indices):
-            image = _read_image(os.path.join(self._folder, self._names[index]), self.max_side)
+            image, brightest = _read_image(os.path.join(self._folder, self._names[index]), self.max_side)
+            self._brightest = max(self._brightest, brightest or 0)
             if clip is None:
                 clip = np.empty((len(indices), *image.shape), dtype=np.uint8)
             if image.shape != clip.shape[1:]:
                 sizes = f"{image.shape[1]}x{image.shape[0]}, not {clip.shape[2]}x{clip.shape[1]}"
                 raise DecodeError(f"{self.path}: {self._names[index]} is {sizes} like {self._names[indices[0]]}")
             clip[place] = image
+        self.note = _note_dark(self._brightest)
         assert clip is not None  # `read` refuses no indices
         return clip
 
@@ -77,7 +80,8 @@ class ImageReader(FrameReader):
 
     def __init__(self, path: str, max_side: int | None = None) -> None:
         self.path = path
-        self._image = _read_image(path, max_side)
+        self._image, brightest = _read_image(path, max_side)
+        self.note = _note_dark(brightest or 0)
 
     def __len__(self) -> int:
         return 1
@@ -126,11 +130,25 @@ def _series(names: list[str]) -> Counter[str]:
     return found
 
 
+def _note_dark(brightest: int) -> str | None:
+    """Return what to know of pictures whose largest 16-bit value this is (0: of 8 bits, or black); None: nothing."""
+    if not 0 < brightest < _NEARLY_BLACK:
+        return None
+    bits = max(8, brightest.bit_length())
+    return (
+        f"nearly black: the largest 16-bit value is {brightest}, and white is 65535; if these are {bits} bits, "
+        f"multiply them by {2 ** (16 - bits)}, or convert the pictures to 8 bits"
+    )
+
+
 _WIDE_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
+_NEARLY_BLACK = 4096  # of 65535: cameras and scanners of 10 and 12 bits store their values as they are
 
 
-def _read_image(path: str, max_side: int | None) -> np.ndarray:
-    """Return a picture, upright as its EXIF orientation says: uint8 `(H, W, 3)`.
+def _read_image(path: str, max_side: int | None) -> tuple[np.ndarray, int | None]:
+    """Return a picture, upright as its EXIF orientation says, uint8 `(H, W, 3)`, and its largest 16-bit value, if any.
+
+    Of colours in 16 bits Pillow gives the upper 8: the value is the largest that these may stand for.
 
     Grey values of 16 bits are scaled (65535 is white). Values of 32 bits and fractions have no white, so they are
     refused.
@@ -138,11 +156,13 @@ def _read_image(path: str, max_side: int | None) -> np.ndarray:
     from PIL import Image, ImageOps
 
     with decode_errors(path), Image.open(shards.path_or_bytes(path)) as image:
-        format = image.format
+        format, brightest = image.format, None
+        wide_colours = re.search("(RGB.?|LA);16", str(getattr(image, "tile", ())[:1])) is not None
         ImageOps.exif_transpose(image, in_place=True)  # at 8K each copy would be 95 MiB
         # Pillow before 11.3 gives 16 bits of PNG as 32-bit numbers, and always those of PGM.
         if image.mode in _WIDE_GREY or (image.mode == "I" and format in ("PNG", "PPM")):
             grey = np.asarray(image).astype(np.int64)
+            brightest = int(grey.max())
             image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
             kind = "fractions (32-bit float)" if image.mode == "F" else "32-bit integers"
@@ -150,8 +170,11 @@ def _read_image(path: str, max_side: int | None) -> np.ndarray:
                 f"{path}: its values are {kind}, which say no black and white; convert it to 8 or 16 bits"
             )
         image = image if image.mode == "RGB" else image.convert("RGB")
+        if wide_colours and (largest := max(high for _, high in image.getextrema())):
+            brightest = 256 * largest + 255
         smaller = smaller_size(image.size, max_side)
-        return np.asarray(image if smaller == image.size else image.resize(smaller, Image.Resampling.BOX))
+        image = image if smaller == image.size else image.resize(smaller, Image.Resampling.BOX)
+        return np.asarray(image), brightest
 
 
 def _natural_key(name: str) -> list[tuple[int, str]]:

@@ -116,14 +116,14 @@ class RemoteReader(contextlib.AbstractContextManager["RemoteReader"]):
     Attributes:
         path: path of the record.
         name: library that decodes, as in `FrameReader`.
-        note: as in `FrameReader`.
+        note, damaged: as in `FrameReader`.
     """
 
     def __init__(self, child: ChildProcess, record: Record, timeout: float) -> None:
         self.path = record.path
         self._child: ChildProcess | None = child
         self._timeout = timeout
-        self._length, self.name, self.note = self._ask(record)
+        (self._length, self.damaged), self.name, self.note = self._ask(record)
 
     def __len__(self) -> int:
         return self._length
@@ -223,7 +223,7 @@ def serve_frames(
                 opened.close()
                 opened = stream = None  # opening the next may fail
             opened = open_frames(request, reader, max_side)
-            return len(opened), opened.name, opened.note
+            return (len(opened), opened.damaged), opened.name, opened.note
         assert opened is not None  # the parent reads only what it has opened
         if isinstance(request, _Stream):
             stream = FrameStream(opened, request.indices)

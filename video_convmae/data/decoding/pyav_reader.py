@@ -13,7 +13,7 @@ import numpy as np
 
 from video_convmae.data import shards
 
-from .bitstream import Look, examiner
+from .bitstream import NO_START, START, Look, examiner
 from .errors import DecodeError, decode_errors
 from .kept import KEEP_FRAMES, keep_scan, kept_scan
 from .orientation import Turner, orientation, upright
@@ -41,13 +41,16 @@ class PyAVReader(FrameReader):
         self._open()
         codec = self._stream.codec_context
         self._size: tuple[int, int] = codec.width, codec.height  # of the first picture; from its header, until it lies
-        self._size_is_seen = False
+        self._size_is_seen = self._size_is_noted = False
         self._start_of: dict[int, int] = {}  # keyframe -> the one before it that decoding had to begin at
         self._look: Callable[[bytes], Look] | None = None
         try:
             self.scan = kept_scan(path) or self._scan()
             if not self.scan.count:
                 raise DecodeError(f"{path}: holds no frame that can be decoded")
+            if self.scan.cut_off:
+                self.damaged = True
+                self.note = f"is cut off, {len(self)} frames are left ({self.scan.cut_off}): download or copy it again"
         except BaseException:
             self.close()
             raise
@@ -147,13 +150,15 @@ class PyAVReader(FrameReader):
             with closing(PyAVReader(self.path)) as again:  # this one is in the middle of decoding
                 first = again.first_picture()
                 self._size, self._size_is_seen = (first.width, first.height), True
-        if (frame.width, frame.height) != self._size and self.note is None:
+        if (frame.width, frame.height) != self._size and not self._size_is_noted:
             sizes = "{}x{} to {}x{}".format(*self._size, frame.width, frame.height)
-            self.note = (
+            note = (
                 f"the size of the picture changes, from {sizes} at frame {index} or before; every frame is scaled to "
                 "the first one's size"
             )
-            warnings.warn(f"{self.path}: {self.note}", stacklevel=2)
+            warnings.warn(f"{self.path}: {note}", stacklevel=2)
+            self.note = f"{self.note}; {note}" if self.damaged else note
+            self._size_is_noted = True
 
     def _counted_frames_at(self, indices: np.ndarray) -> Iterator[Any]:
         frames = islice(self._frames_from_the_start(), int(indices[-1]) + 1)
@@ -242,6 +247,8 @@ class PyAVReader(FrameReader):
                 headers: list[Any] = []
                 for packet in packets:
                     if packet.pts == shown:
+                        if not self._may_begin(packet):
+                            break  # behind a seek its container says other times
                         return (packet for packet in chain(headers, [packet], packets) if is_decodable(packet))
                     if packet.pts is None or packet.pts > shown:
                         break
@@ -269,10 +276,19 @@ class PyAVReader(FrameReader):
         """Return whether a packet holds no picture."""
         if not self.scan.blank or not packet.size:
             return False
+        seen = self._look_at(packet)
+        return seen is not None and not seen.pictures
+
+    def _may_begin(self, packet: Any) -> bool:
+        """Return whether a packet is a keyframe to its scan, as far as bytes are known to say."""
+        seen = self._look_at(packet) if self.scan.proven else None
+        return seen is None or seen.start == START or bool(packet.is_keyframe and seen.start != NO_START)
+
+    def _look_at(self, packet: Any) -> Look | None:
         if self._look is None:
             codec = self._stream.codec_context
             self._look = examiner(codec.codec.canonical_name, codec.extradata)
-        return self._look is not None and not self._look(bytes(packet)).pictures
+        return None if self._look is None else self._look(bytes(packet))
 
 
 class _NoStart(Exception):
@@ -289,6 +305,20 @@ def _starts(keyframe: int) -> list[int]:
     return [*(keyframe - step for step in takewhile(lambda step: step < keyframe, steps)), _FIRST_PACKET]
 
 
+def without_fields(frame: Any) -> Any:
+    """Return a copy of an interlaced frame (av.VideoFrame) that is not marked as one; any other frame as it is.
+
+    PyAV since 17.0 converts and scales interlaced frames by fields; ffmpeg and the other readers do not.
+    """
+    import av
+
+    if not frame.interlaced_frame:
+        return frame
+    whole = av.VideoFrame.from_ndarray(frame.to_ndarray(), format=frame.format.name)
+    whole.colorspace, whole.color_range = frame.colorspace, frame.color_range
+    return whole
+
+
 def rgb_converter() -> Any:
     """Return a function from av.VideoFrame to upright uint8 `(H, W, 3)`, which keeps its tables between frames.
 
@@ -303,9 +333,7 @@ def rgb_converter() -> Any:
 
     def convert(frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
         shown = orientation(frame)
-        if frame.interlaced_frame:  # PyAV since 17.0 reads its colours by fields; ffmpeg and the other readers do not
-            fields, frame = frame, av.VideoFrame.from_ndarray(frame.to_ndarray(), format=frame.format.name)
-            frame.colorspace, frame.color_range = fields.colorspace, fields.color_range
+        frame = without_fields(frame)
         if shown.angle:
             frame = turner(frame, shown.angle)
         scale = {}

@@ -26,12 +26,14 @@ class FrameReader(ABC):
         name: library that decodes: "torchcodec", "torchcodec_cuda", "pyav" or "decord"; "pillow" for images. Not always
             the one asked for (see rules.py).
         note: what a user should know of the frames that were read; None: nothing.
+        damaged: a part of the file is missing, as `note` says; the frames that can be read are right.
         times: `(len(self),)` seconds at which each frame is shown, ascending from 0; None: nothing says them.
     """
 
     path: str
     name: str
     note: str | None = None
+    damaged: bool = False
     times: np.ndarray | None = None
 
     @abstractmethod

@@ -217,7 +217,7 @@ def misread(reader: str, scan: Scan) -> str | None:
     if scan.resized:
         return "the size of the picture changes"
     if scan.cut_off:
-        return "the file is cut off within a frame"
+        return "the file is cut off"
     if scan.seeks_late:
         return "seeks land behind the keyframe (fragmented mp4 with B-frames)"
     if scan.repairs:

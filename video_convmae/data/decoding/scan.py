@@ -44,7 +44,7 @@ class Scan:
     edited: bool  # an edit list hides frames
     repairs: bool  # some keyframes of H.264 need frames before them (intra refresh, open GOP)
     seeks_late: bool  # a seek to a keyframe may land on the next one
-    cut_off: bool  # a packet is incomplete
+    cut_off: str | None  # how the file shows that its end is missing
     droppable: bool  # its packets mark the frames that no other refers to, so that those can be skipped
     one_rgb: bool  # every reader turns its pixels into the same RGB values
 
@@ -104,15 +104,20 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
         raise DecodeError(f"{path}: is a picture, not a video (lists of pictures have data.format: image)")
     codec = stream.codec_context
     look = examiner(codec.codec.canonical_name, codec.extradata)
-    rows, sizes = [], set()
-    cut_off = new_setup = False
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            cut_off = True
+    rows, sizes, end, own_end = [], set(), 0.0, 0
+    incomplete = new_setup = False
+    ticks = {each.index: float(each.time_base) for each in container.streams if each.time_base}
+    of_all = container.format.name in _STATE_THE_LONGEST
+    for packet in container.demux() if of_all else container.demux(stream):
+        if packet.stream_index != stream.index:
+            end = max(end, _end(packet) * ticks[packet.stream_index])
+        elif packet.is_corrupt:
+            incomplete = True
         elif packet.size:
             seen = look(bytes(packet)) if look else Look(1, START if packet.is_keyframe else NO_START)
             stamps = (_NEVER if packet.pts is None else packet.pts, _NEVER if packet.dts is None else packet.dts)
             rows.append((*stamps, packet.is_keyframe, packet.is_discard, seen.pictures, seen.start, seen.ends))
+            own_end = max(own_end, _end(packet))
             if packet.is_keyframe:
                 new_setup = new_setup or packet.has_sidedata("new_extradata")
             if seen.size is not None:
@@ -127,8 +132,9 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
     if not is_key.any():
         raise DecodeError(f"{path}: holds no keyframe to decode from")
     reordered = bool((np.diff(shown) < 0).any())
-    # AVI has no display times, and FFmpeg's guess is wrong where frames are stored out of order (HMDB51).
-    guessed = codec.has_b_frames and not reordered and ("avi" in container.format.name or codec.name == "mpeg4")
+    # AVI and ASF have no display times, and FFmpeg's guess is wrong where frames are stored out of order (HMDB51).
+    no_times = container.format.name in ("avi", "asf") or codec.name == "mpeg4"
+    guessed = codec.has_b_frames and not reordered and no_times
     keyframes = np.stack([shown[is_key], decoded[is_key]], axis=1)
     times = np.sort(shown[~hidden])
     times = times[times >= keyframes[0, 0]]  # those before cannot be decoded
@@ -148,7 +154,8 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
         and not not_coded
         and not depends
     )
-    timed = bool(countable and not guessed and _NEVER not in shown and len(np.unique(times)) == len(times))
+    shifts = container.format.name == "mpeg"  # a program stream: behind a seek FFmpeg gives packets other times
+    timed = bool(countable and not guessed and not shifts and _NEVER not in shown and (np.diff(times) > 0).all())
     repairs = codec.name == "h264" and not (proven and (starts[is_key] == START).all())
     return Scan(
         container=container.format.name,
@@ -169,7 +176,7 @@ def scan_packets(path: str, container: Any, stream: Any) -> Scan:
         edited=bool(hidden.any()),
         repairs=repairs,
         seeks_late=timed and _seeks_late(container, stream, keyframes),
-        cut_off=cut_off,
+        cut_off=_cut_off(container, stream, times[times > _NEVER], max(end, own_end * ticks[stream.index]), incomplete),
         # HEVC marks frames too, but by layer: those of a higher layer may still refer to them.
         droppable=codec.name == "h264" and timed and not repairs,
         one_rgb=_has_one_rgb(codec.format, codec.height),
@@ -187,6 +194,44 @@ def _has_one_rgb(pixels: Any, height: int) -> bool:
     and each library asks for another kind: means differ by 1 to 3 of 255.
     """
     return pixels is not None and pixels.name in _ONE_RGB and (height % 2 == 0 or pixels.chroma_height(2) == 2)
+
+
+_STATE_THE_LONGEST = ("matroska,webm", "flv")  # their headers say how long the longest of all streams is
+
+
+def _cut_off(container: Any, stream: Any, times: np.ndarray, end: float, incomplete: bool) -> str | None:
+    """Return how a file shows that its end is missing (half of a download), or None.
+
+    Headers say the length a little wrong, and nobody how long the last frame is shown: it counts as missing from half
+    a second, a twentieth of the length and two of the longest pauses between frames on.
+
+    Args:
+        times: display times of the frames, ascending.
+        end: seconds at which the last packet ends; of all streams, where the header speaks of the longest.
+        incomplete: a packet is.
+    """
+    stated = _stated_end(container, stream)
+    pause = float(np.diff(times).max(initial=0)) * float(stream.time_base)
+    if stated is not None and stated - end > max(0.5, stated / 20, 2 * pause):
+        return f"its header says {stated:.1f} seconds, and it ends at {end:.1f}"
+    return "its last packet is incomplete" if incomplete else None
+
+
+def _stated_end(container: Any, stream: Any) -> float | None:
+    """Return the seconds at which a file ends, as its header says; None: that says nothing, or FFmpeg guesses it."""
+    if container.format.name in _STATE_THE_LONGEST:
+        return container.duration / 1e6 if container.duration else None
+    if container.format.name == "avi":
+        return stream.frames / float(stream.average_rate) if stream.average_rate else None
+    if "mp4" in container.format.name and stream.duration:
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    return None
+
+
+def _end(packet: Any) -> int:
+    """Return the tick at which a packet ends to be shown; 0: it does not say when it begins."""
+    begins = packet.dts if packet.pts is None else packet.pts
+    return 0 if begins is None else begins + (packet.duration or 0)
 
 
 def _seeks_late(container: Any, stream: Any, keyframes: np.ndarray) -> bool:
