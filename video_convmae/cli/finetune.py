@@ -37,9 +37,9 @@ def finetune(config: FinetuneConfig) -> int:
         num_classes = lists.count_classes(config.data, *[each for each in (records, validation) if each is not None])
         multi_label = lists.has_several_labels(config, *[each for each in (records, validation) if each is not None])
         labels = lists.read_class_names(config.data)
-        notes = [*label_notes(num_classes, labels, records, validation), *path_notes(records, validation)]
-        for note in notes if info.is_main else ():
-            print(f"labels: {note}")
+        if info.is_main:
+            for note in (*label_notes(num_classes, labels, records, validation), *path_notes(records, validation)):
+                print(f"labels: {note}")
         several = multi_label or config.data.multi_label  # as given where no record has several, as in older runs
         data = replace(config.data, labels=labels, num_classes=num_classes, multi_label=several)
         config = replace(config, data=data)

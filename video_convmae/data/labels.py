@@ -235,24 +235,24 @@ def label_notes(
 
 
 def path_notes(records: Sequence[Record], validation: Sequence[Record] | None = None) -> list[str]:
-    """Return what a user should know of the files of lists, a sentence each: files that stand in both, or twice.
+    """Return what a user should know of the files of lists, a sentence each: those in both, or in several lines.
 
     Args:
         records: the list that is trained on.
         validation: the list that is tested on.
-
-    Raises:
-        ListError: a file stands in two lines, with different classes.
     """
     trained: dict[str, tuple[int, ...]] = {}
+    differing: dict[str, set[int]] = {}
     for record in records:
-        if (known := trained.setdefault(record.path, record.labels)) != record.labels:
-            both = ",".join(map(str, sorted({*known, *record.labels})))
-            raise ListError(
-                f"{record.path} has the class {_words(known)} in one line and {_words(record.labels)} in another; "
-                f"expected one line a file: of several classes '{Path(record.path).name} {both}'"
-            )
+        if (first := trained.setdefault(record.path, record.labels)) != record.labels:
+            differing.setdefault(record.path, {*first}).update(record.labels)
     notes = []
+    if differing:
+        path, labels = next(iter(differing.items()))
+        notes.append(
+            f"{len(differing)} files have different classes in different lines, the first {path}, and are trained on as "
+            f"each line says; of several classes write one line: '{Path(path).name} {','.join(map(str, sorted(labels)))}'"
+        )
     if repeated := len(records) - len(trained):
         notes.append(f"{repeated} records of the training list are files that it names before")
     if validation is not None and (seen := sum(record.path in trained for record in validation)):
@@ -261,10 +261,6 @@ def path_notes(records: Sequence[Record], validation: Sequence[Record] | None = 
             "accuracy says nothing of new files"
         )
     return notes
-
-
-def _words(labels: Sequence[int]) -> str:
-    return ",".join(map(str, labels)) or "none"
 
 
 def _gaps(seen: np.ndarray, count: int) -> list[tuple[int, int]]:

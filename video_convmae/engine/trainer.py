@@ -304,7 +304,7 @@ class Trainer:
         self.metrics = StepMetrics()
         while not self.is_finished:
             try:
-                with self.stopwatch.step():
+                with self.stopwatch.step() if self.log_config.profile else contextlib.nullcontext():
                     self.train_step(batches)
             except StopRequested:
                 if len(self.metrics):
