@@ -249,9 +249,10 @@ def path_notes(records: Sequence[Record], validation: Sequence[Record] | None = 
     notes = []
     if differing:
         path, labels = next(iter(differing.items()))
+        line = f"{Path(path).name} {','.join(map(str, sorted(labels)))}"
         notes.append(
-            f"{len(differing)} files have different classes in different lines, the first {path}, and are trained on as "
-            f"each line says; of several classes write one line: '{Path(path).name} {','.join(map(str, sorted(labels)))}'"
+            f"{len(differing)} files have different classes in different lines, the first {path}, and each line is "
+            f"trained on; of several classes write one line: '{line}'"
         )
     if repeated := len(records) - len(trained):
         notes.append(f"{repeated} records of the training list are files that it names before")

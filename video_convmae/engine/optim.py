@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .options import Decay
-from .parallel import full_tensor
 
 
 @runtime_checkable
@@ -83,7 +82,7 @@ class Optimization:
             norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        return full_tensor(norm)  # of sharded gradients
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients: a DTensor
 
     def _clip_heads(self) -> Tensor:
         gradients: dict[int, list[Tensor]] = {}
