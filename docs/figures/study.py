@@ -32,9 +32,9 @@ def draw_study(path: Path) -> None:
     for row in few:
         if row["model"] == PRETRAINED:
             curve.setdefault(row["pretrain_steps"], []).append(row["top1"])
-    longest, seeds = max(curve), len(max(curve.values(), key=len))
+    longest, seeds = max(curve), len({row["seed"] for row in few})
 
-    drawing = Drawing(900, 424, "Accuracy with 200 labels against pretraining steps")
+    drawing = Drawing(900, 442, "Accuracy with 200 labels against pretraining steps")
     drawing.text(14, 28, "Which of eight ways does the digit move? 200 labels", 17, "start", font_weight="bold")
     percent = [(value / 100, f"{value}%") for value in range(0, 101, 25)]
     axes = Axes(drawing, BOX, (0, longest), (0, 1), ([(steps, f"{steps:,}") for steps in (0, *sorted(curve))], percent))
@@ -54,14 +54,16 @@ def draw_study(path: Path) -> None:
             x, y = axes.place(longest, mean)
             drawing.rect(x - 4, y - 4, 8, 8, rx=4, fill=colour)
         labels.append((mean, label, colour))
-    for mean, label, colour in labels:
+    below = 0.0
+    for mean, label, colour in sorted(labels, reverse=True):  # from the top; none is written over another
         x, y = axes.place(longest, mean)
-        drawing.text(x + 12, y + 5, f"{label}: {mean:.0%}", 14, "start", fill=colour)
-    spread = "one seed" if seeds == 1 else f"mean and standard deviation of {seeds} seeds"
+        below = max(y + 5, below + 18)
+        drawing.text(x + 12, below, f"{label}: {mean:.0%}", 14, "start", fill=colour)
+    spread = "one seed" if seeds == 1 else f"mean and standard deviation of up to {seeds} seeds"
     drawn = {PRETRAINED, *(name for name, *_ in OTHERS)}
     commits = ", ".join(sorted({row["commit"] for row in few if row["model"] in drawn}))
-    note = f"Measured here ({spread}) at commit {commits}; digits and photographs of the test are in no training clip."
-    drawing.text(14, 412, note, 13, "start")
+    drawing.text(14, 412, f"Measured here ({spread}) at commits {commits};", 13, "start")
+    drawing.text(14, 430, "digits and photographs of the test are in no training clip.", 13, "start")
     drawing.write(path)
 
 
