@@ -53,9 +53,10 @@ def test_a_demo_that_has_not_learned_says_what_failed() -> None:
 
 def test_an_interrupted_demo_keeps_its_runs_a_finished_one_or_one_of_other_settings_does_not(tmp_path: Path) -> None:
     settings = {"demo.yaml": "seed: 0"}
+    tmp_path /= "new"
+    remove_runs_of_other_settings(tmp_path, settings, RUNS)
     for name in (*RUNS, "data"):
         (tmp_path / name).mkdir()
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
     remove_runs_of_other_settings(tmp_path, settings, RUNS)
     assert all((tmp_path / name).is_dir() for name in RUNS)
     (tmp_path / "metrics.json").write_text("{}")

@@ -44,6 +44,7 @@ def remove_runs_of_other_settings(output: Path, settings: dict[str, str], runs: 
         settings: all that the runs depend on.
         runs: folders in `output`.
     """
+    output.mkdir(parents=True, exist_ok=True)
     known, metrics = output / "settings.json", output / "metrics.json"
     if metrics.exists() or not known.exists() or json.loads(known.read_text(encoding="utf-8")) != settings:
         for run in runs:
