@@ -51,7 +51,7 @@ def run_onnx(path: Path, batch: torch.Tensor, name: str = "clips") -> torch.Tens
 
 
 @pytest.mark.parametrize(
-    "kind", ["classifier", *(pytest.param(k, marks=pytest.mark.slow) for k in ("autoencoder", "attentive", "knn"))]
+    "kind", ["classifier", "knn", *(pytest.param(k, marks=pytest.mark.slow) for k in ("autoencoder", "attentive"))]
 )
 def test_torch_export_of_a_run(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = small(kind, frames=1 if kind == "classifier" else 4)

@@ -269,7 +269,8 @@ class KNNHead(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 cannot tell near neighbours apart
             cosines = self.embed(tokens, pyramid) @ self.features.float().T
             nearest = cosines.topk(min(self.neighbours, len(self.features)), dim=1)
-            votes = torch.zeros(len(tokens), self.num_classes, device=tokens.device)
+            count = tokens.shape[0]  # len() would fix the batch of an exported file
+            votes = torch.zeros(count, self.num_classes, device=tokens.device)
             votes.scatter_add_(1, self.labels[nearest.indices], (nearest.values / self.temperature).exp())
             return votes.log()  # minus infinity where no neighbour is of the class
 
