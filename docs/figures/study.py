@@ -37,7 +37,8 @@ def draw_study(path: Path) -> None:
     drawing = Drawing(900, 442, "Accuracy with 200 labels against pretraining steps")
     drawing.text(14, 28, "Which of eight ways does the digit move? 200 labels", 17, "start", font_weight="bold")
     percent = [(value / 100, f"{value}%") for value in range(0, 101, 25)]
-    axes = Axes(drawing, BOX, (0, longest), (0, 1), ([(steps, f"{steps:,}") for steps in (0, *sorted(curve))], percent))
+    ticks = [(steps, f"{steps:,}") for steps in (0, *sorted(curve)) if not 0 < steps < longest / 10]
+    axes = Axes(drawing, BOX, (0, longest), (0, 1), (ticks, percent))
     drawing.text(BOX[0] + BOX[2] / 2, BOX[1] + BOX[3] + 44, "pretraining steps of 32 clips without labels", 14)
     scratch = [row["top1"] for row in few if row["model"] == OTHERS[-1][0]]
     axes.curve([(0, scratch), *sorted(curve.items())], BLUE)
