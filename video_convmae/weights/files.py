@@ -34,11 +34,11 @@ def read_file(path: str | Path) -> dict[str, Any]:
     The contents determine how a file is read, not its suffix.
 
     Returns:
-        The object given to `torch.save`; of a run's checkpoint `{"model", "config"}` and, with `train.ema`, `"ema"`; of
-        safetensors the tensors by name, or, with plain data beside them,
-        `{"model": tensors, "config": ..., "geometry": ...}` as `save_file` was given them. Where a config.json of
-        transformers lies beside the file, `huggingface` has its contents, too: `{"config", "preprocessor"}`; beside one
-        of `save_pretrained`, `config` is of its config.json.
+        The object given to `torch.save`; of a checkpoint `{"model", "config"}` and, with `train.ema`, `"ema"`: the
+        names and shapes of the average alone, on the meta device, as the weights are taken. Of safetensors the tensors
+        by name, or, with plain data beside them, `{"model": tensors, "config": ..., "geometry": ...}` as `save_file`
+        was given them. Where a config.json of transformers lies beside the file, `huggingface` has its contents, too:
+        `{"config", "preprocessor"}`; beside one of `save_pretrained`, `config` is of its config.json.
 
     Raises:
         UserError: the file is not there, is none of weights, is cut off, or holds more than tensors, plain data and an
@@ -47,7 +47,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     try:
         if (path / "checkpoint.json").exists():
-            average = read_shards(path, "ema")
+            shapes = {name: shape for name, shape in shard_shapes(path).items() if name.startswith("ema/")}
+            average = {name.removeprefix("ema/"): torch.empty(shape, device="meta") for name, shape in shapes.items()}
             run = {"model": read_shards(path, "model"), "config": run_config(path)}
             return run | ({"ema": average} if average else {})
         file = find_file(path) if path.is_dir() else path
