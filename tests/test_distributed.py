@@ -43,8 +43,8 @@ def test_every_recipe_wrapped_in_every_way_equals_the_bare_model(ranks: int, cap
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     recipes = {line["recipe"] for line in lines}
-    assert recipes == {"pretrain", "finetune", "probe, linear", "probe, attentive"}
-    assert len(lines) == 8 * 4 - 2 + 6
+    assert recipes == {"pretrain", "finetune", "finetune, LoRA", "probe, linear", "probe, attentive"}
+    assert len(lines) == 8 * 5 - 2 + 2 * 6
     with capsys.disabled():
         print("\n\nrecipe             way                    relative difference of loss, gradient, weights")
         for line in lines:

@@ -17,7 +17,7 @@ from clips import encode
 from processes import ENVIRONMENT
 from states import load_state
 
-from video_convmae import create_autoencoder, create_classifier
+from video_convmae import create_autoencoder, create_classifier, load
 from video_convmae.build_trainer import build_optimization
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
@@ -258,16 +258,16 @@ def test_settings_that_cannot_work_are_errors(
     assert message in str(error.value) + capsys.readouterr().err
 
 
-def test_two_processes_take_the_same_steps(videos: Path, tmp_path: Path) -> None:
-    edits = (*PLAIN, "--train.epochs=1", "--optim.warmup_epochs=0")
+@pytest.mark.parametrize(
+    ("edits", "parallel"),
+    [((), "ddp"), pytest.param(("--model.lora_rank=2", "--train.ema=0.5"), "fsdp", marks=pytest.mark.slow)],
+    ids=["all weights", "LoRA, sharded"],
+)
+def test_two_processes_take_the_same_steps(videos: Path, tmp_path: Path, edits: tuple[str, ...], parallel: str) -> None:
+    edits = (*PLAIN, "--train.epochs=1", "--optim.warmup_epochs=0", "--validate.batch_size=8", *edits)
     run(videos, tmp_path / "one", *edits, "--train.batch_size=4")
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(ROOT / "tools" / "finetune.py"),
-    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "tools/finetune.py")]
+    edits = (*edits, f"--train.parallel={parallel}")
     command = [sys.executable, *launcher, *arguments(videos, tmp_path / "two", *edits)]
     subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
@@ -275,6 +275,9 @@ def test_two_processes_take_the_same_steps(videos: Path, tmp_path: Path) -> None
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
     assert two[-1]["val_scored"] == one[-1]["val_scored"] == 8
     assert two[-1]["val_top1"] == one[-1]["val_top1"]
+    ours, theirs = (load(tmp_path / name / "model.safetensors").model.state_dict() for name in ("two", "one"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-4) for name in theirs)
 
 
 def test_a_run_that_was_killed_while_it_validated_does_so_again(

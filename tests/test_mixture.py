@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from clips import encode, pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import ENVIRONMENT
 from states import load_state
 from test_loader import clips_of
 
@@ -307,6 +310,28 @@ def test_a_run_is_resumed_exactly_with_the_same_weights(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     with pytest.raises(ValueError, match=r"the records of .* are not those that .* began with"):
         run("whole", "a, weight: 1", "b, weight: 1, stride: 1", "c, weight: 1, format: image")
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_same_steps(folder: Path, tmp_path: Path) -> None:
+    """Of videos and stills of several weights, a bad file among them."""
+    value = lists_of(folder, "a, weight: 2", "b, weight: 1, stride: 1", "c, weight: 1, format: image")
+
+    def run(processes: int) -> list[dict]:
+        output = tmp_path / str(processes)
+        batch = f"--train.batch_size={4 // processes}"
+        edits = edits_of(folder, output, value, "--train.max_steps=8", "--optim.warmup_epochs=0", batch)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        program = [sys.executable, *launcher, "-m", "video_convmae", "pretrain", "--config=debug/pretrain", *edits]
+        subprocess.run(program, env=ENVIRONMENT, check=True, timeout=300)
+        return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+    one, two = run(1), run(2)
+    assert len(one) == 8
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
+    ours, theirs = (load_state(tmp_path / name)["model"] for name in "21")
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-4) for name in theirs)
+    assert (tmp_path / "2" / "bad_records.jsonl").read_text().count("bad.mp4") >= 1
 
 
 def test_a_classifier_learns_from_a_mixture_and_is_compared_with_baselines(folder: Path, tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ RECIPES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Task]]] 
         partial(create_classifier, "tiny", num_classes=CLASSES, head_init_std=0.02, **SHAPE),
         lambda model: Classification(model, PIXELS, NO_MIXING),
     ),
+    "finetune, LoRA": (
+        partial(create_classifier, "tiny", num_classes=CLASSES, head_init_std=0.02, lora_rank=2, **SHAPE),
+        lambda model: Classification(model, PIXELS, NO_MIXING),
+    ),
 }
 for kind in ("linear", "attentive"):
     RECIPES[f"probe, {kind}"] = (
@@ -128,7 +132,7 @@ def main() -> None:
             for title, way in WAYS.items():
                 if "BatchNorm" in str(RECIPES[name][0]()) and "accumulates" in way:
                     continue  # its statistics are those of one forward pass
-                if "compile" in way and name != "pretrain":
+                if "compile" in way and name not in ("pretrain", "finetune, LoRA"):
                     continue
                 torch._dynamo.reset()
                 GRAPHS.clear()
