@@ -76,7 +76,8 @@ def test_classes_that_only_the_validation_list_has_are_named() -> None:
 
 @pytest.mark.parametrize("name", ["list.txt", "list.csv", "k400.train", "list"])
 def test_names_lie_beside_a_list_of_any_name(tmp_path: Path, name: str) -> None:
-    from video_convmae.prepare.lists import labels_file, write_list
+    from video_convmae.data.labels import labels_file
+    from video_convmae.prepare.lists import write_list
 
     write_list(tmp_path / name, [("a.mp4", 0)], ["run"])
     write_list(tmp_path / "k400.val", [("a.mp4", 0)], ["walk"])

@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from video_convmae.cli import run as run_cli
+from video_convmae.data.folders import SUFFIXES, Tree, scan_folder
+from video_convmae.data.labels import labels_file, read_names
 from video_convmae.data.records import ListError, read_list
 from video_convmae.prepare import lists as tool
+from video_convmae.prepare.annotations import Annotation, Entry
 from video_convmae.shipped import shipped_labels
 
 ODD_NAMES = (
@@ -87,7 +90,7 @@ def test_kinetics_with_flat_files(tmp_path: Path, capsys: pytest.CaptureFixture[
     ]
     assert (out.parent / "train.missing.txt").read_text() == "gone_000003_000013\n"
     labels = (out.parent / "train.labels.txt").read_text().splitlines()
-    assert labels == tool.read_labels(shipped_labels("kinetics400"))
+    assert labels == read_names(shipped_labels("kinetics400"))
     assert labels[208] == "passing American football (in game)"
     for words in ("3 listed", "1 in the annotation are missing", "1 files under", ".txt 1"):
         assert words in printed
@@ -118,8 +121,8 @@ def test_kinetics_test_split_without_labels(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_shipped_label_names_are_the_usual_ones() -> None:
-    kinetics = tool.read_labels(shipped_labels("kinetics400"))
-    something = tool.read_labels(shipped_labels("something_something_v2"))
+    kinetics = read_names(shipped_labels("kinetics400"))
+    something = read_names(shipped_labels("something_something_v2"))
     assert (len(set(kinetics)), len(set(something))) == (400, 174)
     assert kinetics == sorted(kinetics)
     assert (kinetics[0], kinetics[399], something[0], something[173]) == (
@@ -159,7 +162,7 @@ def test_something_something(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     touch(root, "78687.webm", "42326.mp4", "1.webm")
     arguments = ["--annotation", ssv2_json(tmp_path / "train.json"), "--root", root, "--out", out]
     printed = run(capsys, "ssv2", *arguments)
-    names = tool.read_labels(shipped_labels("something_something_v2"))
+    names = read_names(shipped_labels("something_something_v2"))
     assert [(path, names[label]) for path, label in rows_of(out)] == [
         ("78687.webm", "Holding something next to something"),
         ("42326.mp4", "Something falling like a feather or paper"),
@@ -169,9 +172,9 @@ def test_something_something(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
     official = tmp_path / "labels.json"
     official.write_text(json.dumps({name: str(number) for number, name in reversed(list(enumerate(names)))}))
-    shipped = rows_of(out), tool.labels_file(out).read_text()
+    shipped = rows_of(out), labels_file(out).read_text()
     run(capsys, "ssv2", *arguments, "--labels", official)
-    assert (rows_of(out), tool.labels_file(out).read_text()) == shipped
+    assert (rows_of(out), labels_file(out).read_text()) == shipped
 
 
 def test_something_something_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +206,7 @@ def test_ucf101(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     run(capsys, "ucf101", "--splits", splits, "--fold", 2, "--part", "test", "--root", root, "--out", out)
     assert rows_of(out) == [("v_HandStandPushups_g02_c01.avi", 1)]
-    assert tool.labels_file(out).read_text() == "ApplyEyeMakeup\nHandstandPushups\n"
+    assert labels_file(out).read_text() == "ApplyEyeMakeup\nHandstandPushups\n"
 
 
 def test_hmdb51(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,7 +240,7 @@ def test_folders_with_odd_names(tmp_path: Path, capsys: pytest.CaptureFixture[st
     paths = [f"{label}/{name}{suffix}" for label in ODD_NAMES for name in ODD_NAMES for suffix in (".mp4", ".webm")]
     touch(root, *paths, "loose.mp4")
     printed = run(capsys, "folders", "--root", root, "--out", out)
-    labels = tool.labels_file(out).read_text(encoding="utf-8").splitlines()
+    labels = labels_file(out).read_text(encoding="utf-8").splitlines()
     assert labels == sorted(ODD_NAMES)
     listed = rows_of(out)
     assert sorted(path for path, _ in listed) == sorted(paths)
@@ -317,8 +320,8 @@ def test_accents_may_be_written_in_two_ways(tmp_path: Path) -> None:
     """macOS takes a name apart into letter and accent; the path is listed as the disk has it."""
     apart = unicodedata.normalize("NFD", "café")
     touch(tmp_path, f"{apart}.webm")
-    annotation = tool.Annotation([tool.Entry(("café",), "x")], ["x"])
-    assert tool.match_files(annotation, tool.scan_folder(tmp_path)).rows == [(f"{apart}.webm", 0)]
+    annotation = Annotation([Entry(("café",), "x")], ["x"])
+    assert tool.match_files(annotation, scan_folder(tmp_path)).rows == [(f"{apart}.webm", 0)]
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
@@ -326,7 +329,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     touch(tmp_path / "root", "a/a.mp4")
     (tmp_path / "root" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "root" / "a" / "back").symlink_to(tmp_path / "root")
-    assert tool.scan_folder(tmp_path / "root").files == {"a": ["a/a.mp4"], "b": ["linked/b.mp4"]}
+    assert scan_folder(tmp_path / "root").files == {"a": ["a/a.mp4"], "b": ["linked/b.mp4"]}
 
 
 # Errors say what is wrong, where, and what was expected
@@ -405,7 +408,7 @@ def test_folders_of_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     touch(tmp_path / "ssv2", *(f"78687/{i:06d}.jpg" for i in range(4)), "42326/000001.jpg", "42326.txt")
     annotation = ["--annotation", ssv2_json(tmp_path / "t.json"), "--root", tmp_path / "ssv2", "--out", out]
     run(capsys, "ssv2", "--format", "frames", *annotation)
-    names = tool.read_labels(shipped_labels("something_something_v2"))
+    names = read_names(shipped_labels("something_something_v2"))
     assert out.read_text().splitlines() == [
         f"78687 4 {names.index('Holding something next to something')}",
         f"42326 1 {names.index('Something falling like a feather or paper')}",
@@ -418,10 +421,10 @@ def test_folders_of_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_every_suffix_that_is_listed_is_opened() -> None:
     """tests/clips.py makes what encoders here can write; by suffix, the kinds are in the list."""
     suffixes = {Path(name).suffix for name in clips.GOOD}
-    assert suffixes <= set(tool.SUFFIXES["video"])
-    assert {".3gp", ".asf", ".vob", ".ogv", ".m2v", ".mts", ".gif"} <= set(tool.SUFFIXES["video"])
+    assert suffixes <= set(SUFFIXES["video"])
+    assert {".3gp", ".asf", ".vob", ".ogv", ".m2v", ".mts", ".gif"} <= set(SUFFIXES["video"])
     readable = {suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN}
-    assert set(tool.SUFFIXES["image"]) <= readable | {".avif"}  # of newer Pillows
+    assert set(SUFFIXES["image"]) <= readable | {".avif"}  # of newer Pillows
 
 
 def test_annotations_in_other_encodings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -466,13 +469,13 @@ def test_what_is_read_is_not_written_over(tmp_path: Path, capsys: pytest.Capture
 # Clips of one recording
 
 
-def split(tree: tool.Tree, fraction: float, group: str | None, seed: int = 0) -> tuple[tool.Listing, tool.Listing]:
+def split(tree: Tree, fraction: float, group: str | None, seed: int = 0) -> tuple[tool.Listing, tool.Listing]:
     parts = [tool.list_folders(tree, part, fraction, seed, group) for part in ("train", "validation")]
     return parts[0], parts[1]
 
 
-def tree_of(*paths: str) -> tool.Tree:
-    tree = tool.Tree(Path("videos"))
+def tree_of(*paths: str) -> Tree:
+    tree = Tree(Path("videos"))
     for path in paths:
         tree.add(path)
     return tree

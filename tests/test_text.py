@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from video_convmae.data.folders import scan_folder
 from video_convmae.data.labels import class_names
 from video_convmae.data.records import ListError, Records, read_list
 from video_convmae.data.text import read_text
@@ -85,7 +86,7 @@ def test_what_make_list_writes_is_read_in_every_encoding(
     path.parent.mkdir(exist_ok=True)
     path.touch()
     out = root.with_name(f"{root.name}.txt")
-    tree = lists.scan_folder(root)
+    tree = scan_folder(root)
     if not len(tree):  # a hidden folder
         return
     try:

@@ -48,10 +48,10 @@ from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.config import EvaluateConfig, FinetuneConfig
+from video_convmae.data.folders import scan_folder
 from video_convmae.engine.baselines import TITLES
 from video_convmae.engine.checkpoint import Checkpoint, file_digest, find_weights
 from video_convmae.machine import describe_machine
-from video_convmae.prepare.lists import scan_folder
 
 FPS = 25
 WIDTH, HEIGHT = 160, 120

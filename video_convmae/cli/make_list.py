@@ -22,7 +22,10 @@ from pathlib import Path
 
 from video_convmae.atomic import refuse_overwriting
 from video_convmae.cli.parser import SEED, CommandLine, within
+from video_convmae.data.folders import SUFFIXES, Tree, scan_folder
+from video_convmae.data.labels import labels_file
 from video_convmae.prepare import lists
+from video_convmae.prepare.annotations import read_hmdb51, read_kinetics400, read_ssv2, read_ucf101
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -30,16 +33,16 @@ def main(arguments: Sequence[str]) -> int:
     args = _build_parser().parse_args(arguments)
     if args.dataset == "webdataset":
         return _list_shards(args)
-    tree = lists.scan_folder(args.root, args.kind)
+    tree = scan_folder(args.root, args.kind)
     match args.dataset:
         case "kinetics400":
-            listing = lists.match_files(lists.read_kinetics400(args.annotation, args.labels), tree)
+            listing = lists.match_files(read_kinetics400(args.annotation, args.labels), tree)
         case "ssv2":
-            listing = lists.match_files(lists.read_ssv2(args.annotation, args.labels), tree)
+            listing = lists.match_files(read_ssv2(args.annotation, args.labels), tree)
         case "ucf101":
-            listing = lists.match_files(lists.read_ucf101(args.splits, args.part, args.fold), tree)
+            listing = lists.match_files(read_ucf101(args.splits, args.part, args.fold), tree)
         case "hmdb51":
-            listing = lists.match_files(lists.read_hmdb51(args.splits, args.part, args.fold), tree)
+            listing = lists.match_files(read_hmdb51(args.splits, args.part, args.fold), tree)
         case _:
             listing = lists.list_folders(tree, args.part, args.validation_fraction, args.seed, args.group)
     lists.write_listing(args.out, listing, tree, _annotation_files(args), getattr(args, "labels", None))
@@ -49,11 +52,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def _list_shards(args: argparse.Namespace) -> int:
     listing = lists.list_shards(args.root, args.kind, args.labels)
-    refuse_overwriting([args.out, lists.labels_file(args.out)], [] if args.labels is None else [args.labels])
+    refuse_overwriting([args.out, labels_file(args.out)], [] if args.labels is None else [args.labels])
     lists.write_list(args.out, listing.rows, listing.labels, args.kind, root=args.root)
     used = {label for _, label in listing.rows if label is not None}
     names = f", of {len(used)} classes" if used else ", without labels (no .cls beside them)"
-    names += f" (names: {lists.labels_file(args.out)})" if listing.labels else ""
+    names += f" (names: {labels_file(args.out)})" if listing.labels else ""
     print(f"{len(listing.rows):,} listed in {args.out}{names}")
     print(f"{listing.unlisted:,} other files in the shards were not listed")
     return 0
@@ -79,7 +82,7 @@ def _build_parser() -> CommandLine:
         dataset.add_argument("--root", type=root, required=True, help="folder that holds the files, at any depth")
         dataset.add_argument("--out", type=Path, required=True, help="list to write")
         dataset.add_argument(
-            "--format", dest="kind", choices=tuple(lists.SUFFIXES), default="video", help="data.format (default video)"
+            "--format", dest="kind", choices=tuple(SUFFIXES), default="video", help="data.format (default video)"
         )
         return dataset
 
@@ -121,10 +124,10 @@ def _build_parser() -> CommandLine:
     return parser
 
 
-def _report(out: Path, listing: lists.Listing, tree: lists.Tree) -> str:
+def _report(out: Path, listing: lists.Listing, tree: Tree) -> str:
     """Return a message: the files that were listed, and those that were not."""
     used = {label for _, label in listing.rows if label is not None}
-    lines = [f"{len(listing.rows):,} listed in {out}, of {len(used)} classes (names: {lists.labels_file(out)})"]
+    lines = [f"{len(listing.rows):,} listed in {out}, of {len(used)} classes (names: {labels_file(out)})"]
     if used and len(used) < len(listing.labels):
         lines.append(f"{len(listing.labels) - len(used)} of the {len(listing.labels)} classes have no record here")
     if listing.missing:
