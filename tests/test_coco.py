@@ -20,7 +20,7 @@ from video_convmae.data.coco import read_coco
 from video_convmae.data.datasets import SampleKey
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.detection import DetectionDataset, DetectionTestDataset
-from video_convmae.data.masks import draw_mask, encode_mask, run_lengths, tight_box
+from video_convmae.data.masks import draw_mask, encode_mask, mask_api, run_lengths, tight_box, usable_segmentation
 from video_convmae.data.options import JitterConfig
 from video_convmae.data.text import ListError
 
@@ -54,7 +54,7 @@ def defects(content: dict[str, Any]) -> None:
         {"bbox": [5, 5, 8, 8], "segmentation": compressed(np.zeros((48, 64), np.uint8))},  # a mask of no area
         {"bbox": [5, 5, 8, 8], "segmentation": {"size": [48, 64], "counts": [10, 20]}},  # too short
         {"bbox": [5, 5, 8, 8], "segmentation": {"size": [48, 64], "counts": "~~~broken"}},
-        {"bbox": [5, 5, 8, 8], "segmentation": [[5, 5, 9, 9, 5, 5], [3, 3, 3, 9, 3, 5]]},  # the second has no width
+        {"bbox": [5, 5, 8, 8], "segmentation": [[5, 5, 9, 9, 5, 5], [3, 3, 3, 9, 3, 5]]},  # lines
         {"bbox": [5, 5, 8, 8], "segmentation": [[4, 4, 9, 9], SQUARE]},  # the first is no polygon
         {"image_id": 999},  # of no picture
     ]
@@ -72,10 +72,10 @@ def test_defects_are_mended_or_left_out_and_counted(tmp_path: Path) -> None:
     assert len(records) == 5  # the last picture shows a crowd alone
     report = records.report
     assert (report.images, report.without_objects, report.strays) == (6, 1, 1)
-    assert (report.boxes_from_masks, report.left_out, report.without_mask) == (1, 2, 3)
+    assert (report.boxes_from_masks, report.left_out, report.without_mask) == (1, 2, 4)
     first = records[0].objects[0]
     assert first.box == (10, 10, 10, 10)
-    assert [each.segmentation for each in records[2].objects] == [[[5, 5, 9, 9, 5, 5]], [SQUARE]]
+    assert [each.segmentation for each in records[2].objects] == [None, [SQUARE]]
     assert "1 objects whose empty box became that of their mask" in str(report)
     assert len(read_coco(path, tmp_path / "pictures")) == 6  # a test keeps every picture
 
@@ -205,6 +205,33 @@ def test_polygons_are_those_of_pycocotools(seed: int) -> None:
     polygons = [(rng.uniform(-5, 45, (rng.integers(3, 9), 2))).ravel().tolist() for _ in range(rng.integers(1, 4))]
     expected = pycocotools_mask.decode(pycocotools_mask.merge(pycocotools_mask.frPyObjects(polygons, 30, 40)))
     assert np.array_equal(draw_mask(polygons, 30, 40), expected)
+
+
+@given(st.integers(0, 9999), st.sampled_from([0.5, 2, 10, 60]), st.sampled_from([-20, 0, 15, 50]))
+def test_a_usable_mask_covers_a_pixel_and_others_do_not(seed: int, spread: float, place: float) -> None:
+    """Lines, specks, and polygons outside of their picture among them; lengths as other programs write them, too."""
+    rng = np.random.default_rng(seed)
+    polygons = [(place + spread * rng.random((rng.integers(3, 7), 2))).ravel().tolist() for _ in range(2)]
+    polygons.append([place, place, place + spread, place + spread, place, place])
+    for polygon in polygons:
+        mask = pycocotools_mask.decode(pycocotools_mask.frPyObjects([polygon], 30, 40))
+        usable = usable_segmentation([polygon], 30, 40)
+        assert (usable is not None) == bool(mask.any())
+        pointed = {"size": [30.0, 40.0], "counts": [float(each) for each in uncompressed(mask[..., 0])["counts"]]}
+        usable = usable_segmentation(pointed, 30, 40)
+        assert (usable is not None) == bool(mask.any())
+        if usable is not None:
+            encoded = mask_api().frPyObjects(usable, 30, 40)
+            assert np.array_equal(mask_api().decode(encoded), mask[..., 0])
+
+
+def test_missing_pictures_are_counted(tmp_path: Path) -> None:
+    path, content = write_coco(tmp_path)
+    for image in content["images"][1:3]:
+        (tmp_path / "pictures" / image["file_name"]).unlink()
+    report = read_coco(path, tmp_path / "pictures").report
+    assert report.missing == 2
+    assert "2 pictures are missing" in str(report)
 
 
 # Data sets

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import ENVIRONMENT
 from torch import Tensor, nn
 from weight_cases import TINY, golden, scrambled
 
+from video_convmae.build_dense import load_dense_weights
 from video_convmae.cli import evaluate, predict, train_segmentation
+from video_convmae.cli.parser import parse
+from video_convmae.config_dense import TrainDetectionConfig
 from video_convmae.data.datasets import SampleKey
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.decoding.process import ReaderProcess
@@ -30,6 +36,7 @@ from video_convmae.data.segmentation import (
     read_pairs,
 )
 from video_convmae.data.text import ListError
+from video_convmae.dense.detection import Detector
 from video_convmae.dense.options import SegmenterConfig
 from video_convmae.dense.segmentation import IGNORED, AuxiliaryHead, Segmenter, UperNet, pixel_losses, slide
 from video_convmae.engine.distributed import DistInfo
@@ -258,6 +265,8 @@ def test_label_maps_are_checked(folder: Path) -> None:
         Labels(1, zero_is_ignored=True).read(path, size)
     with pytest.raises(DecodeError, match=r"0\.png: is 64x40 and its picture 40x40; expected equal"):
         ADE.read(path, (40, 40))
+    with pytest.raises(DecodeError, match=r"its picture 40x64 \(turned as its EXIF data says\); expected equal"):
+        ADE.read(path, size[::-1])
     with pytest.raises(DecodeError, match=r"0\.png: has the channels RGB; expected a label map"):
         ADE.read(str(folder / "images/training/0.png"), size)
 
@@ -418,6 +427,49 @@ def test_a_run_from_released_weights_is_tested_and_predicts(folder: Path, capsys
     label_map = np.asarray(Image.open(out / "00000_0.png"))
     assert label_map.shape == (40, 64)
     assert set(np.unique(label_map)) <= {1, 2}
+
+
+def run_command(folder: Path, output: Path, *edits: str) -> list[str]:
+    return [
+        *("--config", "debug/segmentation", "--data.root", str(folder), "--data.train", "images/training"),
+        *("--data.num_classes", "2", "--data.zero_is_ignored", "true", "--data.workers", "0"),
+        *("--data.augmentation.crop", "32", "--data.augmentation.shortest", "32", "--model.head_dropout", "0"),
+        *("--model.drop_path", "0", "--train.epochs", "1", "--output", str(output), "--device", "cpu", *edits),
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(folder: Path, tmp_path: Path) -> None:
+    """Losses, and the share of pixels that are right, whose number differs between the processes."""
+    logs = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        edits = ("--train.batch_size", str(4 // processes), "--train.max_steps", "4")
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [*launcher, "-m", "video_convmae", "train-segmentation", *run_command(folder, output, *edits)]
+        subprocess.run([sys.executable, *command], env=ENVIRONMENT, check=True, timeout=300)
+        logs.append([json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()])
+    for one, two in zip(*logs, strict=True):
+        for name in ("loss", "loss_decode", "loss_auxiliary", "train_aacc"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+def test_a_segmenter_starts_from_another(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of it for the same classes; without the classifiers for others; not a detector from a segmenter."""
+    edits = ("--train.batch_size", "2", "--train.max_steps", "1")
+    assert train_segmentation.main(run_command(folder, tmp_path / "first", *edits)) == 0
+    before = load_segmenter(tmp_path / "first")[0].state_dict()
+    common = (*edits, "--optim.lr", "0", "--init.weights", str(tmp_path / "first"))
+    for name, more in (("same", ()), ("others", ("--data.num_classes", "4"))):
+        assert train_segmentation.main(run_command(folder, tmp_path / name, *common, *more)) == 0
+        assert "VideoConvMAE segmentation run: " in capsys.readouterr().out
+        after = load_segmenter(tmp_path / name)[0].state_dict()
+        kept = [n for n in after if "running_" not in n and "num_batches" not in n]
+        kept = [n for n in kept if name == "same" or not n.startswith(Segmenter.OF_CLASSES)]
+        assert all(torch.equal(after[n], before[n]) for n in kept)
+    detection = parse(TrainDetectionConfig, ["--config=debug/detection", f"--init.weights={tmp_path / 'first'}"])
+    with pytest.raises(UserError, match="is a run of segmentation; expected one of the same task, or an encoder's"):
+        load_dense_weights(detection, Detector(detection.model, 2))
 
 
 def test_the_number_of_classes_must_be_known(folder: Path) -> None:

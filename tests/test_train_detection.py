@@ -25,6 +25,7 @@ from video_convmae.cli.train_detection import train_detection
 from video_convmae.config import EvaluateConfig
 from video_convmae.config_dense import TrainDetectionConfig
 from video_convmae.data.records import ListError
+from video_convmae.dense.detection import Detector
 from video_convmae.engine.coco import NUMBERS
 from video_convmae.errors import UserError
 from video_convmae.runs import load_detector, run_kind
@@ -143,6 +144,33 @@ def test_a_checkpoint_in_the_released_layout_starts_a_run(data: Path, tmp_path: 
     model, _ = load_detector(tmp_path / "run")
     name = "attention_blocks.2.mlp.fc1.weight"
     assert torch.equal(model.backbone.state_dict()[name], classifier.encoder.state_dict()[name])
+
+
+def test_a_run_starts_from_another(trained: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    """All of it for the same classes; without the layers of classes for others; not of another model."""
+    before = load_detector(trained)[0].state_dict()
+    content = json.loads(data.read_text())
+    content["categories"][0]["name"] = "oval"
+    (others := tmp_path / "others.json").write_text(json.dumps(content))
+    common = (f"--init.weights={trained}", "--optim.lr=0", "--train.max_steps=1", "--data.validation=null")
+    for name, edits, is_new in (
+        ("same", [], lambda name: False),
+        ("others", [f"--data.train={others}"], lambda name: name.startswith(Detector.OF_CLASSES)),
+        ("backbone", ["--init.exclude=[head]"], lambda name: not name.startswith("backbone.")),
+        ("boxes", ["--model.masks=false"], lambda name: False),
+    ):
+        train(data, tmp_path / name, *common, *edits)
+        after = load_detector(tmp_path / name)[0].state_dict()
+        learnt = [each for each in after if "running_" not in each and "num_batches" not in each]
+        changed = {each for each in learnt if not torch.equal(after[each], before[each])}
+        assert changed == {each for each in learnt if is_new(each)}
+        assert "VideoConvMAE detection run: " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"another model than this run's \(.* set --model as its config\.yaml does"):
+        train(data, tmp_path / "wide", *common, "--model.relative_positions=none", "--model.pyramid_width=32")
+    with pytest.raises(UserError, match="only head can be excluded"):
+        train(data, tmp_path / "positions", *common, "--init.exclude=[positions]")
+    with pytest.raises(UserError, match=r"another mean or deviation than data\.mean"):
+        train(data, tmp_path / "pixels", *common, "--data.mean=[0,0,0]")
 
 
 @pytest.mark.slow

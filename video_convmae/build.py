@@ -6,7 +6,7 @@ What any kind of run needs of a trainer is in build_trainer.py. Nothing is built
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -123,7 +123,7 @@ def load_initial_weights(
     weights = (initial or InitialWeights(config)).take()
     names = read_class_names(data) if isinstance(data, LabelledDataConfig) and weights.has("head") else None
     try:
-        _check_pixels(weights, data)
+        check_pixels({name: weights.preprocessing.get(f"data.{name}") for name in ("mean", "std")}, data)
         return load_weights(model, weights, inflation=config.inflation, exclude=config.exclude, class_names=names)
     except ValueError as error:
         raise UserError(f"init.weights {config.weights}: {error}") from error
@@ -153,9 +153,8 @@ def resolve_model(config: FinetuneConfig, initial: InitialWeights) -> FinetuneCo
     return replace(config, model=config.model.with_encoder(encoder))
 
 
-def _check_pixels(weights: Weights, data: SourceConfig) -> None:
-    """Raise a UserError if weights state another normalisation of pixels than a run has."""
-    stated = {name: weights.preprocessing.get(f"data.{name}") for name in ("mean", "std")}
+def check_pixels(stated: Mapping[str, Sequence[float] | None], data: SourceConfig) -> None:
+    """Raise a UserError if weights state another normalisation of pixels, `mean` and `std`, than a run has."""
     if all(value is None or np.allclose(value, getattr(data, name), atol=1e-3) for name, value in stated.items()):
         return
     options = " ".join(

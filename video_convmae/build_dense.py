@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from video_convmae.build import build_normalizer, cap_workers, load_initial_weights
+from video_convmae.build import build_normalizer, cap_workers, check_pixels, load_initial_weights
 from video_convmae.build_trainer import Parts, build_trainer
 from video_convmae.config import SourceConfig
 from video_convmae.config_dense import (
@@ -44,6 +44,7 @@ from video_convmae.data.segmentation import (
 )
 from video_convmae.dense.detection import Detector
 from video_convmae.dense.segmentation import Segmenter, pixel_losses, slide
+from video_convmae.engine.checkpoint import find_weights
 from video_convmae.engine.dense_tasks import Detection, Segmentation
 from video_convmae.engine.detection import DetectionInference, judge_detector
 from video_convmae.engine.distributed import DistInfo, broadcast_object
@@ -55,7 +56,9 @@ from video_convmae.engine.tasks import Task
 from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
 from video_convmae.errors import UserError
+from video_convmae.runs import load_detector, load_segmenter, run_kind
 from video_convmae.shipped import find_labels
+from video_convmae.weights.load import LoadReport
 
 COARSEST = 64  # stride of the coarsest level that anchors lie on
 
@@ -90,8 +93,68 @@ def picture_parts(
         task=task,
         validation=lambda *_: validation,
         try_records=lambda: try_pictures(data, dataset, info),
-        load_weights=lambda: load_initial_weights(config.init, model.backbone, data),
+        load_weights=lambda: load_dense_weights(config, model),
         collate=collate_pictures,
+    )
+
+
+def load_dense_weights(
+    config: TrainDetectionConfig | TrainSegmentationConfig, model: Detector | Segmenter
+) -> LoadReport | None:
+    """Load the weights of `init.weights`, if any: an encoder's into the backbone, or all of a run of the same task.
+
+    Of such a run the layers of single classes stay new if the classes are others, and all heads if `init.exclude` has
+    head.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: the weights do not fit, or were trained on pixels that were normalised otherwise.
+    """
+    place = config.init.weights
+    kind = None if place is None else run_kind(find_weights(place))
+    if place is None or kind not in ("detection", "segmentation"):
+        return load_initial_weights(config.init, model.backbone, config.data)
+    trained: Detector | Segmenter
+    theirs: TrainDetectionConfig | TrainSegmentationConfig
+    if isinstance(model, Detector) and kind == "detection":
+        trained, theirs = load_detector(place)
+    elif isinstance(model, Segmenter) and kind == "segmentation":
+        trained, theirs = load_segmenter(place)
+    else:
+        raise UserError(f"init.weights {place} is a run of {kind}; expected one of the same task, or an encoder's")
+    if others := sorted(set(config.init.exclude) - {"head"}):
+        raise UserError(f"init.exclude has {', '.join(others)}; of a run of {kind} only head can be excluded")
+    try:
+        check_pixels({"mean": theirs.data.mean, "std": theirs.data.std}, config.data)
+    except UserError as error:
+        raise UserError(f"init.weights {place}: {error}") from error
+    ours, given, notes = model.state_dict(), trained.state_dict(), []
+    if config.init.exclude:
+        given = {name: tensor for name, tensor in given.items() if name.startswith("backbone.")}
+        notes.append("excluded as asked: head")
+    elif theirs.data.labels != config.data.labels or trained.num_classes != model.num_classes:
+        given = {name: tensor for name, tensor in given.items() if not name.startswith(model.OF_CLASSES)}
+        notes.append("the layers of single classes are new: the run's classes are others")
+    wrong = [
+        f"{n} is {tuple(t.shape)}, expected {tuple(ours[n].shape)}"
+        for n, t in given.items()
+        if n in ours and t.shape != ours[n].shape
+    ]
+    wrong += [f"{n} is in one alone" for n in sorted(ours.keys() ^ given.keys()) if n.startswith("backbone.")]
+    if wrong:
+        raise UserError(
+            f"init.weights {place}: another model than this run's ({wrong[0]}{', ...' if len(wrong) > 1 else ''}); "
+            "set --model as its config.yaml does"
+        )
+    loaded = [name for name in given if name in ours]
+    model.load_state_dict({name: given[name] for name in loaded}, strict=False)
+    return LoadReport(
+        format=f"VideoConvMAE {kind} run",
+        loaded=tuple(loaded),
+        missing=tuple(name for name in ours if name not in given),
+        unexpected=tuple(name for name in given if name not in ours),
+        reshaped=(),
+        notes=tuple(notes),
     )
 
 

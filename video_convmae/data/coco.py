@@ -4,17 +4,18 @@ A data set is a JSON file with `images`, `annotations` and `categories`, and a f
 programs differ from COCO's own files in what they leave out, so this is what is taken and what is not:
 
 - Category ids may be any numbers; classes are 1 .. C in the order of the ids, 0 is the background.
-- A mask is polygons, or run lengths (compressed or not). Polygons with fewer than three points are dropped; run lengths
-  that do not fill the picture are a broken mask, and the object counts as one without a mask.
+- A mask is polygons, or run lengths (compressed or not). Polygons that cover no pixel of the picture are dropped;
+  run lengths that do not fill it are a broken mask. An object with no mask left counts as one without.
 - An object without a usable box gets that of its mask; one with neither is left out.
 - Boxes are [x, y, width, height] in pixels. Some that reach beyond the picture are cut and some below a pixel stay; a
   file most of whose boxes are so has another convention (corners, centres, parts of the picture) and is an error.
 - Crowd regions (`iscrowd`) take no part in training; the evaluation ignores detections on them.
 - In training, pictures without an object are left out, as in detectron2.
-- A file that is missing, or whose size is not that of the JSON file, is a bad record like any other.
+- A picture that is missing, or whose size is not that of the JSON file, is a bad record like any other.
 
-`CocoReport` counts all of these. Pictures are found by `file_name` under the folder that `data.root` names, or that
-stands beside the JSON file under one of the usual names.
+`CocoReport` counts all of these but pictures of another size, which are seen when they are decoded. Pictures are found
+by `file_name` under the folder that `data.root` names, or that stands beside the JSON file under one of the usual
+names.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class CocoReport:
         strays: objects of pictures that are not in the file; left out.
         beyond: boxes that reach more than a pixel beyond their picture; the part outside is cut off.
         tiny: other boxes with a side below one pixel.
+        missing: pictures of the file that are not in the folder.
     """
 
     images: int = 0
@@ -97,6 +99,7 @@ class CocoReport:
     strays: int = 0
     beyond: int = 0
     tiny: int = 0
+    missing: int = 0
 
     def __str__(self) -> str:
         found = f"{self.images} pictures, {self.objects} objects"
@@ -109,6 +112,7 @@ class CocoReport:
             "objects left out, of pictures that are not in the file": self.strays,
             "boxes that reach beyond their picture": self.beyond,
             "boxes smaller than a pixel": self.tiny,
+            "pictures are missing": self.missing,
         }
         return "; ".join([found, *(f"{count} {what}" for what, count in details.items() if count)])
 
@@ -242,6 +246,7 @@ class _Reading:
         self._check_boxes()
         if not rows:
             raise ListError(f"{self.file} holds no pictures" + (" with objects" if content["images"] else ""))
+        self.counts["missing"] = _count_missing([os.path.join(folder, row[1]) for row in rows])
         return CocoRecords(rows, folder, categories, CocoReport(**self.counts))
 
     def _require(self, entry: Any, place: str, *numbers: str) -> None:
@@ -371,6 +376,21 @@ def _picture_folder(file: Path, root: str | Path, split: Path | None, images: li
     raise ListError(
         f"{file}: no picture was found, the first is {names[0]!r}; looked in {tried}; set data.root to their folder"
     )
+
+
+def _count_missing(paths: Iterable[str]) -> int:
+    """Count files that are not there. Each folder is listed once: on a network's disk asking for each takes minutes."""
+    listed: dict[str, set[str]] = {}
+    missing = 0
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in listed:
+            try:
+                listed[folder] = set(os.listdir(folder))
+            except OSError:
+                listed[folder] = set()
+        missing += name not in listed[folder] and not os.path.isfile(path)  # names may differ in upper case alone
+    return missing
 
 
 def _usable_box(box: Any) -> tuple[float, float, float, float] | None:

@@ -16,28 +16,39 @@ Segmentation = list[list[float]] | dict[str, Any]  # polygons x1 y1 x2 y2 ..., o
 
 
 def usable_segmentation(segmentation: Any, height: int, width: int) -> Segmentation | None:
-    """Return a mask without the parts that cover nothing; None if nothing is left, or if it is broken."""
+    """Return a mask without the polygons that cover no pixel; None if nothing is left, or if it is broken."""
     if isinstance(segmentation, dict):
         try:
             counts = run_lengths(segmentation["counts"])
             whole = list(segmentation["size"]) == [height, width] and sum(counts) == height * width
         except (KeyError, TypeError, ValueError, IndexError):
             return None
-        return segmentation if whole and min(counts) >= 0 and any(counts[1::2]) else None
+        if not whole or min(counts) < 0 or not any(counts[1::2]):
+            return None
+        # COCO's code takes whole numbers alone; some exports write them with a point.
+        compressed = isinstance(segmentation["counts"], str)
+        return {"size": [height, width], "counts": segmentation["counts"] if compressed else counts}
     if not isinstance(segmentation, list):
         return None
     if segmentation and not isinstance(segmentation[0], list):
         segmentation = [segmentation]  # some exports leave out the outer list
-    return [polygon for polygon in segmentation if _covers_something(polygon)] or None
+    return [polygon for polygon in segmentation if _covers_pixels(polygon, height, width)] or None
 
 
-def _covers_something(polygon: Any) -> bool:
-    """Return whether a polygon has three points or more, and both a width and a height."""
+def _covers_pixels(polygon: Any, height: int, width: int) -> bool:
+    """Return whether a polygon has three points or more, and covers a pixel of its picture."""
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         return False
     if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in polygon):
         return False
-    return min(polygon[::2]) < max(polygon[::2]) and min(polygon[1::2]) < max(polygon[1::2])
+    xs, ys = polygon[::2], polygon[1::2]
+    spans = max(xs) - min(xs), max(ys) - min(ys)
+    is_inside = min(*xs, *ys) >= 0 and max(xs) <= width and max(ys) <= height
+    double_area = sum(x1 * y2 - x2 * y1 for x1, y1, x2, y2 in zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1]))
+    if is_inside and abs(double_area) > 4 * sum(spans):
+        return True  # some two pixels thick on the average; drawing all of COCO's masks would take minutes
+    masks = mask_api()
+    return bool(masks.area(masks.frPyObjects([polygon], height, width)).any())
 
 
 def run_lengths(counts: list[int] | str) -> list[int]:

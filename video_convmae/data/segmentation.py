@@ -203,9 +203,9 @@ class Labels:
             if image.mode == "P":
                 values = self._of_palette(values, np.array(image.getpalette("RGB")).reshape(-1, 3))
         if size is not None and values.shape != size:
-            raise DecodeError(
-                f"{path}: is {values.shape[1]}x{values.shape[0]} and its picture {size[1]}x{size[0]}; expected equal"
-            )
+            turned = " (turned as its EXIF data says)" if values.shape == size[::-1] else ""
+            found = f"is {values.shape[1]}x{values.shape[0]} and its picture {size[1]}x{size[0]}{turned}"
+            raise DecodeError(f"{path}: {found}; expected equal")
         shift = int(self.zero_is_ignored)
         wrong = self._wrong(values)
         if wrong.any():

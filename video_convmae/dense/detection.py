@@ -77,11 +77,15 @@ class Detector(nn.Module):
     Args:
         config: backbone and heads.
         num_classes: C, without the background.
+
+    OF_CLASSES: prefixes of the parameters that belong to single classes.
     """
+
+    OF_CLASSES = ("heads.box_predictor.", "heads.mask_predictor.mask_fcn_logits.")
 
     def __init__(self, config: DetectorConfig, num_classes: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.num_classes = config, num_classes
         self.backbone = Backbone(config)
         norm, width = NORMS[config.head_norm], config.pyramid_width
         self.neck: nn.Module = CoarsestLevel()

@@ -79,23 +79,27 @@ class Segmenter(nn.Module):
 
     Args:
         config: backbone and heads.
-        classes: K.
+        num_classes: K.
+
+    OF_CLASSES: prefixes of the parameters that belong to single classes.
     """
 
-    def __init__(self, config: SegmenterConfig, classes: int) -> None:
+    OF_CLASSES = ("head.classifier.", "auxiliary.2.")
+
+    def __init__(self, config: SegmenterConfig, num_classes: int) -> None:
         super().__init__()
-        if classes < 1:
-            raise ValueError(f"the number of classes is {classes}; expected 1 or more")
-        self.config, self.classes = config, classes
+        if num_classes < 1:
+            raise ValueError(f"the number of classes is {num_classes}; expected 1 or more")
+        self.config, self.num_classes = config, num_classes
         self.backbone = Backbone(config)
         channels = self.backbone.channels
         if len(channels) <= AUXILIARY_LEVEL:
             raise ValueError(
                 f"the backbone has {len(channels)} levels; expected {AUXILIARY_LEVEL + 1} or more: pyramid simple"
             )
-        self.head = UperNet(channels, classes, config.head_width, config.pools, config.head_dropout)
+        self.head = UperNet(channels, num_classes, config.head_width, config.pools, config.head_dropout)
         inputs = channels[AUXILIARY_LEVEL]
-        self.auxiliary = AuxiliaryHead(inputs, classes, config.auxiliary_width, config.head_dropout)
+        self.auxiliary = AuxiliaryHead(inputs, num_classes, config.auxiliary_width, config.head_dropout)
         for module in (*self.head.modules(), *self.auxiliary.modules()):
             if isinstance(module, nn.Conv2d) and module.bias is not None:  # the classifiers, as in mmsegmentation
                 nn.init.normal_(module.weight, std=0.01)

@@ -101,12 +101,13 @@ class Segmentation(Task):
         labels = torch.stack(batch.targets).to(images.device, non_blocking=True)
         logits, auxiliary = self.model(images)
         (main, pixels), (second, _) = (self.losses(each, labels) for each in (logits, auxiliary))
-        count = all_reduce_mean(pixels.float()).clamp(min=1)  # a mean of each process's own would weigh its pixels
-        main, second = main / count, second / count
-        with torch.no_grad():
-            small = labels[:, :: images.shape[2] // logits.shape[2], :: images.shape[3] // logits.shape[3]]
-            small = small[:, : logits.shape[2], : logits.shape[3]]
-            seen = small != IGNORED
-            right = ((logits.argmax(dim=1) == small) & seen).sum() / seen.sum().clamp(min=1)
-        values = {"loss_decode": main.detach(), "loss_auxiliary": second.detach(), "train_aacc": right}
+        small = labels[:, :: images.shape[2] // logits.shape[2], :: images.shape[3] // logits.shape[3]]
+        small = small[:, : logits.shape[2], : logits.shape[3]]
+        right = (logits.detach().argmax(dim=1) == small) & (small != IGNORED)
+        # A mean of each process's own pixels would weigh them by how few they are.
+        counts = all_reduce_mean(torch.stack([pixels.float(), right.sum().float(), (small != IGNORED).sum().float()]))
+        count, hits, seen = counts.unbind()
+        main, second = main / count.clamp(min=1), second / count.clamp(min=1)
+        accuracy = hits / seen.clamp(min=1e-6)
+        values = {"loss_decode": main.detach(), "loss_auxiliary": second.detach(), "train_aacc": accuracy}
         return main + self.auxiliary_weight * second, values
