@@ -58,6 +58,16 @@ def test_shapes_of_any_size(size: tuple[int, int]) -> None:
     assert model(batch).isfinite().all()
 
 
+def test_positions_for_any_size() -> None:
+    """Of the pictures with their padding, so that they are read as they are."""
+    for size, tokens in ((50, 16), ((50, 71), 20), ((64, 80), 20)):
+        for options in ({}, {"features_only": True}):
+            model = create(img_size=size, **options)
+            positions = model.state_dict()["model.encoder.positions" if options else "encoder.positions"]
+            assert positions.shape == (1, tokens, 24)
+    assert create(img_size=50, strides=(2, 2, 2)).encoder.positions.shape == (1, 49, 24)
+
+
 def test_the_classifier_is_reset() -> None:
     model = create()
     assert isinstance(model.get_classifier(), nn.Linear)

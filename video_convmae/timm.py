@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate
+from math import prod
 from operator import mul
 from typing import Any
 
@@ -31,7 +32,7 @@ from video_convmae.dense.backbone import Backbone
 from video_convmae.dense.options import BackboneConfig
 from video_convmae.models.blocks import AttentionBlock, ConvBlock
 from video_convmae.models.classifier import init_head
-from video_convmae.models.sizes import SIZES
+from video_convmae.models.sizes import SIZES, size_named
 from video_convmae.weights.formats import read_weights
 from video_convmae.weights.load import load_weights
 
@@ -44,7 +45,7 @@ class ConvMAE(nn.Module):
     Args:
         size: tiny to huge.
         num_classes: 0 for pooled features.
-        img_size: pixels that the positions are made for; inputs may have others.
+        img_size: pixels that the positions are made for, rounded up to whole tokens; inputs may have others.
         in_chans: channels of a picture.
         global_pool: avg, max, avgmax, catavgmax, or nothing for maps.
         drop_rate: of dropout before the classifier. drop_path_rate: stochastic depth of the last block.
@@ -70,9 +71,11 @@ class ConvMAE(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        token = prod(options.get("strides") or size_named(size).strides)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         config = BackboneConfig(
             size=size,
-            image_size=img_size if isinstance(img_size, int) else (img_size[0], img_size[1]),
+            image_size=(height + -height % token, width + -width % token),
             channels=in_chans,
             drop_path=drop_path_rate,
             **options,
