@@ -134,6 +134,21 @@ def test_options_reach_the_encoder() -> None:
         create(depth=3)
 
 
+def test_channels_last_changes_nothing() -> None:
+    """As timm's train.py asks with --channels-last; the layout reaches the depthwise kernels."""
+    for options in ({}, {"features_only": True, "out_indices": (1,)}):
+        model, batch = create(head_init_std=0.1, **options), images(50, 71)
+        expected = model(batch)
+        model = model.to(memory_format=torch.channels_last)
+        kernels = [p for p in model.parameters() if p.ndim == 5]
+        assert len(kernels) == 2
+        assert all(p[:, :, 0].is_contiguous(memory_format=torch.channels_last) for p in kernels)
+        for one, other in zip(model(batch.to(memory_format=torch.channels_last)), expected):
+            torch.testing.assert_close(one, other)
+        assert all(isinstance(p, nn.Parameter) for p in model.double().parameters())
+        assert all(p.dtype == torch.float64 and p.requires_grad for p in model.parameters())
+
+
 def test_groups_of_layer_decay() -> None:
     model = create()
     groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5)

@@ -13,7 +13,7 @@ Letters: B pictures, H W their pixels; h w the token grid, N = h*w; D width of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from math import prod
@@ -178,6 +178,13 @@ class ConvMAE(nn.Module):
         tokens = [self.norm(maps[i]) if norm else maps[i] for i in chosen]  # (B, h, w, D)
         tokens = [each[:, :height, :width] for each in tokens]
         return tuple(each.permute(0, 3, 1, 2) if reshape else each.flatten(1, 2) for each in tokens)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvMAE:
+        """Change all tensors, as a module's `to` and the like do; depthwise kernels (C, 1, 1, k, k) without the frame.
+
+        `to(memory_format=torch.channels_last)`, as of timm's train.py, refuses five dimensions.
+        """
+        return super()._apply(lambda t: fn(t.squeeze(2)).unsqueeze(2) if t.ndim == 5 else fn(t), recurse)
 
     # The classifier, and parts that timm removes
 
