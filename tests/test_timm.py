@@ -149,6 +149,42 @@ def test_channels_last_changes_nothing() -> None:
         assert all(p.dtype == torch.float64 and p.requires_grad for p in model.parameters())
 
 
+def test_stages_that_are_not_wanted_are_not_computed() -> None:
+    model, batch = create(), images(50, 71)
+    calls: list[nn.Module] = []
+    for block in (*model.encoder.conv_stages[1], *model.encoder.attention_blocks):
+        block.register_forward_hook(lambda module, *rest: calls.append(module))
+    whole = model.forward_intermediates(batch, intermediates_only=True)
+    assert len(calls) == 3
+    for count, blocks in ((1, 0), (2, 1), (3, 3)):
+        calls.clear()
+        last, maps = model.forward_intermediates(batch, range(count), stop_early=True)
+        assert len(calls) == blocks
+        assert torch.equal(last, maps[-1])
+        assert all(torch.equal(one, other) for one, other in zip(maps, whole))
+        assert len(maps) == count
+    (first,) = model.forward_intermediates(batch, [0], norm=True, stop_early=True, intermediates_only=True)
+    assert torch.equal(first, whole[0])  # the norm is of the last stage
+    assert torch.equal(model.forward_intermediates(batch, [0])[0], model.forward_features(batch))
+
+
+@pytest.mark.parametrize("indices", [(0,), (1,), (0, 1), (-1,), 2])
+def test_stages_that_are_not_wanted_are_pruned(indices: int | tuple[int, ...]) -> None:
+    model, batch = create(), images(50, 71)
+    expected = model.forward_intermediates(batch, indices, intermediates_only=True)
+    kept = model.prune_intermediate_layers(indices)
+    given = model.forward_intermediates(batch, kept, intermediates_only=True)
+    assert all(torch.equal(one, other) for one, other in zip(given, expected, strict=True))
+    width = model.feature_info[max(kept)]["num_chs"]
+    assert (model.num_features, model.num_classes) == (width, 0)
+    assert model.forward_features(batch).shape[1] == model(batch).shape[1] == width
+    model(batch).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []  # what is left is needed
+    assert ("encoder.attention_blocks.0.norm1.weight" in model.state_dict()) == (max(kept) == 2)
+    model.reset_classifier(4, "avg")
+    assert model(batch).shape == (2, 4)
+
+
 def test_groups_of_layer_decay() -> None:
     model = create()
     groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5)

@@ -129,16 +129,16 @@ class ConvMAE(nn.Module):
             x: `(B, C, H, W)`.
             indices: the last so many stages, or their numbers; None: all.
             norm: apply the norm to the last stage's map; the others have none.
-            stop_early: taken for timm's sake; the last stage is computed in any case.
+            stop_early: compute no stage after the last one wanted; the output is then its map.
             output_fmt: NCHW or NHWC.
             intermediates_only: return the maps alone.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; expected NCHW or NHWC")
-        chosen, _ = _taken(len(self.feature_info), indices)
-        maps = self.encoder(x)
+        chosen, furthest = _taken(len(self.encoder.embeddings), indices)
+        maps = self.encoder(x, furthest + 1 if stop_early else None)
         last = maps[-1]
-        if norm:
+        if norm and len(maps) == len(self.feature_info):
             maps = [*maps[:-1], self.norm(last.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)]
         taken = [maps[i] if output_fmt == "NCHW" else maps[i].permute(0, 2, 3, 1) for i in chosen]
         return taken if intermediates_only else (last, taken)
@@ -210,12 +210,20 @@ class ConvMAE(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the stages at `indices` do not need, and return their numbers."""
-        chosen, _ = _taken(len(self.feature_info), indices)
-        if prune_norm:
+        """Remove what the stages at `indices` do not need, and return their numbers.
+
+        The norm and the head are of the last stage, and go with it; pictures are then mapped to the last map left.
+        """
+        stages = len(self.encoder.embeddings)
+        chosen, furthest = _taken(stages, indices)
+        is_cut = furthest + 1 < stages
+        if is_cut:
+            self.encoder.prune(furthest + 1)
+            self.num_features = self.head_hidden_size = self.feature_info[furthest]["num_chs"]
+        if prune_head or is_cut:
+            self.reset_classifier(0, "")
+        if prune_norm or is_cut:
             self.norm = nn.Identity()
-        if prune_head:
-            self.global_pool, self.num_classes, self.head = nn.Identity(), 0, nn.Identity()
         return chosen
 
     # Training

@@ -54,8 +54,10 @@ class Backbone(EncoderParts):
             layer_scale=config.layer_scale,
         )
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, count: int | None = None) -> list[Tensor]:
         """Map images `(B, C, H, W)` of any size to levels `(B, C_i, H_i, W_i)`, finest first.
+
+        `count` is that of `stages`, for a backbone without a pyramid.
 
         The image is padded with zeros, below and to the right, to whole tokens, and the stages' maps are cropped to
         H_i = H / stride, rounded up. A coarser level that the pyramid adds has the size that its operation gives.
@@ -64,26 +66,36 @@ class Backbone(EncoderParts):
             raise ValueError(f"images are {tuple(images.shape)}; expected (B, {self.config.channels}, H, W)")
         height, width = images.shape[2:]
         patch = self.config.patch
-        maps = self.stages(F.pad(images, (0, -width % patch, 0, -height % patch)))
+        maps = self.stages(F.pad(images, (0, -width % patch, 0, -height % patch)), count)
         levels = self.pyramid(_crop(maps, height, width, self.config.stage_strides))
         return _crop(levels, height, width, self.strides)
 
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """Map images `(B, C, H, W)`, H and W multiples of a token's, to the stages' maps `(B, C_i, H_i, W_i)`."""
+    def stages(self, images: Tensor, count: int | None = None) -> list[Tensor]:
+        """Map images `(B, C, H, W)`, H and W multiples of a token's, to the stages' maps `(B, C_i, H_i, W_i)`.
+
+        The first `count` stages are computed; None: all that there are.
+        """
+        count = len(self.embeddings) if count is None else count
         x = images.permute(0, 2, 3, 1)
         maps = []
-        for stage, blocks in enumerate(self.conv_stages):
+        for stage, blocks in zip(range(count), self.conv_stages):
             x = self._embed(x, stage)[:, None]  # one frame
             for block in blocks.children():
                 x = block(x, None)
             x = x[:, 0]
             maps.append(x)
-        x = self.projection(self._embed(x, len(maps)))
-        grid = (1, x.shape[1], x.shape[2])
-        x = x + positions.resize(self.positions[0], self.config.grid, grid).view(*grid[1:], -1)
-        for index, block in enumerate(self.attention_blocks):
-            x = block(x, self.window_positions if self.config.window_of(index) else self.global_positions)
-        return [x.permute(0, 3, 1, 2) for x in (*maps, x)]
+        if count > len(self.conv_stages):
+            maps.append(self._attend(self._embed(x, len(maps))))
+        return [x.permute(0, 3, 1, 2) for x in maps]
+
+    def prune(self, count: int) -> None:
+        """Remove the stages after the first `count`."""
+        if count >= len(self.embeddings):
+            return
+        self.embeddings, self.conv_stages = self.embeddings[:count], self.conv_stages[:count]
+        self.projection, self.attention_blocks = nn.Identity(), nn.ModuleList()
+        self.window_positions = self.global_positions = None
+        del self.positions
 
     def layer_scales(self, decay: float) -> dict[str, float]:
         """Return every parameter's learning-rate scale under layer decay, as of a classifier; the pyramid's is 1.
@@ -107,6 +119,15 @@ class Backbone(EncoderParts):
             return nn.Parameter(torch.zeros(2 * side - 1, 2 * side - 1, config.heads))
 
         return table(windows != {0}, config.window), table(0 in windows, config.relative_size // config.patch)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """Project embedded tokens `(B, h, w, D)`, add their positions, and apply the attention blocks."""
+        x = self.projection(x)
+        grid = (1, x.shape[1], x.shape[2])
+        x = x + positions.resize(self.positions[0], self.config.grid, grid).view(*grid[1:], -1)
+        for index, block in enumerate(self.attention_blocks):
+            x = block(x, self.window_positions if self.config.window_of(index) else self.global_positions)
+        return x
 
     def _embed(self, x: Tensor, stage: int) -> Tensor:
         """Join the cells `(B, H, W, C)` under one of a stage, row by row, and embed them: `(B, H / s, W / s, C')`."""
