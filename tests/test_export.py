@@ -141,6 +141,25 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture, mo
     assert not (tmp_path / "model").exists()
 
 
+def test_weights_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Whatever names the weights, and the file to write: the weights that are read stay, and a folder is no file."""
+    weights = finished_run(small("classifier", frames=1), tmp_path / "run") / "model.safetensors"
+    before = weights.read_bytes()
+    (tmp_path / "link").symlink_to(weights)
+    for source, output, message in (
+        (weights, weights, "is read by this command and would be overwritten"),
+        (weights.parent, weights, "is read by this command and would be overwritten"),
+        (weights.parent, tmp_path / "link", "is read by this command and would be overwritten"),
+        (weights, weights.parent, "is a folder; expected the name of a file to write"),
+        (tmp_path / "none", weights.parent, "is a folder; expected the name of a file to write"),  # before any work
+    ):
+        assert run_command("export", [str(source), "--format=torch", f"--output={output}"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{output} {message}" in line
+    assert weights.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["link", "model.safetensors", "run"]
+
+
 def test_a_detector_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = finished_run(small("classifier", frames=1), tmp_path / "run")
     monkeypatch.setattr("video_convmae.export.run_kind", lambda source: "detection")

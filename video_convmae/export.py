@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from video_convmae.atomic import replacing
+from video_convmae.atomic import refuse_overwriting, replacing
 from video_convmae.config import DataConfig, LabelledDataConfig, SourceConfig
 from video_convmae.dense.segmentation import Segmenter
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
@@ -34,6 +34,7 @@ from video_convmae.models.probe import Probe
 from video_convmae.models.pytorchvideo import LibraryClassifier
 from video_convmae.predictor import load
 from video_convmae.runs import load_segmenter, run_kind
+from video_convmae.weights.files import parts_of
 
 Format = Literal["onnx", "torch"]
 Model: TypeAlias = "Autoencoder | Classifier | Probe | LibraryClassifier | Segmenter"
@@ -100,16 +101,21 @@ def export(
         ema: as in `load`.
 
     Raises:
-        UserError: the source is a detector, a clip does not fit, a package is missing, the model cannot be exported, or
-            the file computes something else.
+        UserError: the source is a detector, a clip does not fit, a package is missing, the output is a folder or the
+            weights themselves, the model cannot be exported, or the file computes something else.
     """
     if format not in get_args(Format):
         raise UserError(f"format is {format!r}; expected one of {', '.join(get_args(Format))}")
     if format == "onnx":
         _require_onnx()
-    model, shape, about = _load(source, num_frames, image_size, ema)
+    path = Path(output).expanduser()
+    if path.is_dir():
+        raise UserError(f"{output} is a folder; expected the name of a file to write")
+    found = source if isinstance(source, Checkpoint) else find_weights(source)
+    refuse_overwriting([path], found.path.iterdir() if isinstance(found, Checkpoint) else [found, *parts_of(found)])
+    model, shape, about = _load(source, found, num_frames, image_size, ema)
     names = ("images" if len(shape) == 3 else "clips", "tokens" if isinstance(model, Autoencoder) else "logits")
-    write, path = (_write_onnx if format == "onnx" else _write_torch), Path(output).expanduser()
+    write = _write_onnx if format == "onnx" else _write_torch
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), replacing(path, "wb") as file:  # after an error there is no file
         try:
@@ -125,10 +131,15 @@ def export(
 
 
 def _load(
-    source: str | Path | Checkpoint, num_frames: int | None, image_size: int | tuple[int, int] | None, ema: bool | None
+    source: str | Path | Checkpoint,
+    found: Path | Checkpoint,
+    num_frames: int | None,
+    image_size: int | tuple[int, int] | None,
+    ema: bool | None,
 ) -> tuple[Model, tuple[int, ...], dict[str, Any]]:
-    """Load a model for clips of a size; return it, the shape of its input, and what a user of the file must know."""
-    found = source if isinstance(source, Checkpoint) else find_weights(source)
+    """Load what a source was found to mean, for clips of a size; return it, the shape of its input, and what a user of
+    the file must know.
+    """
     kind = run_kind(found)
     if kind == "detection":
         raise UserError(
