@@ -189,6 +189,33 @@ def test_a_name_without_network_is_one_line(offline: None, tmp_path: Path) -> No
         Predictor.from_pretrained("a/b/c d")
 
 
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+
+
+@pytest.mark.parametrize("state", ["offline", "unreachable"])
+def test_a_hub_that_cannot_be_reached_is_one_line(state: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """The line names the model, and the reason is whole."""
+    request.getfixturevalue(state)
+    reason = {"offline": r"(has been disabled|offline mode is enabled\W*)", "unreachable": "refused"}[state]
+    for act, verb in (
+        (lambda: Classifier.from_pretrained("somebody/own", cache_dir=tmp_path), "downloaded from"),
+        (lambda: small("classifier").push_to_hub("somebody/own"), "uploaded to"),
+        (lambda: small("classifier").push_to_hub(repo_id="somebody/own"), "uploaded to"),
+    ):
+        with pytest.raises(UserError) as caught:
+            act()
+        line = rf"somebody/own cannot be {verb} the Hugging Face hub \(\w+: .*{reason}\); check the name.*"
+        assert re.search(line, str(caught.value))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_cannot_be_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"^a/b/c d is no name on the Hugging Face hub; expected user/model$"):
+        small("classifier").push_to_hub("a/b/c d")
+
+
 def test_what_was_downloaded_once_loads_offline(offline: None, tmp_path: Path) -> None:
     cached = tmp_path / "models--somebody--own"
     loaded = video_convmae.load(run_of("classifier", tmp_path))

@@ -19,10 +19,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
@@ -45,6 +46,7 @@ _PATHS: dict[str, Any] = {
     "probe.list": None,
     "targets": [],
 }
+_HUB_ERRORS = (EntryNotFoundError, HTTPError, OSError)  # HTTPError: of the hub's client, requests or httpx
 _NUMBERS = {  # of a run's metrics, that its card shows
     "val_top1": "top-1, validation",
     "val_top5": "top-5, validation",
@@ -122,10 +124,22 @@ class Pretrained(ModelHubMixin, library_name=LIBRARY):
         self._hub_folder()
         return super().save_pretrained(*args, **options)
 
-    def push_to_hub(self, *args: Any, **options: Any) -> str:
-        """Upload the model, as the mixin does. Raises UserError, before a repository is made: it cannot be saved."""
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model, as the mixin does.
+
+        Raises:
+            UserError: it cannot be saved, which is found before a repository is made, or cannot be uploaded.
+        """
         self._hub_folder()
-        return super().push_to_hub(*args, **options)
+        try:
+            return super().push_to_hub(repo_id, **options)
+        except HFValidationError as error:
+            raise UserError(f"{repo_id} is no name on the Hugging Face hub; expected user/model") from error
+        except _HUB_ERRORS as error:
+            raise UserError(
+                f"{repo_id} cannot be uploaded to the Hugging Face hub ({_reason(error)}); check the name, the network "
+                "and the token (hf auth login), or save_pretrained into a folder"
+            ) from error
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_folder(save_directory, self._hub_folder(), self._hub_tensors())
@@ -182,12 +196,17 @@ def find_folder(name: str | Path, **options: Any) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS, CARD], **options))
     except HFValidationError as error:
         raise UserError(f"{missing}it is no name on the Hugging Face hub; expected a folder, or user/model") from error
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0][:200]
+    except _HUB_ERRORS as error:
         raise UserError(
-            f"{missing}{name} cannot be downloaded from the Hugging Face hub ({type(error).__name__}: {reason}); check "
-            "the name and the network, or give a folder"
+            f"{missing}{name} cannot be downloaded from the Hugging Face hub ({_reason(error)}); check the name and "
+            "the network, or give a folder"
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error's kind and the first sentence of its message."""
+    line = next((line for line in str(error).splitlines() if line.strip()), "").removeprefix("Got: ")
+    return shorten(f"{type(error).__name__}: {line.partition('. ')[0].rstrip('.')}", 300, placeholder=" ...")
 
 
 def read_folder(path: Path) -> Folder | None:
