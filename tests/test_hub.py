@@ -216,6 +216,15 @@ def test_a_name_that_cannot_be_is_one_line() -> None:
         small("classifier").push_to_hub("a/b/c d")
 
 
+@pytest.mark.parametrize("kind", [Classifier, Predictor])
+def test_options_that_are_unknown_are_refused(kind: type, tmp_path: Path) -> None:
+    small("classifier").save_pretrained(tmp_path)
+    for name in (tmp_path, "somebody/own"):
+        with pytest.raises(UserError, match="num_classes: no option of from_pretrained; expected revision, token"):
+            kind.from_pretrained(name, num_classes=9)
+    assert Classifier.from_pretrained(tmp_path, revision="main", local_files_only=True).num_classes == 3
+
+
 def test_what_was_downloaded_once_loads_offline(offline: None, tmp_path: Path) -> None:
     cached = tmp_path / "models--somebody--own"
     loaded = video_convmae.load(run_of("classifier", tmp_path))

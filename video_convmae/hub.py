@@ -46,6 +46,7 @@ _PATHS: dict[str, Any] = {
     "probe.list": None,
     "targets": [],
 }
+_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")  # of from_pretrained
 _HUB_ERRORS = (EntryNotFoundError, HTTPError, OSError)  # HTTPError: of the hub's client, requests or httpx
 _NUMBERS = {  # of a run's metrics, that its card shows
     "val_top1": "top-1, validation",
@@ -105,7 +106,7 @@ class Pretrained(ModelHubMixin, library_name=LIBRARY):
             options: of the download: revision, token, cache_dir, force_download, local_files_only.
 
         Raises:
-            UserError: there is no such folder, it cannot be downloaded, or it holds something else.
+            UserError: another option; there is no such folder, it cannot be downloaded, or it holds something else.
         """
         return cls._from_folder(find_folder(pretrained_model_name_or_path, **options))
 
@@ -186,8 +187,13 @@ def find_folder(name: str | Path, **options: Any) -> Path:
         options: as of `Pretrained.from_pretrained`.
 
     Raises:
-        UserError: there is neither; the message is one line.
+        UserError: an option is unknown, or there is neither; the message is one line.
     """
+    if unknown := [option for option in options if option not in _OPTIONS]:
+        raise UserError(
+            f"{', '.join(unknown)}: no option of from_pretrained; expected {', '.join(_OPTIONS)}; a model has the "
+            "sizes and classes it was saved with (for others create_classifier, then load_weights)"
+        )
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
