@@ -218,6 +218,25 @@ def test_a_fixed_table_may_be_over_any_rectangle() -> None:
     assert not load_weights(autoencoder(), released).missing
 
 
+# The fusion
+
+
+def test_a_norm_that_may_have_followed_a_fusion_is_said() -> None:
+    released = to_format(autoencoder(), "convmae")
+    encoder = without(released, "mask_token", "decoder", "stage")  # convmae_base.pth
+    model = autoencoder(msd=False)
+    assert "the model reads no fusion" in str(load_weights(model, encoder))
+    assert "the model reads no fusion" in str(load_weights(model, released, exclude=["decoder", "fusion"]))
+    never = autoencoder(msd=False)  # a decoder says what it was trained with
+    for report in (
+        load_weights(autoencoder(msd=False), never.state_dict()),
+        load_weights(autoencoder(), released),
+        load_weights(classifier(), encoder),
+        load_weights(autoencoder(**PLAIN, strides=(16,), msd=False), autoencoder(**PLAIN, strides=(16,)).state_dict()),
+    ):
+        assert "fusion: if" not in str(report)
+
+
 # Probes
 
 

@@ -39,6 +39,11 @@ from .options import EXCLUDABLE, Inflation
 from .state import PARTS, POSITIONS, Weights, embedding_weights, summarize_names
 from .wrapping import OUTSIDE
 
+READS_NO_FUSION = (
+    "reads no fusion: if these weights were pretrained with one, as the released ConvMAE was, their norm followed it "
+    "and was not trained on the tokens that it gets here"
+)
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -176,6 +181,8 @@ def load_weights(
         plan.add_part(part, may_be_new=part == "feature_heads" or (inflated and part == "decoder"))
     plan.add_positions()
     report = plan.load()
+    if isinstance(model, FusedEncoder):
+        model.may_lack_fusion = _may_lack_fusion(model, whole)
     added = sorted(model.added) if isinstance(model, EncoderParts) else ()
     return replace(report, missing=(*report.missing, *added))
 
@@ -252,13 +259,18 @@ def _notes_on_parts(model: nn.Module, whole: Weights, exclude: Collection[str]) 
             "as always where a classifier starts from pretraining, its norm and head are new, and pretraining's norm "
             "over tokens, fusion and decoder are left out"
         )
-    may_have_had_fusion = len(whole.strides) > 1 and (whole.has("fusion") or not whole.has("decoder"))
-    if isinstance(model, Probe) and model.fusion is None and may_have_had_fusion:
-        notes.append(
-            "the probe reads no fusion: if these weights were pretrained with one, as the released ConvMAE was, their "
-            "norm followed it and was not trained on what the probe reads"
-        )
+    if _may_lack_fusion(model, whole):
+        notes.append(f"the {'probe' if isinstance(model, Probe) else 'model'} {READS_NO_FUSION}")
     return [*notes, f"excluded as asked: {', '.join(exclude)}"] if exclude else notes
+
+
+def _may_lack_fusion(model: nn.Module, whole: Weights) -> bool:
+    """Return True if a model without fusion takes a norm that may have been trained behind one.
+
+    Of a plain ViT a fusion adds nothing. A decoder is trained with the fusion, and comes with it.
+    """
+    has_none = isinstance(model, FusedEncoder) and model.fusion is None and len(whole.strides) > 1
+    return has_none and whole.has("norm") and (whole.has("fusion") or not whole.has("decoder"))
 
 
 def _targets(model: nn.Module) -> Tensors:
