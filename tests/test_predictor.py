@@ -210,6 +210,13 @@ def test_wrong_paths_are_errors(videos: Path, tmp_path: Path) -> None:
         video_convmae.load(videos / "list.txt")
 
 
+def test_a_checkpoint_of_another_kind_is_named_by_its_path(tmp_path: Path) -> None:
+    config = {"data": {}, "init": {}, "model": {"head_norm": "bn"}}
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"step": 1, "config": config, "files": {}}))
+    with pytest.raises(UserError, match=f"^{tmp_path} is a run of detection"):
+        video_convmae.load(Checkpoint(tmp_path))
+
+
 def test_class_names_of_a_file_replace_the_runs(finetuned: Path, videos: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
     assert video_convmae.load(finetuned, labels=tmp_path / "names.txt").class_names == ("a", "b", "c", "d")

@@ -285,7 +285,8 @@ def load(
     model: Autoencoder | AnyClassifier
     config: PretrainConfig | FinetuneConfig
     if kind in ("detection", "segmentation"):
-        raise UserError(f"{path_or_run} is a run of {kind}; expected a classifier or a pretrained model")
+        path = path_or_run.path if isinstance(path_or_run, Checkpoint) else path_or_run
+        raise UserError(f"{path} is a run of {kind}; expected a classifier or a pretrained model")
     if kind == "pretrain":
         model, config = load_autoencoder(source, bool(ema))
     elif kind == "finetune":
