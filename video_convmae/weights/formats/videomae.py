@@ -28,8 +28,8 @@ def remove_tables(weights: Weights, image_size: object) -> Weights:
     for name in POSITIONS:
         if name in weights.tensors and not weights.fixed_grids(name, "flat"):
             raise UserError(
-                f"{name} was learnt, and the VideoMAE formats hold none (but --to videomae a classifier's): the fixed "
-                "table in its place would give other tokens. Exclude positions (--exclude positions) to write that"
+                f"{name} was learnt, and such files hold no positions (except a classifier's in format videomae): with "
+                "the fixed table tokens would be others. Exclude positions (--exclude positions) to write it so"
             )
     return replace(weights, tensors={name: t for name, t in weights.tensors.items() if name not in POSITIONS})
 
