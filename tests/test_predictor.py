@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from clips import encode, pictures, save_series
 from PIL import Image
 
 import video_convmae
-from video_convmae import cli, create_autoencoder, create_classifier, predictor
+from video_convmae import cli, create_autoencoder, create_classifier, create_probe, predictor
 from video_convmae.cli import predict
 from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.finetune import finetune
@@ -26,6 +27,9 @@ from video_convmae.config import EvaluateConfig, FinetuneConfig, PretrainConfig
 from video_convmae.data.decoding import DecodeError
 from video_convmae.data.options import ViewConfig
 from video_convmae.data.records import ListError
+from video_convmae.engine.checkpoint import Checkpoint
+from video_convmae.engine.features import feature_source
+from video_convmae.errors import Note, UserError
 from video_convmae.models.autoencoder import Autoencoder
 from video_convmae.models.classifier import Classifier
 from video_convmae.weights.files import save_file
@@ -206,6 +210,13 @@ def test_wrong_paths_are_errors(videos: Path, tmp_path: Path) -> None:
         video_convmae.load(videos / "list.txt")
 
 
+def test_a_checkpoint_of_another_kind_is_named_by_its_path(tmp_path: Path) -> None:
+    config = {"data": {}, "init": {}, "model": {"head_norm": "bn"}}
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"step": 1, "config": config, "files": {}}))
+    with pytest.raises(UserError, match=f"^{tmp_path} is a run of detection"):
+        video_convmae.load(Checkpoint(tmp_path))
+
+
 def test_class_names_of_a_file_replace_the_runs(finetuned: Path, videos: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
     assert video_convmae.load(finetuned, labels=tmp_path / "names.txt").class_names == ("a", "b", "c", "d")
@@ -319,6 +330,26 @@ def test_predict_says_what_it_cannot_do(
     with pytest.raises(SystemExit, match="2"):
         predict.main([str(finetuned), str(videos / "0.mp4"), "--top=0"])
     assert "expected whole number (1 or more)" in capsys.readouterr().err
+
+
+def test_features_without_the_fusion_of_pretraining_do_not_claim_to_be_pretrainings(tmp_path: Path) -> None:
+    """convmae_base.pth holds a norm that was trained behind a fusion, and no fusion."""
+    for msd, name in ((True, "base"), (False, "whole")):
+        model = create_autoencoder("tiny", num_frames=1, image_size=32, msd=msd)
+        released = to_format(model, "convmae")
+        parts = ("mask_token", "decoder", "stage") if name == "base" else ()
+        torch.save({"model": {n: t for n, t in released.items() if not n.startswith(parts)}}, tmp_path / f"{name}.pth")
+    with pytest.warns(Note, match=r"base\.pth: the model reads no fusion: if these weights were pretrained with one"):
+        lacking = video_convmae.load(tmp_path / "base.pth").model
+    assert "final norm, without the fusion that they may have been pretrained with" in feature_source(lacking, "tokens")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        whole = video_convmae.load(tmp_path / "whole.pth").model
+    assert not any("fusion" in str(each.message) for each in said)
+    assert feature_source(whole, "tokens") == "tokens after the final norm, with which they were pretrained"
+    probes = {msd: create_probe("tiny", num_frames=1, image_size=32, num_classes=2, msd=msd) for msd in (True, False)}
+    assert "may have been" in feature_source(probes[False], "pooled")  # of a run of its own, that does not say it
+    assert "may have been" not in feature_source(probes[True], "pooled")
 
 
 def test_a_published_encoder_without_a_fusion_gives_the_same_features_each_time(tmp_path: Path) -> None:

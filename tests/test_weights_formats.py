@@ -24,6 +24,7 @@ from weight_cases import (
 
 from video_convmae import create_autoencoder, create_classifier, masking
 from video_convmae.cli import convert
+from video_convmae.errors import UserError
 from video_convmae.models import positions
 from video_convmae.weights.files import read_file, save_file
 from video_convmae.weights.formats import read_weights, to_format
@@ -114,6 +115,38 @@ def test_layouts_that_cannot_hold_a_model_say_so() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             to_format(model, layout)
+
+
+@pytest.mark.parametrize("layout", ["videomae", "huggingface"])
+def test_positions_that_a_layout_cannot_hold_are_refused(layout: str) -> None:
+    """Without a word, the other model would add its fixed table in their place."""
+    settings = {**cases.PLAIN, "strides": (16,), "learnable_positions": True}
+    learnt, pretrained = read_weights(classifier(**settings)), autoencoder(**settings)
+    pretrained.decoder.embedding.bias.data.zero_()
+    refused = [read_weights(pretrained), learnt.without("head"), *([learnt] if layout == "huggingface" else [])]
+    for weights in refused:
+        with pytest.raises(UserError, match=r"encoder\.positions was learnt.*--exclude positions") as error:
+            to_format(weights, layout)
+        assert "\n" not in str(error.value)
+        assert not any("pos" in name for name in to_format(weights.without("positions"), layout))
+    if layout == "videomae":
+        assert torch.equal(to_format(learnt, layout)["pos_embed"], learnt.tensors["encoder.positions"])
+
+
+def test_learnable_positions_that_are_still_the_table_need_no_place() -> None:
+    model = classifier(**cases.PLAIN, strides=(16,))
+    model.encoder.positions.data[0] = positions.flat(model.encoder.config.grid, 24)
+    assert not any("pos" in name for name in to_format(model, "huggingface"))
+    assert not any("pos" in name for name in to_format(model.state_dict(), "huggingface"))
+
+
+def test_a_classifier_with_fixed_positions_has_them_in_the_convmae_layout() -> None:
+    """The released classifier has them as a parameter: without them it would keep random ones."""
+    model = classifier(learnable_positions=False, image_size=32)
+    released = to_format(model, "convmae")
+    assert released.keys() == to_format(classifier(image_size=32), "convmae").keys()
+    assert torch.equal(released["pos_embed"][0], positions.sincos((1, 2, 2), 24))
+    assert_same(read_weights(released).without("positions").state_dict(), model.state_dict())
 
 
 # Other people's files
@@ -398,3 +431,16 @@ def test_the_tool_converts_there_and_back(tmp_path: Path, capsys: pytest.Capture
     for table in ("pos_embed", "decoder_pos_embed"):
         assert (back.pop(table) - source.pop(table)).abs().max() < 1e-6
     assert_same(back, source)
+
+
+def test_the_tool_drops_learnt_positions_when_told_to(tmp_path: Path) -> None:
+    """The written model has the fixed table over the clip that they covered."""
+    weights = read_weights(classifier(**cases.PLAIN, strides=(16,)))
+    save_file(weights.state_dict(), tmp_path / "own.safetensors", geometry=weights.geometry)
+    given = [str(tmp_path / "own.safetensors"), str(tmp_path / "folder"), "--to", "huggingface", "--exclude"]
+    with pytest.raises(UserError, match=r"cannot be written as huggingface: .*--exclude positions"):
+        convert.main([*given, "head"])
+    convert.main([*given, "positions"])
+    again = read_weights(tmp_path / "folder")
+    assert (again.grid, again.position_table) == ((2, 2, 2), "flat")
+    assert "encoder.positions" not in again.tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,9 @@ from weight_cases import (
 
 from video_convmae import create_autoencoder, create_classifier
 from video_convmae.cli import inflate as inflate_command
+from video_convmae.masking import Grid
 from video_convmae.models import positions
+from video_convmae.models.classifier import Classifier
 from video_convmae.models.encoder import Encoder
 from video_convmae.weights.arguments import model_arguments
 from video_convmae.weights.files import save_file
@@ -216,6 +219,72 @@ def test_a_fixed_table_may_be_over_any_rectangle() -> None:
     model = classifier()
     assert "positions resized from the grid (1, 2, 8) to (1, 4, 4)" in load_weights(model, released).notes
     assert not load_weights(autoencoder(), released).missing
+
+
+def learnt_of(grid: Grid, **settings: object) -> Classifier:
+    """A plain ViT's classifier whose positions were learnt over a grid."""
+    t, h, w = grid
+    clip = {"num_frames": 2 * t, "image_size": (16 * h, 16 * w)}
+    return classifier(**{**PLAIN, **clip, "strides": (16,), "learnable_positions": True, **settings})
+
+
+def test_positions_of_another_clip_with_as_many_tokens_are_an_error_or_are_said() -> None:
+    """256 tokens are 4 x 8 x 8 or 16 x 4 x 4: taken as they are, they would be scrambled."""
+    file, model = learnt_of((4, 8, 8)), learnt_of((16, 4, 4))
+    published = to_format(file, "videomae")
+    with pytest.raises(ValueError, match=r"may be over the grid \(4, 8, 8\) or \(16, 4, 4\)"):
+        load_weights(model, published)
+    report = load_weights(model, replace(read_weights(published), grid=(4, 8, 8)))
+    assert "positions resized from the grid (4, 8, 8) to (16, 4, 4)" in report.notes
+    assert not any("positions" in each for each in report.assumed)
+    arguments = argparse.Namespace(num_frames=8, input_size=128)
+    report = load_weights(model, {"module": published, "args": arguments})  # as VideoMAE's checkpoints say it
+    assert "positions resized from the grid (4, 8, 8) to (16, 4, 4)" in report.notes
+    assert "positions over the grid (16, 4, 4)" in load_weights(model, file.state_dict()).assumed  # maybe its very own
+    report = load_weights(learnt_of((2, 6, 6)), learnt_of((2, 4, 4)).state_dict())
+    assert "positions over the grid (2, 4, 4)" in report.assumed
+
+
+def test_the_usual_clip_is_assumed_and_said() -> None:
+    """1568 tokens of a file that does not say its clip: 16 frames of 224 x 224 pixels, in the first place."""
+    published = to_format(learnt_of((8, 14, 14)), "videomae")
+    for grid in ((8, 14, 14), (8, 16, 16)):
+        assert "positions over the grid (8, 14, 14)" in load_weights(learnt_of(grid), published).assumed
+    for grid in ((32, 7, 7), (32, 8, 8)):
+        with pytest.raises(ValueError, match=r"\(8, 14, 14\) or \(32, 7, 7\)"):
+            load_weights(learnt_of(grid), published)
+
+
+def test_a_fixed_table_says_its_grid_to_a_model_with_as_many_tokens() -> None:
+    bare = classifier(**{**VIDEO, "num_frames": 8, "image_size": 128}).state_dict()
+    bare["encoder.positions"] = positions.sincos((4, 8, 8), 24)[None]
+    report = load_weights(classifier(**{**VIDEO, "num_frames": 32}), bare)
+    assert "positions resized from the grid (4, 8, 8) to (16, 4, 4)" in report.notes
+    assert not any("positions" in each for each in report.assumed)
+    flat = learnt_of((4, 8, 8)).state_dict()  # the same over any grid
+    flat["encoder.positions"] = positions.flat((4, 8, 8), 24)[None]
+    model = learnt_of((16, 4, 4))
+    assert not any("positions" in each for each in load_weights(model, flat).assumed)
+    assert torch.equal(model.encoder.positions, flat["encoder.positions"])
+
+
+# The fusion
+
+
+def test_a_norm_that_may_have_followed_a_fusion_is_said() -> None:
+    released = to_format(autoencoder(), "convmae")
+    encoder = without(released, "mask_token", "decoder", "stage")  # convmae_base.pth
+    model = autoencoder(msd=False)
+    assert "the model reads no fusion" in str(load_weights(model, encoder))
+    assert "the model reads no fusion" in str(load_weights(model, released, exclude=["decoder", "fusion"]))
+    never = autoencoder(msd=False)  # a decoder says what it was trained with
+    for report in (
+        load_weights(autoencoder(msd=False), never.state_dict()),
+        load_weights(autoencoder(), released),
+        load_weights(classifier(), encoder),
+        load_weights(autoencoder(**PLAIN, strides=(16,), msd=False), autoencoder(**PLAIN, strides=(16,)).state_dict()),
+    ):
+        assert "fusion: if" not in str(report)
 
 
 # Probes

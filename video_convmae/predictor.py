@@ -48,7 +48,7 @@ from video_convmae.models.pytorchvideo import LibraryClassifier
 from video_convmae.models.sizes import ClassifierConfig
 from video_convmae.runs import load_autoencoder, load_classifier, run_kind, run_metrics
 from video_convmae.weights.formats import read_weights
-from video_convmae.weights.load import model_from
+from video_convmae.weights.load import READS_NO_FUSION, model_from
 from video_convmae.weights.state import Weights, summarize_names
 
 
@@ -285,7 +285,8 @@ def load(
     model: Autoencoder | AnyClassifier
     config: PretrainConfig | FinetuneConfig
     if kind in ("detection", "segmentation"):
-        raise UserError(f"{path_or_run} is a run of {kind}; expected a classifier or a pretrained model")
+        path = path_or_run.path if isinstance(path_or_run, Checkpoint) else path_or_run
+        raise UserError(f"{path} is a run of {kind}; expected a classifier or a pretrained model")
     if kind == "pretrain":
         model, config = load_autoencoder(source, bool(ema))
     elif kind == "finetune":
@@ -338,6 +339,8 @@ def _load_published(path: Path) -> tuple[Autoencoder | AnyClassifier, PretrainCo
         raise UserError(f"{path}: {error}") from error
     if untrained := [name for name in report.missing if not name.startswith("decoder.")]:
         warnings.warn(f"{path} does not hold {summarize_names(untrained)}: they are untrained", Note, stacklevel=3)
+    if isinstance(model, Autoencoder) and model.may_lack_fusion:
+        warnings.warn(f"{path}: the model {READS_NO_FUSION}", Note, stacklevel=3)
     config = _with_settings(_usual_settings(model), weights)
     if assumed := [*report.assumed, *_assumed_settings(weights, config)]:
         warnings.warn(f"{path} does not say all that it needs; assumed: {', '.join(assumed)}", Note, stacklevel=3)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,10 +44,14 @@ def main(arguments: Sequence[str]) -> None:
     from video_convmae.weights.files import save_file
     from video_convmae.weights.formats import to_format
 
-    weights, output = read_source(args.source, args.exclude), Path(args.output).expanduser()
+    whole, output = read_source(args.source), Path(args.output).expanduser()
+    weights = whole.without(*args.exclude)
     if args.to == "ours":
         save_ours(weights, output)
         return
+    weights = replace(
+        weights, grid=whole.grid
+    )  # in place of excluded positions it has the fixed table, over their grid
     try:
         tensors = to_format(weights, args.to, args.image_size)
     except ValueError as error:
@@ -72,14 +77,14 @@ def _file_name(text: str) -> str:
     return text
 
 
-def read_source(source: str, exclude: Collection[str]) -> Weights:
+def read_source(source: str) -> Weights:
     """Read a file, a checkpoint, or the newest checkpoint of a run folder."""
     from video_convmae.engine.checkpoint import read_found_weights
 
     weights = read_found_weights(source)
     if weights.size is not None:
         raise UserError(f"{source} is {weights.size}, which has one format alone; expected a model of ours")
-    return weights.without(*exclude)
+    return weights
 
 
 def save_folder(weights: Weights, tensors: Tensors, folder: Path) -> None:

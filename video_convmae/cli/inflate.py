@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     from video_convmae.weights.inflate import inflate
 
     numbers = {"tubelet": args.tubelet, "temporal_kernel": args.temporal_kernel, "num_frames": args.num_frames}
-    weights = read_source(args.source, args.exclude)
+    weights = read_source(args.source).without(*args.exclude)
     try:
         inflated = inflate(weights, **numbers, embedding=args.embedding, depthwise=args.depthwise)
     except ValueError as error:

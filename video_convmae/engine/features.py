@@ -143,6 +143,8 @@ def feature_source(model: Model, kind: FeatureKind, pool: Pool | None = None) ->
     if isinstance(model, FusedEncoder):
         fused = model.fusion is not None and len(model.fusion.joints) > 0
         tokens = f"tokens after {'fusion and the' if fused else 'the'} final norm, with which they were pretrained"
+        if model.may_lack_fusion:
+            tokens = "tokens after the final norm, without the fusion that they may have been pretrained with"
         return tokens if kind == "tokens" else f"{POOLED[_resolve_pool(model, pool)[0]]} {tokens}"
     if kind == "tokens":
         return "tokens after the last attention block, before any norm"

@@ -145,7 +145,13 @@ class FusedEncoder(nn.Module):
     Args:
         config: encoder options.
         msd: build the multi-scale fusion.
+
+    Attributes:
+        may_lack_fusion: the norm may have been trained behind a fusion that this model does not have; `load_weights`
+            tells from the file.
     """
+
+    may_lack_fusion = False
 
     def __init__(self, config: EncoderConfig, msd: bool) -> None:
         super().__init__()

@@ -49,6 +49,7 @@ class Probe(FusedEncoder, PretrainedHead):
         check_num_classes(num_classes)
         super().__init__(config, config.msd)
         self.num_classes = num_classes
+        self.may_lack_fusion = self.fusion is None and len(config.widths) > 1  # its pretraining is another run's
         self.requires_grad_(False)
         width, pooled = self.encoder.width, pooled_width(config, config.pool)
         pool, frames = config.pool, config.grid[0]

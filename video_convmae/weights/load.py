@@ -39,6 +39,11 @@ from .options import EXCLUDABLE, Inflation
 from .state import PARTS, POSITIONS, Weights, embedding_weights, summarize_names
 from .wrapping import OUTSIDE
 
+READS_NO_FUSION = (
+    "reads no fusion: if these weights were pretrained with one, as the released ConvMAE was, their norm followed it "
+    "and was not trained on the tokens that it gets here"
+)
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -176,6 +181,8 @@ def load_weights(
         plan.add_part(part, may_be_new=part == "feature_heads" or (inflated and part == "decoder"))
     plan.add_positions()
     report = plan.load()
+    if isinstance(model, FusedEncoder):
+        model.may_lack_fusion = _may_lack_fusion(model, whole)
     added = sorted(model.added) if isinstance(model, EncoderParts) else ()
     return replace(report, missing=(*report.missing, *added))
 
@@ -211,7 +218,8 @@ def _resolve(weights: Weights, config: EncoderConfig, inflation: Inflation | Non
     if not ambiguous or not weights.is_image:
         return weights
     if POSITIONS[0] in weights.tensors:
-        return replace(weights, frames=_find_grid(weights, config)[0])
+        grid, _ = _find_grid(weights, config)
+        return replace(weights, frames=grid[0])
     return replace(weights, frames=config.grid[0] if inflation is None else 1)
 
 
@@ -252,13 +260,18 @@ def _notes_on_parts(model: nn.Module, whole: Weights, exclude: Collection[str]) 
             "as always where a classifier starts from pretraining, its norm and head are new, and pretraining's norm "
             "over tokens, fusion and decoder are left out"
         )
-    may_have_had_fusion = len(whole.strides) > 1 and (whole.has("fusion") or not whole.has("decoder"))
-    if isinstance(model, Probe) and model.fusion is None and may_have_had_fusion:
-        notes.append(
-            "the probe reads no fusion: if these weights were pretrained with one, as the released ConvMAE was, their "
-            "norm followed it and was not trained on what the probe reads"
-        )
+    if _may_lack_fusion(model, whole):
+        notes.append(f"the {'probe' if isinstance(model, Probe) else 'model'} {READS_NO_FUSION}")
     return [*notes, f"excluded as asked: {', '.join(exclude)}"] if exclude else notes
+
+
+def _may_lack_fusion(model: nn.Module, whole: Weights) -> bool:
+    """Return True if a model without fusion takes a norm that may have been trained behind one.
+
+    Of a plain ViT a fusion adds nothing. A decoder is trained with the fusion, and comes with it.
+    """
+    has_none = isinstance(model, FusedEncoder) and model.fusion is None and len(whole.strides) > 1
+    return has_none and whole.has("norm") and (whole.has("fusion") or not whole.has("decoder"))
 
 
 def _targets(model: nn.Module) -> Tensors:
@@ -451,7 +464,8 @@ class _Plan:
         elif table is None and is_learnable and weights.position_table is not None:
             self.compared.append(name)  # the same, and the model started from it
         if table is not None and is_learnable:
-            grid = _find_grid(weights, config)
+            grid, assumed = _find_grid(weights, config)
+            self.assumed += [f"positions over the grid {grid}"] if assumed else []
             self.values[name] = positions.resize(table[0], grid, config.grid)[None]
             if grid != config.grid:
                 self.reshaped.append(name)
@@ -505,25 +519,53 @@ def _as_option(value: Any) -> str:
     return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else f"{value:g}"
 
 
-def _find_grid(weights: Weights, config: EncoderConfig) -> Grid:
-    """Return the grid of the file's positions: stated, evident from a fixed table's values, or the only possible."""
+def _find_grid(weights: Weights, config: EncoderConfig) -> tuple[Grid, bool]:
+    """Return the grid of the file's positions, and whether it is assumed: neither stated nor evident from their values.
+
+    Raises:
+        ValueError: several grids, or none, are plausible.
+    """
     if weights.grid is not None:
-        return weights.grid
-    name, (_, h, w) = POSITIONS[0], config.grid
-    tokens, grids = weights.tensors[name].shape[-2], weights.fixed_grids(name)
-    if weights.guessed and tokens == prod(config.grid) and not grids:
-        return config.grid  # a state dict of this very model
-    if len(grids) != 1:  # frames may be square or the model's
-        counts = _possible_frames(weights, name, config.grid)
-        shapes = {(count, side, side) for count in counts for side in [isqrt(tokens // count)]}
-        grids = sorted(grid for grid in shapes | {(count, h, w) for count in counts} if prod(grid) == tokens)
+        return weights.grid, False
+    name = POSITIONS[0]
+    tokens = weights.tensors[name].shape[-2]
+    if tokens == prod(config.grid) and weights.fixed_grids(name, "flat"):
+        return config.grid, False  # the flat table is the same over any grid of as many tokens
+    grids = _plausible_grids(weights, config)
+    counts = {1, *(grid[0] for grid in grids)} if weights.frames is None else {weights.frames}
+    evident = {grid for count in counts for grid in weights.fixed_grids(name, frames=count)}
+    if len(evident) == 1:
+        return evident.pop(), False
+    if weights.guessed and tokens == prod(config.grid):
+        return config.grid, True  # as of this very model
     if len(grids) == 1:
-        return grids[0]
+        return grids[0], True
     fault = f"may be over the grid {' or '.join(map(str, grids))}" if grids else "are over no grid that is known here"
     raise ValueError(
         f"{weights.names.get(name, name)} has {tokens} tokens, which {fault}; the model's grid is {config.grid}. Set "
         "dataclasses.replace(read_weights(path), grid=...), or exclude positions (--init.exclude [positions])"
     )
+
+
+def _plausible_grids(weights: Weights, config: EncoderConfig) -> list[Grid]:
+    """Return grids that the file's positions, of unknown grid, may be over.
+
+    Those are the usual one (16 frames, or one, of 224 x 224 pixels) and those with the frames or the pixels of the
+    model's. Positions that fill the model's grid, unless it is the usual one, may have been of another clip altogether:
+    of any square pictures of at least 4 x 4 tokens.
+    """
+    name, patch, (_, h, w) = POSITIONS[0], prod(weights.strides), config.grid
+    tokens = weights.tensors[name].shape[-2]
+    frames = weights.frames or (1 if weights.is_image else max(1, 16 // weights.tubelet))
+    usual = (frames, 224 // patch, 224 // patch)
+    if tokens == prod(config.grid) and config.grid == usual:
+        return [usual]
+    counts = _possible_frames(weights, name, config.grid)
+    grids = {usual, *((count, h, w) for count in counts)}
+    if tokens == prod(config.grid) and weights.frames is None:
+        counts = counts | {tokens // side**2 for side in range(4, isqrt(tokens // 2) + 1)}
+    grids |= {(count, side, side) for count in counts for side in [isqrt(tokens // count)]}
+    return sorted(grid for grid in grids if prod(grid) == tokens)
 
 
 def _possible_frames(weights: Weights, name: str, model: Grid) -> set[int]:

@@ -181,6 +181,9 @@ class Weights:
         fixed = TABLES[kind or self.position_table or "sincos"]
         # As stored: values are below 2, where neighbours are eps apart. Learnt positions differ by more.
         rounding = max(1e-4, torch.finfo(table.dtype).eps)
+        first = fixed((min(frames, 2), 1, 1), width)[0]  # of a table over any grid: learnt ones are known at once
+        if (table[0, 0].float() - first).abs().max() > rounding:
+            return []
         grids = [(frames, h, per_frame // h) for h in range(1, per_frame + 1) if per_frame % h == 0]
         return [grid for grid in grids if (table.float() - fixed(grid, width)).abs().max() <= rounding]
 

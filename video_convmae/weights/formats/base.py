@@ -120,10 +120,11 @@ def argument_properties(arguments: argparse.Namespace, weights: Weights) -> dict
     if weights.has("decoder") and isinstance(normalises, bool):
         properties["target"] = ("patch" if is_image else "patch_channel") if normalises else "none"
     frames, side = given.get("num_frames"), given.get("input_size")
-    says_grid = is_image or POSITIONS[0] in weights.tensors
-    if not says_grid and isinstance(frames, int) and isinstance(side, int):
-        patch = prod(weights.strides)
-        properties["grid"] = (frames // weights.tubelet, side // patch, side // patch)
+    if not is_image and isinstance(frames, int) and isinstance(side, int):
+        patch, table = prod(weights.strides), weights.tensors.get(POSITIONS[0])
+        grid = (frames // weights.tubelet, side // patch, side // patch)
+        if table is None or table.shape[1] == prod(grid):
+            properties["grid"] = grid
     if isinstance(given.get("sampling_rate"), int) and not is_image:
         properties["preprocessing"] = {"data.stride": given["sampling_rate"]}
     return properties

@@ -29,11 +29,9 @@ def _drop_unused_by_v2(weights: Weights) -> Weights:
 
 
 def _add_tables(weights: Weights, image_size: int | tuple[int, int] | None) -> Weights:
-    """Check the model, and add the fixed position tables, which pretraining files contain."""
+    """Check the model, and add the fixed position tables: the released models have them as parameters, all of them."""
     if len(weights.strides) != 3 or not weights.is_image:
         raise ValueError(f"the ConvMAE format holds image models of three stages; these are {weights}")
-    if weights.has("head"):
-        return weights
     grid = weights.grid
     if image_size is not None or grid is None:
         size = 224 if image_size is None else image_size
