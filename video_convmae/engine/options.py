@@ -95,7 +95,8 @@ class TrainConfig:
     keep_every: Annotated[float | None, Bounds(above=0)] = None
     """Epochs between checkpoints that are never removed; none: no such checkpoints."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """After a non-finite loss or gradient (which never reaches the weights): stop the run, or skip the step."""
+    """After a non-finite loss or gradient, which reaches neither weights nor running statistics: stop the run, or skip
+    the step."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "train.{}")
