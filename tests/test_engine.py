@@ -375,6 +375,15 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, changes: 
         assert not torch.equal(ema[0]["0.weight"], whole.model[0].weight)
 
 
+@pytest.mark.parametrize(("before", "after"), [("bf16", "fp16"), ("fp32", "fp16"), ("fp16", "bf16")])
+def test_a_run_resumes_in_another_precision(tmp_path: Path, before: str, after: str) -> None:
+    with pytest.raises(StopIteration):
+        run(tmp_path, end=9, precision=before)
+    assert weights(run(tmp_path, precision=after)).isfinite().all()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert (lines[-1]["step"], "loss_scale" in lines[-1]) == (12, after == "fp16")
+
+
 def test_a_repeated_signal_is_one_request_and_ctrl_c_twice_ends_at_once() -> None:
     """A job's every process gets Slurm's SIGTERM, and the workers torchrun's too, while the first of them saves."""
     with StopSignal() as stop:

@@ -106,7 +106,8 @@ class TrainState:
             parts["ema"] = None
         checkpoint.fill({f"{part}/{name}": t for part, values in parts.items() for name, t in (values or {}).items()})
         self.model.load_state_dict(parts["model"])
-        self.scaler.load_state_dict(checkpoint.info["scaler"])
+        if checkpoint.info["scaler"]:  # empty if it was not fp16 so far: the scale is found anew
+            self.scaler.load_state_dict(checkpoint.info["scaler"])
         if self.ema is not None:
             self.ema.resume(self.model if parts["ema"] is None else None)
         if self.teacher is not None:
