@@ -125,7 +125,8 @@ def parameter_groups(
     """Group parameters by learning-rate scale (`lr_scale`), with and without weight decay.
 
     Every parameter that learns is in exactly one group. Vectors and position tables have no weight decay (MAE decays
-    its 3-D mask token; ours is a vector).
+    its 3-D mask token; ours is a vector). The 3-D positions and class token of pytorchvideo's MViT have: PySlowFast's
+    configurations for Kinetics set MVIT.ZERO_DECAY_POS_CLS to False.
 
     Args:
         named: the parameters by name.
