@@ -305,9 +305,16 @@ def batches(first: int, last: int, broken: Collection[int] = ()) -> Iterator[Bat
         yield Batch(clips, visible, None, labels, torch.arange(4) + 10 * step, ())
 
 
-def run(folder: Path, steps: int = 12, broken: Collection[int] = (), end: int | None = None, **changes: object) -> Toy:
+def run(
+    folder: Path,
+    steps: int = 12,
+    broken: Collection[int] = (),
+    end: int | None = None,
+    task: Toy | None = None,
+    **changes: object,
+) -> Toy:
     """Train the toy until `end`, on a schedule of `steps`."""
-    task = Toy()
+    task = task or Toy()
     config = TrainConfig(**{"epochs": 1, "precision": "fp32", "log_every": 4, "save_every": 0.5, **changes})
     parts = config.accumulate
     optimization = build_optimization(task.model, OptimConfig(lr=0.05, warmup_epochs=0.2), config, 4, steps)
@@ -368,6 +375,15 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, changes: 
         assert not torch.equal(ema[0]["0.weight"], whole.model[0].weight)
 
 
+@pytest.mark.parametrize(("before", "after"), [("bf16", "fp16"), ("fp32", "fp16"), ("fp16", "bf16")])
+def test_a_run_resumes_in_another_precision(tmp_path: Path, before: str, after: str) -> None:
+    with pytest.raises(StopIteration):
+        run(tmp_path, end=9, precision=before)
+    assert weights(run(tmp_path, precision=after)).isfinite().all()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert (lines[-1]["step"], "loss_scale" in lines[-1]) == (12, after == "fp16")
+
+
 def test_a_repeated_signal_is_one_request_and_ctrl_c_twice_ends_at_once() -> None:
     """A job's every process gets Slurm's SIGTERM, and the workers torchrun's too, while the first of them saves."""
     with StopSignal() as stop:
@@ -389,6 +405,35 @@ def test_a_non_finite_step_can_be_skipped(tmp_path: Path) -> None:
     assert weights(skipped).isfinite().all()
     lines = [json.loads(line) for line in (tmp_path / "skip" / "log.jsonl").read_text().splitlines()]
     assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+class Standardised(Toy):
+    """A toy with BatchNorm, whose state before each batch it notes; the inputs of a broken batch are infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
+        self.known: list[dict[str, Tensor]] = []
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        self.known.append({name: buffer.clone() for name, buffer in self.model.named_buffers()})
+        x = batch.clips.flatten(1).float().where(batch.labels.isfinite()[:, None], math.inf)
+        return (self.model(x).squeeze(1) - 1).square().mean(), {}
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2}, {"precision": "fp16"}])
+def test_a_skipped_step_leaves_running_statistics_as_they_were(tmp_path: Path, changes: dict) -> None:
+    """Those of their average, too; of accumulated batches the first was finite."""
+    parts = changes.get("accumulate", 1)
+    task = run(
+        tmp_path, broken=[12 * parts - 1], task=Standardised(), on_nonfinite="skip", log_every=1, ema=0.9, **changes
+    )
+    before, state = task.known[11 * parts], load_state(tmp_path)
+    assert before["0.num_batches_tracked"] >= 10 * parts  # fp16 skips a step to find its loss scale
+    for name, statistic in before.items():
+        assert torch.equal(state["model"][name], statistic), name
+        assert torch.equal(state["ema"][name], statistic), name
+    assert weights(task).isfinite().all()
 
 
 def test_gradients_that_are_never_finite_end_the_run(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from video_convmae.cli.parser import parse
 from video_convmae.config import EvaluateConfig, FinetuneConfig
 from video_convmae.data.sampling import dense_views
 from video_convmae.engine.features import read_features
+from video_convmae.engine.optim import parameter_groups
 from video_convmae.engine.parallel import SyncedBatchNorm, _synchronise_batch_norms
 from video_convmae.engine.tasks import Classification
 from video_convmae.errors import Note
@@ -148,6 +149,17 @@ def test_multiply_adds_are_the_published_ones() -> None:
     for name, (pixels, giga, close) in published.items():
         config = ClassifierConfig(size=LIBRARY + name, num_frames=0, image_size=pixels)
         assert LibraryClassifier(config, 400).multiply_adds()["net"] / 1e9 == pytest.approx(giga, rel=close)
+
+
+def test_weight_decay_of_mvit_follows_the_published_configuration() -> None:
+    """PySlowFast: ZERO_WD_1D_PARAM is True, ZERO_DECAY_POS_CLS False."""
+    model = LibraryClassifier(ClassifierConfig(size="pytorchvideo/mvit_base_16x4", num_frames=4, image_size=64), 5)
+    decayed, _ = parameter_groups(model.named_parameters(), 0.05)
+    own = {id(parameter) for parameter in decayed["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+    tables = ("cls_token", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class")
+    assert {f"net.cls_positional_encoding.{name}" for name in tables} <= names
+    assert names == {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
 
 
 def test_every_batch_norm_is_synchronised_between_processes() -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from states import load_state
 from test_finetune import ENVIRONMENT, PLAIN, ROOT, arguments, run
-from torch import nn
+from torch import Tensor, nn
 
 from video_convmae import load
 from video_convmae.atomic import read_json
@@ -27,6 +27,10 @@ from video_convmae.config import EvaluateConfig, FinetuneConfig
 from video_convmae.data.records import Record, Records, read_list
 from video_convmae.engine.optim import Optimization, Schedule, head_groups
 from video_convmae.engine.sweep import split_records
+from video_convmae.engine.trainer import NonFiniteLoss
+from video_convmae.errors import UserError
+from video_convmae.models.encoder import Features
+from video_convmae.models.probe import Probe
 from video_convmae.visualize.run_facts import draw_sweep, read_run
 
 COUNT, CLASSES = 16, 4
@@ -217,6 +221,52 @@ def test_a_head_that_diverges_changes_no_other() -> None:
         left = nn.utils.get_total_norm([p.grad for p in model["head"][i].parameters()])
         assert left.item() == pytest.approx(1, abs=1e-4)
     assert not any(p.grad.any() for p in model["head"][1].parameters())
+
+
+def test_a_step_without_a_finite_head_is_not_finite(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run stops, or skips it and forgets the clip, which went through every head's BatchNorm."""
+    features, steps = Probe.features, []
+
+    def broken(model: Probe, clips: Tensor) -> Features:
+        read = features(model, clips)
+        if model.training:
+            steps.append(len(steps))
+            read.tokens[0, 0, 0] = torch.nan if len(steps) == 3 else read.tokens[0, 0, 0]
+        return read
+
+    monkeypatch.setattr(Probe, "features", broken)
+    edits = (*PLAIN, *PROBE, *SWEEP, "--model.probe=linear", "--train.log_every=1")
+    with pytest.raises(NonFiniteLoss, match="not finite at step 3: loss nan, gradient norm nan"):
+        run(videos, tmp_path / "stop", *edits)
+    steps.clear()
+    assert run(videos, tmp_path / "skip", *edits, "--train.on_nonfinite=skip") == 6
+    sweep = tmp_path / "skip" / "sweep"
+    assert all(tensor.isfinite().all() for tensor in load_state(sweep)["model"].values())
+    lines = [json.loads(line) for line in (sweep / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert [loss is None for loss in losses] == [False, False, True, False, False, False]
+
+
+TOO_LARGE = 1e38  # a learning rate after whose first step the logits overflow
+
+
+def test_a_head_that_is_not_finite_is_said_and_not_chosen(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run(videos, tmp_path, *PLAIN, *PROBE, "--model.probe=linear", f"--sweep.lr=[{TOO_LARGE},1e-3]")
+    sweep = read_json(tmp_path / "metrics.json")["sweep"]
+    assert (sweep["chosen"]["head"], sweep["heads"][0]["held_out_top1"]) == (1, None)
+    assert re.search(r"1e\+38 +0.05 +not finite\n", capsys.readouterr().out)
+    assert draw_sweep(read_run(tmp_path)).index(">chosen<") < draw_sweep(read_run(tmp_path)).index(">not finite<")
+
+
+def test_a_sweep_without_a_finite_head_is_an_error(videos: Path, tmp_path: Path) -> None:
+    rates = f"--sweep.lr=[{TOO_LARGE},{2 * TOO_LARGE}]"
+    with pytest.raises(UserError, match="the logits of all 2 heads of the sweep are not finite, so there is none to"):
+        run(videos, tmp_path, *PLAIN, *PROBE, "--model.probe=linear", rates, "--train.on_nonfinite=skip")
+    assert not (tmp_path / "metrics.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ class Optimization:
         """Scale the gradients down to `clip_grad`; return their total norm before that, left on its device.
 
         Of heads in a sweep each is clipped by its own norm, and one whose gradients are not finite has none in this
-        step: no head depends on another.
+        step: no head depends on another. The total is of the others; NaN if no head's gradients are finite.
         """
         if any("head" in group for group in self.optimizer.param_groups):
             return self._clip_heads()
@@ -88,15 +88,16 @@ class Optimization:
         gradients: dict[int, list[Tensor]] = {}
         for group in self.optimizer.param_groups:
             gradients.setdefault(group["head"], []).extend(p.grad for p in group["params"] if p.grad is not None)
-        squares = []
+        norms = []
         for own in gradients.values():
             norm = nn.utils.get_total_norm(own)
             scale = torch.ones_like(norm) if self.clip_grad is None else (self.clip_grad / (norm + 1e-6)).clamp(max=1)
             scale = scale.where(norm.isfinite(), 0)
             for gradient in own:
                 gradient.nan_to_num_(0, 0, 0).mul_(scale)
-            squares.append(norm.where(norm.isfinite(), 0).square())
-        return torch.stack(squares).sum().sqrt()
+            norms.append(norm)
+        every = torch.stack(norms)
+        return every.where(every.isfinite(), 0).norm().where(every.isfinite().any(), torch.nan)
 
 
 def head_groups(named: Iterable[tuple[str, nn.Parameter]], heads: Sequence[tuple[float, float]]) -> list[dict]:
@@ -124,7 +125,8 @@ def parameter_groups(
     """Group parameters by learning-rate scale (`lr_scale`), with and without weight decay.
 
     Every parameter that learns is in exactly one group. Vectors and position tables have no weight decay (MAE decays
-    its 3-D mask token; ours is a vector).
+    its 3-D mask token; ours is a vector). The 3-D positions and class token of pytorchvideo's MViT have: PySlowFast's
+    configurations for Kinetics set MVIT.ZERO_DECAY_POS_CLS to False.
 
     Args:
         named: the parameters by name.

@@ -41,7 +41,8 @@ class OptimConfig:
     warmup_steps: Annotated[int | None, Bounds(least=0)] = None
     """Warm-up in optimizer steps; replaces warmup_epochs, as train.max_steps replaces train.epochs."""
     weight_decay: Annotated[float, Bounds(least=0)] = 0.05
-    """Weight decay of matrices and kernels; vectors (biases, norms, the mask token) and positions have none."""
+    """Weight decay of matrices and kernels; vectors (biases, norms, the mask token) and positions have none. Of
+    pytorchvideo's MViT positions and class token have it, as in its published training."""
     layer_decay: Annotated[float, Bounds(above=0, most=1)] = 1.0
     """Finetuning: learning rate of a layer divided by that of the layer after it."""
     betas: Annotated[tuple[float, float], Bounds(least=0, below=1)] = (0.9, 0.95)
@@ -95,7 +96,8 @@ class TrainConfig:
     keep_every: Annotated[float | None, Bounds(above=0)] = None
     """Epochs between checkpoints that are never removed; none: no such checkpoints."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """After a non-finite loss or gradient (which never reaches the weights): stop the run, or skip the step."""
+    """After a non-finite loss or gradient, which reaches neither weights nor running statistics: stop the run, or skip
+    the step."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "train.{}")

@@ -201,6 +201,12 @@ def _synchronise_batch_norms(model: nn.Module) -> None:
                 setattr(parent, name, synced.to(next(norm.buffers()).device).train(norm.training))
 
 
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Return what a forward pass changes in a model that trains: BatchNorm's buffers, whole on every process."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model under DDP; a sharded model is its own."""
     return model.module if isinstance(model, DistributedDataParallel) else model

@@ -71,8 +71,8 @@ def measure_heads(inference: ListInference) -> Values:
     """Measure the accuracy of every head on a labelled list; the same on every rank.
 
     Returns:
-        top1_of_heads: in the order of the heads; 0 for one whose logits are not finite.
-        top1: the highest.
+        top1_of_heads: in the order of the heads; None for one whose logits are finite for no record.
+        top1: the highest; None: no head has one.
         scored, failed: records.
     """
     model, labels = inference.model, inference.views.records.labels
@@ -86,19 +86,31 @@ def measure_heads(inference: ListInference) -> Values:
 
     result = inference.run(answers, (model.head_count,))
     read = ~result.failed
-    hits = result.values[read] == labels[read, None]
-    top1 = hits.mean(axis=0).tolist() if read.any() else [0.0] * model.head_count
+    chosen = result.values[read]
+    top1 = (chosen == labels[read, None]).mean(axis=0) if read.any() else np.zeros(model.head_count)
+    is_dead = (chosen < 0).all(axis=0) & read.any()
+    of_heads = [None if dead else score for score, dead in zip(top1.tolist(), is_dead)]
     return {
-        "top1": max(top1),
-        "top1_of_heads": top1,
+        "top1": max((score for score in of_heads if score is not None), default=None),
+        "top1_of_heads": of_heads,
         "scored": int(read.sum()),
         "failed": int(result.failed.sum()),
     }
 
 
-def choose_head(scores: Sequence[float]) -> int:
-    """Return the head with the highest score, the first of equals."""
-    return int(np.argmax(scores))
+def choose_head(scores: Sequence[float | None]) -> int:
+    """Return the head with the highest score, the first of equals; None: its logits are not finite.
+
+    Raises:
+        UserError: no head has a score.
+    """
+    alive = {head: score for head, score in enumerate(scores) if score is not None}
+    if not alive:
+        raise UserError(
+            f"the logits of all {len(scores)} heads of the sweep are not finite, so there is none to choose; try "
+            "smaller sweep.lr or optim.clip_grad, with another --output"
+        )
+    return max(alive, key=lambda head: alive[head])
 
 
 def take_head(weights: dict[str, Tensor], head: int) -> dict[str, Tensor]:
@@ -187,5 +199,6 @@ def format_table(heads: Sequence[dict[str, Any]], chosen: int, records: int) -> 
     lines = [f"{'lr':>10} {'weight decay':>13} {'held-out top-1':>15}   ({records} records of the training list)"]
     for number, head in enumerate(heads):
         mark = "  chosen" if number == chosen else ""
-        lines.append(f"{head['lr']:>10.3g} {head['weight_decay']:>13.3g} {head['held_out_top1']:>15.4f}{mark}")
+        top1 = "not finite" if head["held_out_top1"] is None else f"{head['held_out_top1']:.4f}"
+        lines.append(f"{head['lr']:>10.3g} {head['weight_decay']:>13.3g} {top1:>15}{mark}")
     return lines

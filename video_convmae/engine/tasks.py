@@ -182,10 +182,9 @@ class ProbeSweep(Classification):
     """Several heads on the same clips: loss and accuracy are their mean, the gradient is that of each alone."""
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of logits `(heads, B, classes)`."""
+        """Return the loss of logits `(heads, B, classes)`: the mean of those heads whose own is finite; none: NaN."""
         every = F.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits), 1), reduction="none")
         losses = every.view(len(logits), -1).mean(dim=1)
         # A head whose loss is not finite adds nothing; its gradients are dropped (`Optimization.clip_gradients`).
-        finite = torch.where(losses.isfinite(), losses, torch.zeros_like(losses))
-        total = finite.sum()
-        return total + (finite.mean() - total).detach()
+        total = losses.where(losses.isfinite(), 0).sum()
+        return total + (losses.where(losses.isfinite(), torch.nan).nanmean() - total).detach()

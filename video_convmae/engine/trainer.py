@@ -43,7 +43,7 @@ from .log import (
 from .metrics import StepMetrics, Stopwatch
 from .optim import Optimization
 from .options import LogConfig, TrainConfig
-from .parallel import full_tensor, is_sharded, no_sync, unwrap
+from .parallel import full_tensor, is_sharded, no_sync, running_statistics, unwrap
 from .run_folder import claim, write_config
 from .tasks import Task, autocast
 from .validation import Validation, Validator
@@ -106,7 +106,8 @@ class TrainState:
             parts["ema"] = None
         checkpoint.fill({f"{part}/{name}": t for part, values in parts.items() for name, t in (values or {}).items()})
         self.model.load_state_dict(parts["model"])
-        self.scaler.load_state_dict(checkpoint.info["scaler"])
+        if checkpoint.info["scaler"]:  # empty if it was not fp16 so far: the scale is found anew
+            self.scaler.load_state_dict(checkpoint.info["scaler"])
         if self.ema is not None:
             self.ema.resume(self.model if parts["ema"] is None else None)
         if self.teacher is not None:
@@ -202,6 +203,7 @@ class Trainer:
         scaler = torch.amp.GradScaler(info.device.type, enabled=train.precision == "fp16")
         ema = None if train.ema is None else EMA(model, train.ema)
         self.state = TrainState(model, optimization.optimizer, scaler, ema, run_config, records, teacher=task.average)
+        self.statistics = running_statistics(model)
         self.metrics = StepMetrics()
         self.skipped = 0  # steps in a row, up to now, whose gradients were not finite
         self.stopwatch = Stopwatch(info.device, log.profile)
@@ -331,14 +333,16 @@ class Trainer:
     def train_step(self, batches: Iterator[AnyBatch]) -> None:
         """Take one optimizer step: gradients of `accumulate` batches, clipped; the weights, and their average.
 
-        Non-finite gradients leave the weights untouched. A fused optimizer skips a step whose `found_inf` is 1: the
-        way in which GradScaler tells it, used here at every precision, so that the host does not wait for the device.
-        For an optimizer that is not fused (LARS) the host waits.
+        Non-finite gradients leave the model untouched. A fused optimizer skips a step whose `found_inf` is 1: the way
+        in which GradScaler tells it, used here at every precision, so that the host does not wait for the device. For
+        an optimizer that is not fused (LARS) the host waits. Running statistics, which the forward pass has changed
+        before anything is known, are put back. The norm is that of all ranks, so all do the same.
         """
         state, optimizer, scaler, parts = self.state, self.state.optimizer, self.state.scaler, self.train.accumulate
         torch.manual_seed(sample_generator(self.seed, state.step, self.info.rank, STEP).initial_seed())
         step_loss = torch.zeros((), device=self.info.device)
         self.task.step = state.step
+        before = [statistic.clone() for statistic in self.statistics]
         for part in range(parts):
             batch = self._next_batch(batches, may_stop=part == 0)
             heartbeat(f"step {state.step + 1}: forward and backward pass, with the other ranks' gradients")
@@ -357,14 +361,17 @@ class Trainer:
                 group["lr"] = lr * group["lr_scale"]
             scaler.unscale_(optimizer)
             norm = self.optimization.clip_gradients()
+            is_finite = norm.isfinite()
             fused = optimizer.defaults.get("fused", False)
             if fused and not scaler.is_enabled():
                 optimizer.grad_scale = None  # type: ignore[attr-defined]  # both are how GradScaler speaks to it
-                optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-            if fused or scaler.is_enabled() or norm.isfinite():
+                optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+            if fused or scaler.is_enabled() or is_finite:
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            for statistic, old in zip(self.statistics, before):
+                torch.where(is_finite, statistic, old, out=statistic)
             for average in filter(None, (state.ema, state.teacher)):
                 average.update(state.model, state.step)
         state.step += 1

@@ -319,7 +319,8 @@ def draw_sweep(run: Run) -> str:
         return ""
     sweep = run.metrics["sweep"]
     chosen = sweep["chosen"]["head"]
-    heads = sorted(enumerate(sweep["heads"]), key=lambda each: each[1]["held_out_top1"], reverse=True)
+    scores = [-1.0 if head["held_out_top1"] is None else head["held_out_top1"] for head in sweep["heads"]]
+    heads = sorted(enumerate(sweep["heads"]), key=lambda each: scores[each[0]], reverse=True)
     rows = [
         ("chosen" if number == chosen else "", f"{head['lr']:g}", f"{head['weight_decay']:g}", (show(top1, "%"), top1))
         for number, head in heads
