@@ -131,6 +131,16 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def files_read(run: Run) -> list[Path]:
+    """Return the files that a page of a run is made of: everything in its folder but pages, and its lists."""
+    data, probe = run.config["data"], run.config.get("probe") or {}
+    train = data.get("train")
+    listed = [each["list"] for each in train] if isinstance(train, list) else [train]
+    listed += [data.get("validation"), probe.get("list")]
+    own = [path for path in run.folder.rglob("*") if path.is_file() and path.suffix != ".html"]
+    return own + [Path(path) for path in listed if path]
+
+
 # Head
 
 
