@@ -449,6 +449,19 @@ def test_predict_prints_and_draws_a_timeline(
         assert (best["name"], float(row["score1"])) == (row["class1"], pytest.approx(best["score"], rel=1e-4))
 
 
+def test_a_folder_without_times_is_reported_and_the_next_file_is_predicted(
+    run: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    save_series(tmp_path / "frames", 8, "img_*.png")
+    video = str(videos / "a.mp4")
+    given = [str(run), str(tmp_path / "frames"), video, "--window=4", "--fps=5", "--hop=10", "--device=cpu"]
+    assert run_command("predict", given) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == video
+    assert "cannot be read" in err
+    assert "frames: nothing says when its frames are shown" in err
+
+
 def test_a_window_that_spans_the_video_has_the_answer_of_its_middle_view(run: Path, tmp_path: Path) -> None:
     video = encode(tmp_path / "short.mp4", 7, tick=Fraction(1, 25))  # 4 frames, 2 apart
     loaded = load(run)
