@@ -282,6 +282,23 @@ def test_a_broken_video_keeps_the_windows_before_and_is_reported(alone: Path, vi
     }
 
 
+@pytest.mark.parametrize("windows", [True, False])
+def test_features_of_nothing_are_a_failure(
+    windows: bool, run: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """What says why is written; the windows before the place where a video breaks are something."""
+    (tmp_path / "list.txt").write_text("bad.mp4 0\nnowhere.mp4 1\n")
+    given = [f"--root={videos}"] if windows else [f"--root={videos}", "--window=null", "--hop=null"]
+    assert run_command("features", options(run, tmp_path, tmp_path / "out", *given)) == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert "none of the 2 records could be read" in error
+    assert len((tmp_path / "out" / "bad_records.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "out" / "features.npz").exists()
+    if windows:
+        (tmp_path / "list.txt").write_text("breaks.mp4 0\n")
+        assert run_command("features", options(run, tmp_path, tmp_path / "some", *given)) == 0
+
+
 @pytest.mark.slow
 def test_two_processes_with_loading_processes_write_the_same_bytes(
     run: Path, videos: Path, alone: Path, tmp_path: Path

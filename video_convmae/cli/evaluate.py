@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from video_convmae.cli.parser import run_command
+from video_convmae.cli.parser import parse
 from video_convmae.config import EvaluateConfig, InferenceConfig, LabelledDataConfig, replace_options, to_plain
 from video_convmae.engine.options import ProtocolConfig
 from video_convmae.errors import UserError
@@ -220,6 +220,18 @@ def metrics_line(metrics: dict[str, Any]) -> str:
     return f"{accuracy}; {counts}; {metrics['videos_per_second']:.1f} videos/s"
 
 
+def nothing_was_read(count: int, folder: Path) -> UserError:
+    """Return the error of a command that wrote its files, which hold no record."""
+    return UserError(
+        f"none of the {count} records could be read ({folder / 'bad_records.jsonl'} says why); check --root and the "
+        "files: video-convmae check-videos names the bad ones"
+    )
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit status."""
-    return run_command(EvaluateConfig, evaluate, arguments)
+    """Run the command; return the exit status. Raises a UserError if nothing was scored."""
+    config = parse(EvaluateConfig, arguments)
+    metrics = evaluate(config)
+    if not metrics["scored"]:
+        raise nothing_was_read(metrics["failed"], Path(config.output))
+    return 0

@@ -29,14 +29,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from video_convmae.cli.evaluate import load_model, merge_options, output_folder
+from video_convmae.cli.evaluate import load_model, merge_options, nothing_was_read, output_folder
 from video_convmae.cli.parser import run_command
 from video_convmae.config import FeaturesConfig, to_plain
 from video_convmae.data.options import VIDEO_SUFFIXES
 
 
 def extract_features(config: FeaturesConfig) -> Path:
-    """Extract features; return the path of their file."""
+    """Extract features; return the path of their file.
+
+    Raises:
+        UserError: an option does not fit, or no record could be read; the files that say so are written.
+    """
     from video_convmae import build
     from video_convmae.data.records import Record, Records, read_list
     from video_convmae.engine.distributed import barrier, init_distributed
@@ -97,13 +101,17 @@ def extract_features(config: FeaturesConfig) -> Path:
         if info.is_main:
             if plan is None:
                 bad_records = write_features(chunks, shape, records, file, about)
+                is_empty = len(bad_records) == len(records)
             else:
                 store = WindowStore(chunks, shape, info.rank)
                 bad_records = write_windows(store, records, data.root, plan, folder, about)
+                is_empty = not len(store.places())
             write_bad_records(bad_records, folder)
             shutil.rmtree(folder / "partial")
             failed = f"{len(bad_records)} failed" + (f" ({folder / 'bad_records.jsonl'})" if bad_records else "")
             print(f"{file}: {len(records) - len(bad_records)} records read, {failed}", flush=True)
+            if is_empty:
+                raise nothing_was_read(len(records), folder)
     return file
 
 
