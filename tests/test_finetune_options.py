@@ -102,6 +102,25 @@ def test_parts_that_cannot_be_frozen_are_errors(settings: dict, message: str) ->
         create_classifier(size, num_classes=3, **({**VIDEO, **settings} if size == "tiny" else settings))
 
 
+@pytest.mark.parametrize(
+    ("edits", "said"),
+    [
+        (["--model.lora_rank=2"], "random weights of the encoder are frozen (model.lora_rank is 2)"),
+        (
+            ["--model.freeze=[conv_stages]", "--model.freeze_blocks=1"],
+            "random weights of the encoder are frozen (model.freeze is ['conv_stages'], model.freeze_blocks is 1)",
+        ),
+        ([], None),
+    ],
+)
+def test_a_run_that_freezes_random_weights_says_so(
+    edits: list[str], said: str | None, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run(videos, tmp_path, *PLAIN, *SMALL, "--train.max_steps=1", "--train.batch_size=4", *edits)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("init.weights is none")]
+    assert lines == ([] if said is None else [f"init.weights is none: {said}"])
+
+
 # LoRA
 
 
