@@ -215,7 +215,10 @@ def metrics_line(metrics: dict[str, Any]) -> str:
         accuracy = "no record that was scored has a label"
     else:
         names = {"map": "mAP", "top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class", "macro_f1": "F1"}
-        accuracy = ", ".join(f"{title} {metrics[name]:.2%}" for name, title in names.items() if name in metrics)
+        chance = metrics.get("chance_map")
+        beside = {} if chance is None else {"map": f" (chance {chance:.2%})"}
+        shown = {name: title for name, title in names.items() if name in metrics}
+        accuracy = ", ".join(f"{title} {metrics[name]:.2%}{beside.get(name, '')}" for name, title in shown.items())
     counts = f"{metrics['scored']} records scored, {metrics['failed']} failed"
     return f"{accuracy}; {counts}; {metrics['videos_per_second']:.1f} videos/s"
 

@@ -303,7 +303,8 @@ class Shown:
             values = {"mAP": "map", "mAP of scores that tell nothing": "chance_map", "macro F1": "macro_f1"}
             several = [(words, show(metrics[name], "%")) for words, name in values.items()]
             several += [(f"records {words}", f"{metrics[words]:,}") for words in ("scored", "failed")]
-            return draw_note(about) + draw_table(("", "several classes a record"), several)
+            table = draw_table(("", "several classes a record"), several)
+            return draw_note(about) + table + _draw_verdict(evaluation.judge()["verdict"])
         top1 = metrics["top1"]
         if top1 is None:
             raise UserError("no record that was scored has a label")
@@ -321,12 +322,8 @@ class Shown:
         ]
         rows += [("share predicted most often", show(metrics["predicted_largest"], "%"))]
         rows += [("records scored", f"{scored:,}"), ("could not be read", f"{metrics['failed']:,}")]
-        verdict = evaluation.judge(self.names)["verdict"]
-        return (
-            draw_note(about)
-            + draw_table(("", "accuracy ± standard error"), rows)
-            + (f'<p class="verdict bad">{escape(verdict)}</p>' if verdict else "")
-        )
+        table = draw_table(("", "accuracy ± standard error"), rows)
+        return draw_note(about) + table + _draw_verdict(evaluation.judge(self.names)["verdict"])
 
     def confusion(self) -> str:
         """Return the confusion matrix, and the pairs that are confused most often."""
@@ -413,6 +410,10 @@ class Shown:
         if not count:
             return []
         return [f"{count} {what} are left out: the page holds {MOST_BYTES / 1e6:g} MB of clips at most."]
+
+
+def _draw_verdict(verdict: str | None) -> str:
+    return f'<p class="verdict bad">{escape(verdict)}</p>' if verdict else ""
 
 
 def _draw_matrix(shares: np.ndarray, labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> str:
