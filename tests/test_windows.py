@@ -282,6 +282,20 @@ def test_a_broken_video_keeps_the_windows_before_and_is_reported(alone: Path, vi
     }
 
 
+def test_a_single_frame_is_shown_for_as_long_as_the_rate_says(run: Path, tmp_path: Path) -> None:
+    """A picture has no rate, and no length."""
+    encode(tmp_path / "one.mp4", 1, tick=Fraction(1, 25))
+    save_series(tmp_path / "pictures", 1, "img_*.png")
+    (tmp_path / "list.txt").write_text("one.mp4 0\n")
+    extracted(run, tmp_path, tmp_path / "out")
+    (row,) = rows_of(tmp_path / "out" / "windows.csv")
+    assert (row["start_seconds"], row["end_seconds"]) == ("0.0", "0.04")
+    (facts,) = json.loads((tmp_path / "out" / "windows.json").read_text())["database"].values()
+    assert (facts["duration"], facts["fps"], facts["frame"]) == (0.04, 25.0, 1)
+    (window,) = load(run).windows(next((tmp_path / "pictures").iterdir()))
+    assert window.span == Span(0, 1, 0.0, 0.0)
+
+
 @pytest.mark.parametrize("windows", [True, False])
 def test_features_of_nothing_are_a_failure(
     windows: bool, run: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
