@@ -16,7 +16,7 @@ writes features.npz into the folder, and bad_records.jsonl if a record could not
 reads videos of any length in windows, each video once and with a few frames in memory: a row of features.npz is a
 window, windows.csv says where it lies (row, record, start_frame, end_frame, start_seconds, end_seconds), and windows/
 has an array for each video, as ActionFormer and OpenTAD read them (docs/evaluation.md, Long videos). --list may name a
-single video.
+single video, or its URL.
 
 The weights may be anything that video_convmae.load takes. An interrupted extraction resumes with the same command, and
 the file is the same for any number of processes.
@@ -116,8 +116,19 @@ def extract_features(config: FeaturesConfig) -> Path:
 
 
 def is_video(path: str) -> bool:
-    """Return whether a path is that of a single video, in place of a list."""
-    return path.lower().endswith(VIDEO_SUFFIXES) and Path(path).is_file()
+    """Return whether a path, or a URL, is that of a single video, in place of a list.
+
+    Raises:
+        UserError: the library that opens this URL is not installed.
+    """
+    from video_convmae.data.remote import check_url, is_url
+
+    if not path.lower().endswith(VIDEO_SUFFIXES):
+        return False
+    if not is_url(path):
+        return Path(path).is_file()
+    check_url(path)
+    return True
 
 
 def main(arguments: Sequence[str]) -> int:
