@@ -479,7 +479,7 @@ class FeaturesConfig(InferenceConfig):
     """Features of windows over whole videos of any length: frames that a window shows, as many as the model takes,
     `stride` frames of the file apart; none: one row a record."""
     hop: Annotated[int | None, Bounds(least=1)] = None
-    """Frames of the file between the starts of two windows; none: window x stride."""
+    """Frames of the file between the starts of two windows; none: window x stride. With fps it is required."""
     pool: Pool | None = None
     """How tokens are pooled: mean, difference, motion, frames, attentive (docs/finetuning.md, Pooling); none: as before
     a classifier's head, else the mean."""
