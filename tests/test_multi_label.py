@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,7 +203,10 @@ def test_a_report_has_the_precision_of_several_classes(trained: Path) -> None:
     with init_distributed("cpu") as info:
         report = make_report(trained, info, records=8)
     assert "mAP" in report.html
-    assert [reason for _, reason in report.missing].count("records have several classes each") == 3
+    assert [title for title, _ in report.missing] == ["Confusion", "Most confident mistakes"]
+    rows = re.findall(r'<tr><th scope="row">(\d)</th><td[^>]*>(\d)</td>.*?</tr>', report.html, re.DOTALL)
+    assert sorted(rows) == [("0", "4"), ("1", "4"), ("2", "2")]  # records of each class
+    assert "average precision" in report.html
     assert "always answering" not in report.html
     assert "better than scores that tell nothing" in report.html
     assert "chance " in report.html
