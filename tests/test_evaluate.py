@@ -18,6 +18,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accur
 from states import interrupt_and_resume, load_state
 
 from video_convmae.build import build_views
+from video_convmae.cli import run as run_cli
 from video_convmae.cli.evaluate import evaluate as run
 from video_convmae.cli.evaluate import metrics_line as summary
 from video_convmae.cli.finetune import finetune
@@ -215,6 +216,20 @@ def test_a_list_of_bad_files_says_so(trained: Path, videos: Path, tmp_path: Path
     assert (metrics["top1"], metrics["scored"], metrics["failed"]) == (None, 0, 1)
     assert summary(metrics).startswith("no record could be read; 0 records scored, 1 failed")
     assert summary(metrics | {"scored": 1}).startswith("no record that was scored has a label")
+
+
+def test_a_test_of_nothing_has_failed(
+    trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """What says why is written; a record that was read is enough."""
+    (tmp_path / "list.txt").write_text(f"{videos / 'bad.mp4'} 1\nnowhere.mp4 0\n")
+    assert run_cli("evaluate", options(trained, tmp_path, tmp_path / "test", "--workers=0")) == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert "none of the 2 records could be read" in error
+    assert json.loads((tmp_path / "test" / "metrics.json").read_text())["failed"] == 2
+    assert len((tmp_path / "test" / "bad_records.jsonl").read_text().splitlines()) == 2
+    (tmp_path / "list.txt").write_text(f"{videos / 'bad.mp4'} 1\n{videos / '0.mp4'} 0\n")
+    assert run_cli("evaluate", options(trained, tmp_path, tmp_path / "some", "--workers=0")) == 0
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [(["--plot"], True), (["--plot", "true"], True), ([], False)])

@@ -20,11 +20,15 @@ from test_finetune import PLAIN, log, run
 from timm.layers import DropPath
 
 from video_convmae import create_autoencoder, create_classifier, load, load_weights
+from video_convmae.cli.finetune import finetune
+from video_convmae.config import FinetuneConfig, LabelledDataConfig, ListConfig
 from video_convmae.data.datasets import SampleKey
 from video_convmae.data.loader import BatchPlan, ResumableBatchSampler, balanced_order
 from video_convmae.engine.optim import parameter_groups
+from video_convmae.errors import UserError
 from video_convmae.models.classifier import Classifier
 from video_convmae.models.lora import merge_lora
+from video_convmae.models.sizes import ClassifierConfig
 from video_convmae.weights.formats import read_weights
 
 VIDEO = {"num_frames": 4, "image_size": 32, "widths": (16, 24, 32), "depths": (1, 1, 3), "heads": 2}
@@ -96,6 +100,25 @@ def test_parts_that_cannot_be_frozen_are_errors(settings: dict, message: str) ->
     size = settings.pop("size", "tiny")
     with pytest.raises(ValueError, match=message):
         create_classifier(size, num_classes=3, **({**VIDEO, **settings} if size == "tiny" else settings))
+
+
+@pytest.mark.parametrize(
+    ("edits", "said"),
+    [
+        (["--model.lora_rank=2"], "random weights of the encoder are frozen (model.lora_rank is 2)"),
+        (
+            ["--model.freeze=[conv_stages]", "--model.freeze_blocks=1"],
+            "random weights of the encoder are frozen (model.freeze is ['conv_stages'], model.freeze_blocks is 1)",
+        ),
+        ([], None),
+    ],
+)
+def test_a_run_that_freezes_random_weights_says_so(
+    edits: list[str], said: str | None, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run(videos, tmp_path, *PLAIN, *SMALL, "--train.max_steps=1", "--train.batch_size=4", *edits)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("init.weights is none")]
+    assert lines == ([] if said is None else [f"init.weights is none: {said}"])
 
 
 # LoRA
@@ -250,3 +273,32 @@ def test_patience_that_makes_no_sense_is_an_error(
     with pytest.raises((SystemExit, ValueError)) as error:
         run(videos, tmp_path, "--validate.patience=2", *edits)
     assert message in str(error.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("probe", ["knn", "logistic"])
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ("--data.balanced=true", "data.balanced is True and model.probe {}, which is fitted to every record once"),
+        ("--data.repeats=3", "data.repeats is 3 and model.probe {}, which is fitted to every record once"),
+    ],
+)
+def test_a_probe_that_is_fitted_at_once_refuses_what_it_would_ignore(
+    probe: str, edit: str, message: str, videos: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        run(videos, tmp_path / "run", f"--model.probe={probe}", "--optim.layer_decay=1", edit)
+    assert message.format(probe) in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_probe_that_is_fitted_at_once_refuses_weights_of_a_mixture(videos: Path, tmp_path: Path) -> None:
+    one, model = str(videos / "list.txt"), ClassifierConfig(size="tiny", probe="knn")
+
+    def config(*weights: float | None) -> FinetuneConfig:
+        data = LabelledDataConfig(tuple(ListConfig(one, str(videos), weight) for weight in weights))
+        return FinetuneConfig(output=str(tmp_path / "run"), data=data, model=model, device="cpu")
+
+    with pytest.raises(UserError, match=r"data\.train has lists whose weight is 2 and"):
+        finetune(config(2, 1))
+    config(None, None).check_fitted()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,26 @@ def test_map_and_f1_are_scikit_learns(seed: int, records: int, classes: int, lev
     assert metrics["macro_f1"] == pytest.approx(f1_score(labels, answers, average="macro", zero_division=0), abs=1e-9)
 
 
+def evaluation(targets: np.ndarray, scores: np.ndarray) -> Evaluation:
+    labels = np.where(targets.any(axis=1), targets.argmax(axis=1), -1)
+    return Evaluation(scores.astype(np.float32), labels, np.zeros(len(labels), bool), (), 0, targets)
+
+
+def test_map_is_judged_by_chance() -> None:
+    """Scores that tell nothing are not above it, even of few records, whose mAP is then above the classes' shares."""
+    random = np.random.default_rng(0)
+    learned = []
+    for _ in range(100):
+        targets, scores = random.random((12, 4)) < 0.3, random.random((12, 4))
+        judged = evaluation(targets, scores).judge()
+        learned.append(judged["learned"])
+        assert (judged["verdict"] is None) == judged["learned"]
+    assert 5 < sum(learned) < 35  # 16% of a normal distribution lie above a standard deviation
+    assert "no better than chance: mAP " in (evaluation(targets, np.full((12, 4), 0.3)).judge()["verdict"] or "")
+    assert evaluation(targets, targets + scores).judge() == {"learned": True, "verdict": None}
+    assert evaluation(targets[:0], scores[:0]).judge() == {"learned": None, "verdict": None}
+
+
 # Mixing
 
 
@@ -147,14 +168,20 @@ def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_learns_several_classes_and_is_tested(trained: Path, videos: Path, tmp_path: Path) -> None:
+def test_a_run_learns_several_classes_and_is_tested(
+    trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["val_map"] > metrics["val_chance_map"] + 0.2
     assert metrics["best"]["map"] >= metrics["last"]["map"] == metrics["val_map"]
+    assert (metrics["learned"], metrics["verdict"]) == (True, None)
     options = [f"--weights={trained}", f"--output={tmp_path}", "--workers=0", "--device=cpu"]
     tested = evaluate(parse(EvaluateConfig, [*options, "--segments=1", "--crops=1"]))
     assert {"map", "macro_f1", "chance_map", "scored", "failed"} <= tested.keys()
     assert tested["map"] == pytest.approx(metrics["val_map"], abs=1e-6)
+    assert tested["learned"] is True
+    said = capsys.readouterr().out
+    assert f"mAP {tested['map']:.2%} (chance {tested['chance_map']:.2%}), F1 " in said
     with np.load(tmp_path / "scores.npz", allow_pickle=False) as file:
         expected = average_precision_score(file["labels"], file["scores"], average="macro")
         assert tested["map"] == pytest.approx(expected, abs=1e-6)
@@ -176,8 +203,13 @@ def test_a_report_has_the_precision_of_several_classes(trained: Path) -> None:
     with init_distributed("cpu") as info:
         report = make_report(trained, info, records=8)
     assert "mAP" in report.html
-    assert [reason for _, reason in report.missing].count("records have several classes each") == 3
+    assert [title for title, _ in report.missing] == ["Confusion", "Most confident mistakes"]
+    rows = re.findall(r'<tr><th scope="row">(\d)</th><td[^>]*>(\d)</td>.*?</tr>', report.html, re.DOTALL)
+    assert sorted(rows) == [("0", "4"), ("1", "4"), ("2", "2")]  # records of each class
+    assert "average precision" in report.html
     assert "always answering" not in report.html
+    assert "better than scores that tell nothing" in report.html
+    assert "chance " in report.html
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from fsspec.registry import known_implementations
 from PIL import Image
 from test_loader import clips_of
 
+from video_convmae.cli import run as run_command
 from video_convmae.cli.parser import parse
 from video_convmae.cli.pretrain import pretrain
 from video_convmae.config import DataConfig, PretrainConfig
@@ -132,6 +133,9 @@ def test_a_list_its_root_and_its_class_names_may_be_urls(folder: Path) -> None:
     assert [record.path for record in records] == [f"{root}/{i}.mp4" for i in range(3)]
     assert records.digest(root) == read_list(folder / "list.txt", root=folder).digest(folder)
     assert class_names(f"{root}/list.txt", root) == ["cat", "dog"]
+    assert class_names("list.txt", labels=f"{root}/list.labels.txt") == ["cat", "dog"]
+    with pytest.raises(ListError, match=r"cannot read the class names memory://data/none\.txt: no such object"):
+        class_names("list.txt", labels=f"{root}/none.txt")
     (folder / "urls.txt").write_text(f"{root}/1.mp4\n{folder / '0.mp4'}\n")
     mixed = read_list(folder / "urls.txt", root="/elsewhere")
     assert [record.path for record in mixed] == [f"{root}/1.mp4", str(folder / "0.mp4")]
@@ -231,6 +235,20 @@ def test_a_library_that_is_missing_is_named_at_the_start(tmp_path: Path, monkeyp
         read_records(DataConfig(str(tmp_path / "list.txt"), root="nothing://data"))
 
 
+@pytest.mark.parametrize("command", ["check-videos", "pack-videos"])
+@pytest.mark.parametrize("arguments", [["LIST", "--root=http://host/data"], ["http://host/list.txt"]])
+def test_a_url_in_place_of_a_path_of_this_machine_is_named_whole(
+    command: str, arguments: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = [argument.replace("LIST", str(folder / "list.txt")) for argument in arguments]
+    with pytest.raises(SystemExit) as ended:
+        run_command(command, [*given, f"--out={tmp_path / 'out'}"])
+    assert ended.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"it is 'http://host/\S+', a URL; expected a path on this machine", error)
+    assert not (tmp_path / "out").exists()
+
+
 class Server(http.server.SimpleHTTPRequestHandler):
     """Serves files whole, as Python's own server does; `cut.mp4` is announced longer than what is sent."""
 
@@ -256,6 +274,14 @@ def server(folder: Path) -> Iterator[str]:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
+
+
+def test_features_of_a_video_by_url(folder: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = ["--weights=tiny-moving-digits", f"--list={server}/0.mp4", "--window=8", "--stride=1", "--hop=10"]
+    assert run_command("features", [*given, f"--output={tmp_path / 'out'}", "--device=cpu", "--workers=0"]) == 0
+    assert [path.name for path in (tmp_path / "out" / "windows").iterdir()] == ["0.npy"]
+    assert f"0,{server}/0.mp4,0,8," in (tmp_path / "out" / "windows.csv").read_text()
 
 
 @pytest.mark.slow

@@ -139,6 +139,18 @@ def test_a_run_that_goes_on_says_so_and_one_without_anything_says_what_is_missin
     assert titles(text) == ["Curves", "Accuracy", "Course of the training", "Last values", "Configuration"]
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "checkpoints/*/*", "LIST"])
+def test_a_page_replaces_no_file_that_it_is_made_of(
+    name: str, pretrained: Path, lists: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = lists / "list.txt" if name == "LIST" else next(pretrained.glob(name))
+    before = output.read_bytes()
+    assert run_cli("report", [str(pretrained), f"--output={output}", "--device=cpu"]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"{output} is read by this command" in error
+    assert output.read_bytes() == before
+
+
 def test_what_is_no_run_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run_cli("report", [str(tmp_path)]) == 1
     (error,) = capsys.readouterr().err.splitlines()

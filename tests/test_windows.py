@@ -282,6 +282,37 @@ def test_a_broken_video_keeps_the_windows_before_and_is_reported(alone: Path, vi
     }
 
 
+def test_a_single_frame_is_shown_for_as_long_as_the_rate_says(run: Path, tmp_path: Path) -> None:
+    """A picture has no rate, and no length."""
+    encode(tmp_path / "one.mp4", 1, tick=Fraction(1, 25))
+    save_series(tmp_path / "pictures", 1, "img_*.png")
+    (tmp_path / "list.txt").write_text("one.mp4 0\n")
+    extracted(run, tmp_path, tmp_path / "out")
+    (row,) = rows_of(tmp_path / "out" / "windows.csv")
+    assert (row["start_seconds"], row["end_seconds"]) == ("0.0", "0.04")
+    (facts,) = json.loads((tmp_path / "out" / "windows.json").read_text())["database"].values()
+    assert (facts["duration"], facts["fps"], facts["frame"]) == (0.04, 25.0, 1)
+    (window,) = load(run).windows(next((tmp_path / "pictures").iterdir()))
+    assert window.span == Span(0, 1, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("windows", [True, False])
+def test_features_of_nothing_are_a_failure(
+    windows: bool, run: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """What says why is written; the windows before the place where a video breaks are something."""
+    (tmp_path / "list.txt").write_text("bad.mp4 0\nnowhere.mp4 1\n")
+    given = [f"--root={videos}"] if windows else [f"--root={videos}", "--window=null", "--hop=null"]
+    assert run_command("features", options(run, tmp_path, tmp_path / "out", *given)) == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert "none of the 2 records could be read" in error
+    assert len((tmp_path / "out" / "bad_records.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "out" / "features.npz").exists()
+    if windows:
+        (tmp_path / "list.txt").write_text("breaks.mp4 0\n")
+        assert run_command("features", options(run, tmp_path, tmp_path / "some", *given)) == 0
+
+
 @pytest.mark.slow
 def test_two_processes_with_loading_processes_write_the_same_bytes(
     run: Path, videos: Path, alone: Path, tmp_path: Path
@@ -447,6 +478,19 @@ def test_predict_prints_and_draws_a_timeline(
     for window, row in zip(plain["windows"], rows):
         best = window["predictions"][0]
         assert (best["name"], float(row["score1"])) == (row["class1"], pytest.approx(best["score"], rel=1e-4))
+
+
+def test_a_folder_without_times_is_reported_and_the_next_file_is_predicted(
+    run: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    save_series(tmp_path / "frames", 8, "img_*.png")
+    video = str(videos / "a.mp4")
+    given = [str(run), str(tmp_path / "frames"), video, "--window=4", "--fps=5", "--hop=10", "--device=cpu"]
+    assert run_command("predict", given) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == video
+    assert "cannot be read" in err
+    assert "frames: nothing says when its frames are shown" in err
 
 
 def test_a_window_that_spans_the_video_has_the_answer_of_its_middle_view(run: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from video_convmae.engine.tasks import Task
 from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
 from video_convmae.errors import UserError
+from video_convmae.models.classifier import Classifier
 from video_convmae.models.probe import Probe
 from video_convmae.weights.load import LoadReport
 
@@ -217,8 +218,8 @@ def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
     if info.is_main:
         if report is not None:
             print(report)
-        elif isinstance(model, Probe) and resume_from is None:
-            print("init.weights is none: a random encoder is probed")
+        elif resume_from is None and (note := _note_frozen(model)) is not None:
+            print(f"init.weights is none: {note}")
         lists = f" of {data.train_names}" if isinstance(records, Mixture) else ""
         reader = "" if parts.reader is None else f", reader {parts.reader}"
         print(f"{len(records)} records{lists}{reader}, device {info.device} x {info.world_size}")
@@ -248,6 +249,15 @@ def build_trainer(config: RunConfig, info: DistInfo, parts: Parts) -> Trainer:
         validation=parts.validation(optimization, plan.global_batch),
         resume_from=resume_from,
     )
+
+
+def _note_frozen(model: nn.Module) -> str | None:
+    """Return what becomes of random weights that are not trained; None: all weights are."""
+    if isinstance(model, Probe):
+        return "a random encoder is probed"
+    if isinstance(model, Classifier) and (frozen := model.config.frozen):
+        return f"random weights of the encoder are frozen (model.{', model.'.join(frozen)})"
+    return None
 
 
 def _gives_one_value(module: nn.Module) -> bool:

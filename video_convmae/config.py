@@ -348,7 +348,7 @@ class FinetuneConfig(RunConfig):
             given = f"validate.patience is {self.validate.patience} and"
             if self.data.validation is None:
                 raise ValueError(f"{given} data.validation none; expected a list to validate on")
-            if self.model.probe in ("knn", "logistic"):
+            if self.is_fitted:
                 raise ValueError(f"{given} model.probe {self.model.probe}, which is fitted at once; expected none")
             if self.sweep.heads:
                 raise ValueError(f"{given} sweep has heads, which are trained equally long; expected none")
@@ -363,6 +363,34 @@ class FinetuneConfig(RunConfig):
                 f"train.batch_size x data.repeats is {clips}; mixup and cutmix take pairs: make it even, or set "
                 "mixing.mixup and mixing.cutmix to 0"
             )
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the run is a probe that is fitted at once, to each record's feature: no step is taken."""
+        return self.model.probe in ("knn", "logistic")
+
+    def check_fitted(self) -> None:
+        """Check that a probe that is fitted at once is asked for nothing that only an epoch's samples have.
+
+        Called where a run begins, not where a configuration is read: older runs, which ignored these, still load.
+
+        Raises:
+            UserError: it is asked for repeats, balanced classes or the weights of a mixture.
+        """
+        if not self.is_fitted:
+            return
+        weights = [each.weight for each in self.data.train if isinstance(each, ListConfig)]
+        asked: dict[str, tuple[Any, Any]] = {
+            "data.balanced": (self.data.balanced, False),
+            "data.repeats": (self.data.repeats, 1),
+            "data.train has lists whose weight": (next(filter(None, weights), None), None),
+        }
+        for name, (value, expected) in asked.items():
+            if value != expected:
+                raise UserError(
+                    f"{name} is {value} and model.probe {self.model.probe}, which is fitted to every record once; "
+                    f"expected {expected}"
+                )
 
     def _check_library(self) -> None:
         """Check that nothing is asked for that rests on the blocks of our models."""
@@ -451,7 +479,7 @@ class FeaturesConfig(InferenceConfig):
     """Features of windows over whole videos of any length: frames that a window shows, as many as the model takes,
     `stride` frames of the file apart; none: one row a record."""
     hop: Annotated[int | None, Bounds(least=1)] = None
-    """Frames of the file between the starts of two windows; none: window x stride."""
+    """Frames of the file between the starts of two windows; none: window x stride. With fps it is required."""
     pool: Pool | None = None
     """How tokens are pooled: mean, difference, motion, frames, attentive (docs/finetuning.md, Pooling); none: as before
     a classifier's head, else the mean."""

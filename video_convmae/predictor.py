@@ -138,7 +138,8 @@ class Predictor(hub.Pretrained):
 
         Args:
             path: the file, or a folder of frames.
-            hop: frames of the file between the starts of two windows; None: a window's frames times the stride.
+            hop: frames of the file between the starts of two windows; None: a window's frames times the stride, of fps
+                an error.
             stride: frames of the file from one of a window to the next; None: the run's.
             fps: frames a second of a window, in place of the stride; None: the run's.
             top: number of classes.
@@ -153,7 +154,8 @@ class Predictor(hub.Pretrained):
         given: dict[str, Any] = {name: value for name, value in options if value is not None}
         encoder = self.model.config
         given |= {"sampling": "dense"} if given else {}
-        data = replace_options(replace(self.config.data, train=""), {**given, "format": record_at(path).format})
+        # A file without times is a file that cannot be read, as without windows, and no contradiction of options.
+        data = replace_options(replace(self.config.data, train=""), {**given, "format": "video"})
         plan = plan_windows(data, encoder, encoder.num_frames, hop)
         test = self.config.test if isinstance(self.config, FinetuneConfig) else self.middle
         views = self._views(path, data, ViewConfig(1, test.crops, test.crop_pct))

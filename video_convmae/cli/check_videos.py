@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from video_convmae.cli.parser import CommandLine, within
+from video_convmae.cli.parser import CommandLine, local_path, within
 from video_convmae.data.options import ListFormat, ReaderName
 from video_convmae.errors import UserError
 
@@ -34,8 +34,8 @@ from video_convmae.errors import UserError
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     parser = CommandLine("check-videos", __doc__)
-    parser.add_argument("list", type=Path, metavar="LIST", help="list to check")
-    parser.add_argument("--root", type=Path, default=Path(), help="folder that its paths are relative to")
+    parser.add_argument("list", type=local_path, metavar="LIST", help="list to check")
+    parser.add_argument("--root", type=local_path, default=Path(), help="folder that its paths are relative to")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--full", action="store_true", help="decode every frame")
     parser.add_argument(

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from video_convmae.cli.parser import run_command
+from video_convmae.cli.parser import parse
 from video_convmae.config import EvaluateConfig, InferenceConfig, LabelledDataConfig, replace_options, to_plain
 from video_convmae.engine.options import ProtocolConfig
 from video_convmae.errors import UserError
@@ -215,11 +215,26 @@ def metrics_line(metrics: dict[str, Any]) -> str:
         accuracy = "no record that was scored has a label"
     else:
         names = {"map": "mAP", "top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class", "macro_f1": "F1"}
-        accuracy = ", ".join(f"{title} {metrics[name]:.2%}" for name, title in names.items() if name in metrics)
+        chance = metrics.get("chance_map")
+        beside = {} if chance is None else {"map": f" (chance {chance:.2%})"}
+        shown = {name: title for name, title in names.items() if name in metrics}
+        accuracy = ", ".join(f"{title} {metrics[name]:.2%}{beside.get(name, '')}" for name, title in shown.items())
     counts = f"{metrics['scored']} records scored, {metrics['failed']} failed"
     return f"{accuracy}; {counts}; {metrics['videos_per_second']:.1f} videos/s"
 
 
+def nothing_was_read(count: int, folder: Path) -> UserError:
+    """Return the error of a command that wrote its files, which hold no record."""
+    return UserError(
+        f"none of the {count} records could be read ({folder / 'bad_records.jsonl'} says why); check --root and the "
+        "files: video-convmae check-videos names the bad ones"
+    )
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit status."""
-    return run_command(EvaluateConfig, evaluate, arguments)
+    """Run the command; return the exit status. Raises a UserError if nothing was scored."""
+    config = parse(EvaluateConfig, arguments)
+    metrics = evaluate(config)
+    if not metrics["scored"]:
+        raise nothing_was_read(metrics["failed"], Path(config.output))
+    return 0

@@ -16,7 +16,7 @@ writes features.npz into the folder, and bad_records.jsonl if a record could not
 reads videos of any length in windows, each video once and with a few frames in memory: a row of features.npz is a
 window, windows.csv says where it lies (row, record, start_frame, end_frame, start_seconds, end_seconds), and windows/
 has an array for each video, as ActionFormer and OpenTAD read them (docs/evaluation.md, Long videos). --list may name a
-single video.
+single video, or its URL.
 
 The weights may be anything that video_convmae.load takes. An interrupted extraction resumes with the same command, and
 the file is the same for any number of processes.
@@ -29,14 +29,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from video_convmae.cli.evaluate import load_model, merge_options, output_folder
+from video_convmae.cli.evaluate import load_model, merge_options, nothing_was_read, output_folder
 from video_convmae.cli.parser import run_command
 from video_convmae.config import FeaturesConfig, to_plain
 from video_convmae.data.options import VIDEO_SUFFIXES
 
 
 def extract_features(config: FeaturesConfig) -> Path:
-    """Extract features; return the path of their file."""
+    """Extract features; return the path of their file.
+
+    Raises:
+        UserError: an option does not fit, or no record could be read; the files that say so are written.
+    """
     from video_convmae import build
     from video_convmae.data.records import Record, Records, read_list
     from video_convmae.engine.distributed import barrier, init_distributed
@@ -97,19 +101,34 @@ def extract_features(config: FeaturesConfig) -> Path:
         if info.is_main:
             if plan is None:
                 bad_records = write_features(chunks, shape, records, file, about)
+                is_empty = len(bad_records) == len(records)
             else:
                 store = WindowStore(chunks, shape, info.rank)
                 bad_records = write_windows(store, records, data.root, plan, folder, about)
+                is_empty = not len(store.places())
             write_bad_records(bad_records, folder)
             shutil.rmtree(folder / "partial")
             failed = f"{len(bad_records)} failed" + (f" ({folder / 'bad_records.jsonl'})" if bad_records else "")
             print(f"{file}: {len(records) - len(bad_records)} records read, {failed}", flush=True)
+            if is_empty:
+                raise nothing_was_read(len(records), folder)
     return file
 
 
 def is_video(path: str) -> bool:
-    """Return whether a path is that of a single video, in place of a list."""
-    return path.lower().endswith(VIDEO_SUFFIXES) and Path(path).is_file()
+    """Return whether a path, or a URL, is that of a single video, in place of a list.
+
+    Raises:
+        UserError: the library that opens this URL is not installed.
+    """
+    from video_convmae.data.remote import check_url, is_url
+
+    if not path.lower().endswith(VIDEO_SUFFIXES):
+        return False
+    if not is_url(path):
+        return Path(path).is_file()
+    check_url(path)
+    return True
 
 
 def main(arguments: Sequence[str]) -> int:

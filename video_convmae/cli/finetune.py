@@ -28,6 +28,7 @@ def finetune(config: FinetuneConfig) -> int:
     from video_convmae.engine.run_folder import claim
     from video_convmae.weights.load import describe_encoder
 
+    config.check_fitted()
     takes_model = config.model.from_weights
     with init_distributed(config.device, config.hang_timeout) as info:
         initial = build.InitialWeights(config.init)
@@ -49,7 +50,7 @@ def finetune(config: FinetuneConfig) -> int:
                 print(f"model.from_weights: {config.init.weights} has {describe_encoder(config.model)}", flush=True)
         if config.sweep.heads:
             return build.build_sweep(config, info, records, validation, initial).fit()
-        if config.model.probe not in ("knn", "logistic"):
+        if not config.is_fitted:
             return build.build_finetuning(config, info, records, validation, initial).fit()
         torch.manual_seed(config.seed)  # of a random encoder
         probe = build.build_classifier(config.model, num_classes)

@@ -29,7 +29,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from video_convmae.cli.parser import CommandLine, within
+from video_convmae.cli.parser import CommandLine, local_path, within
 from video_convmae.errors import UserError
 from video_convmae.prepare.options import ENCODERS, PRESETS, SPEEDS, PackSettings
 
@@ -37,8 +37,8 @@ from video_convmae.prepare.options import ENCODERS, PRESETS, SPEEDS, PackSetting
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
     parser = CommandLine("pack-videos", __doc__)
-    parser.add_argument("list", type=Path, metavar="LIST", help="list of videos")
-    parser.add_argument("--root", type=Path, default=Path(), help="folder that its paths are relative to")
+    parser.add_argument("list", type=local_path, metavar="LIST", help="list of videos")
+    parser.add_argument("--root", type=local_path, default=Path(), help="folder that its paths are relative to")
     parser.add_argument("--out", type=Path, required=True, help="folder for the packed videos and their list")
     parser.add_argument("--preset", choices=PRESETS, default="fast", help="values of the next options (default fast)")
     parser.add_argument(

@@ -253,6 +253,15 @@ def within(
     return read
 
 
+def local_path(text: str) -> Path:
+    """Return the path of a file or folder of this machine: the `type` of an option that takes no URL."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"it is {text!r}, a URL; expected a path on this machine (the lines of a list may be whole URLs)"
+        )
+    return Path(text)
+
+
 SEED = within(int, least=0, most=2**63 - 1)
 
 

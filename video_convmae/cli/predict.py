@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--fps", type=within(float, above=0), help="of a timeline: frames a second of a window, in "
                         "place of --stride")  # fmt: skip
     parser.add_argument("--hop", type=within(int, least=1), help="of a timeline: frames of the file between the starts "
-                        "of two windows (default: window x stride)")  # fmt: skip
+                        "of two windows (default: window x stride; with --fps required)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto (CUDA if available), cpu, cuda")
     parser.add_argument("--output", help="folder of the pictures of a timeline, a detector or a segmenter")
     parser.add_argument("--least", type=within(float, least=0, most=1), help="of a detector: score from "

@@ -25,11 +25,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto (CUDA if available), cpu, cuda")
     args = parser.parse_args(arguments)
 
-    from video_convmae.atomic import write_text
+    from video_convmae.atomic import refuse_overwriting, write_text
     from video_convmae.engine.distributed import init_distributed
     from video_convmae.visualize.report import make_report
+    from video_convmae.visualize.run_facts import files_read, read_run
 
     output = args.output or args.run / "report.html"
+    refuse_overwriting([output], files_read(read_run(args.run)))
     with init_distributed(args.device) as info:
         report = make_report(args.run, info, args.records)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -39,8 +39,8 @@ def class_names(path: str | Path, root: str | Path = "", labels: str | Path | No
     Args:
         path: the list, or a folder of class folders, as in `read_list`.
         root: as in `read_list`.
-        labels: a file of names, one a line, or the name of a shipped one (`kinetics400`). None: `NAME.labels.txt`
-            beside `NAME.txt` (make-list writes it), or the names of the class folders.
+        labels: a file of names, one a line, or its URL, or the name of a shipped one (`kinetics400`). None:
+            `NAME.labels.txt` beside `NAME.txt` (make-list writes it), or the names of the class folders.
 
     Raises:
         UserError: the file of names is missing, cannot be read (ListError) or is empty (ListError).
@@ -49,7 +49,7 @@ def class_names(path: str | Path, root: str | Path = "", labels: str | Path | No
         folders = [readable(name) for name in class_folders(Path(root, path))]
         if labels is None:
             return folders
-        names = read_names(find_labels(labels))
+        names = _named_by(labels)
         if len(names) != len(folders):
             raise ListError(
                 f"{labels} names {len(names)} classes and {Path(root, path)} holds {len(folders)} class folders; "
@@ -69,7 +69,11 @@ def class_names(path: str | Path, root: str | Path = "", labels: str | Path | No
         labels = beside if beside.exists() else Path(path).with_suffix(".labels.txt")  # one for k400.train and k400.val
         if not labels.exists():
             return None
-    return read_names(find_labels(labels))
+    return _named_by(labels)
+
+
+def _named_by(labels: str | Path) -> list[str]:
+    return read_names(labels if is_url(labels) else find_labels(labels))
 
 
 def labels_file(path: Path) -> Path:

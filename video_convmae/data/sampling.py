@@ -169,9 +169,14 @@ def timed_views(times: np.ndarray, num_frames: int, fps: float, segments: int) -
     return nearest_frames(times, latest_start * starts[:, None] + np.arange(num_frames) / fps)
 
 
-def duration(times: np.ndarray) -> float:
-    """Return the seconds for which a video is shown; the last frame for as long as the others on average."""
-    return float(times[-1]) * len(times) / (len(times) - 1) if len(times) > 1 else 0.0
+def duration(times: np.ndarray, rate: float | None = None) -> float:
+    """Return the seconds for which a video is shown; the last frame for as long as the others on average.
+
+    A single frame is shown for 1 / `rate` seconds, and without a rate, as a picture has none, for 0.
+    """
+    if len(times) > 1:
+        return float(times[-1]) * len(times) / (len(times) - 1)
+    return 1 / rate if rate else 0.0
 
 
 def nearest_frames(times: np.ndarray, asked: np.ndarray) -> np.ndarray:

@@ -152,7 +152,7 @@ class _OpenVideo:
         times_for(views.sampling, opened, record.path)  # raises where the sampling needs them
         self._times = opened.times
         self.starts = views.sampling.window_starts(self._count, hop, self._times)
-        self.seconds = math.nan if self._times is None else duration(self._times)
+        self.seconds = math.nan if self._times is None else duration(self._times, opened.rate)
 
     def indices(self, start: int) -> np.ndarray:
         """Return the frames of the window that begins there, `(T,)`."""

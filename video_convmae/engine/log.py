@@ -166,7 +166,9 @@ def _progress_line(values: Values) -> str:
         parts.append(f"validation top-1 {values['val_top1']:.4f}{beside}")
     for name, words in SCORES.items():
         if name != "top1" and values.get(f"val_{name}") is not None:
-            parts.append(f"validation {words} {values[f'val_{name}']:.4f}")
+            chance = values.get(f"val_chance_{name}")
+            beside = "" if chance is None else f" (chance: {chance:.4f})"
+            parts.append(f"validation {words} {values[f'val_{name}']:.4f}{beside}")
     if values.get("held_out_top1") is not None:
         parts.append(f"held-out top-1 of the best head {values['held_out_top1']:.4f}")
     if values.get("probe_knn_top1") is not None:

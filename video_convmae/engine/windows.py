@@ -32,6 +32,7 @@ from video_convmae.data.datasets import BadRecord
 from video_convmae.data.labels import label_array
 from video_convmae.data.loader import iter_stream
 from video_convmae.data.records import Records
+from video_convmae.data.remote import is_url
 from video_convmae.data.windows import Span, WindowBatch, WindowDataset, WindowPlan
 
 from .distributed import DistInfo, barrier, broadcast_object
@@ -310,7 +311,9 @@ def video_names(records: Records, root: str) -> list[str]:
     names = []
     for record in records:
         relative = os.path.relpath(record.path, root or ".").replace("#", "/")
-        inside = not relative.startswith("..") and not os.path.isabs(relative)
+        inside = not (
+            relative.startswith("..") or os.path.isabs(relative) or (is_url(record.path) and not is_url(root))
+        )
         names.append(os.path.splitext(relative if inside else os.path.basename(record.path))[0])
     several = {name for name, count in Counter(names).items() if count > 1}
     numbered = [f"{name}-{line + 1}" for name, line in zip(names, records.lines)]

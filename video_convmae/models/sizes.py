@@ -398,9 +398,14 @@ class ClassifierConfig(EncoderConfig):
         if self.pools_attentively and self.widths[-1] % (self.pool_heads or self.heads):
             raise ValueError(f"pool_heads is {self.pool_heads}; expected a number that divides {self.widths[-1]}")
 
-    def _check_trained(self) -> None:
+    @property
+    def frozen(self) -> list[str]:
+        """The options that freeze weights of a classifier's encoder, with their values, for messages."""
         asked = {"freeze": self.freeze, "freeze_blocks": self.freeze_blocks, "lora_rank": self.lora_rank}
-        given = [f"{name} is {list(v) if isinstance(v, tuple) else v}" for name, v in asked.items() if v]
+        return [f"{name} is {list(v) if isinstance(v, tuple) else v}" for name, v in asked.items() if v]
+
+    def _check_trained(self) -> None:
+        given = self.frozen
         if given and self.probe is not None:
             raise ValueError(f"{given[0]} and probe {self.probe!r}; expected none: a probe's encoder is frozen whole")
         if self.lora_rank and len(given) > 1:

@@ -28,7 +28,7 @@ from video_convmae.config import FinetuneConfig, LabelledDataConfig, PretrainCon
 from video_convmae.data.decoding import DecodeError
 from video_convmae.engine.checkpoint import Checkpoint, find_weights
 from video_convmae.engine.distributed import DistInfo
-from video_convmae.engine.evaluation import Evaluation, evaluate_list, read_evaluation
+from video_convmae.engine.evaluation import Evaluation, average_precision, evaluate_list, read_evaluation
 from video_convmae.engine.probing import choose_records
 from video_convmae.errors import UserError
 from video_convmae.models.autoencoder import Autoencoder
@@ -303,7 +303,8 @@ class Shown:
             values = {"mAP": "map", "mAP of scores that tell nothing": "chance_map", "macro F1": "macro_f1"}
             several = [(words, show(metrics[name], "%")) for words, name in values.items()]
             several += [(f"records {words}", f"{metrics[words]:,}") for words in ("scored", "failed")]
-            return draw_note(about) + draw_table(("", "several classes a record"), several)
+            table = draw_table(("", "several classes a record"), several)
+            return draw_note(about) + table + _draw_verdict(evaluation.judge()["verdict"])
         top1 = metrics["top1"]
         if top1 is None:
             raise UserError("no record that was scored has a label")
@@ -321,12 +322,8 @@ class Shown:
         ]
         rows += [("share predicted most often", show(metrics["predicted_largest"], "%"))]
         rows += [("records scored", f"{scored:,}"), ("could not be read", f"{metrics['failed']:,}")]
-        verdict = evaluation.judge(self.names)["verdict"]
-        return (
-            draw_note(about)
-            + draw_table(("", "accuracy ± standard error"), rows)
-            + (f'<p class="verdict bad">{escape(verdict)}</p>' if verdict else "")
-        )
+        table = draw_table(("", "accuracy ± standard error"), rows)
+        return draw_note(about) + table + _draw_verdict(evaluation.judge(self.names)["verdict"])
 
     def confusion(self) -> str:
         """Return the confusion matrix, and the pairs that are confused most often."""
@@ -345,15 +342,13 @@ class Shown:
 
     def classes(self) -> str:
         """Return the accuracy of each class, the worst first; of many, the worst and the best."""
+        if self.scored.evaluation.targets is not None:
+            return self._precisions(self.scored.evaluation.targets)
         evaluation, names = self._single, self.names
         labels, _ = _counted(evaluation)
         shares = confusion_matrix(evaluation)
         found, counts = np.unique(labels, return_counts=True)
-        order = np.lexsort((found, shares[found, found]))
-        left_out = ""
-        if len(order) > MOST_CLASSES:
-            left_out = f" {len(order) - 2 * ENDS} classes between the {ENDS} worst and the {ENDS} best are left out."
-            order = np.concatenate([order[:ENDS], order[-ENDS:]])
+        order, caption = _both_ends(np.lexsort((found, shares[found, found])))
         rows: list[Sequence[Cell]] = []
         for label, count in zip(found[order].tolist(), counts[order].tolist()):
             others = shares[label].copy()
@@ -363,7 +358,25 @@ class Shown:
             accuracy = shares[label, label]
             rows.append((names[label], str(count), (show(accuracy, "%"), accuracy), mistaken))
         head = ("class", "records", "accuracy", "most often mistaken for")
-        return draw_table(head, rows, f"The worst first.{left_out}", "names")
+        return draw_table(head, rows, caption, "names")
+
+    def _precisions(self, targets: np.ndarray) -> str:
+        """Return the average precision of each class that a record has, where records have several."""
+        evaluation = self.scored.evaluation
+        counted = ~evaluation.failed & (evaluation.labels >= 0)
+        targets, scores = targets[counted], evaluation.scores[counted]
+        found = np.flatnonzero(targets.any(axis=0))
+        if not len(found):
+            raise UserError("no record that was scored has a label")
+        values = np.array([average_precision(targets[:, label], scores[:, label]) for label in found])
+        order, caption = _both_ends(np.lexsort((found, values)))
+        rows: list[Sequence[Cell]] = []
+        for label, value in zip(found[order].tolist(), values[order].tolist()):
+            of_class = targets[:, label]
+            rows.append(
+                (self.names[label], str(of_class.sum()), (show(value, "%"), value), show(float(of_class.mean()), "%"))
+            )
+        return draw_table(("class", "records", "average precision", "chance"), rows, caption, "names")
 
     def mistakes(self) -> str:
         """Return the wrong predictions of the highest scores, with their clips."""
@@ -413,6 +426,18 @@ class Shown:
         if not count:
             return []
         return [f"{count} {what} are left out: the page holds {MOST_BYTES / 1e6:g} MB of clips at most."]
+
+
+def _both_ends(order: np.ndarray) -> tuple[np.ndarray, str]:
+    """Return the order of classes, of many the worst and the best, and the caption that says so."""
+    if len(order) <= MOST_CLASSES:
+        return order, "The worst first."
+    left_out = f"{len(order) - 2 * ENDS} classes between the {ENDS} worst and the {ENDS} best are left out."
+    return np.concatenate([order[:ENDS], order[-ENDS:]]), f"The worst first. {left_out}"
+
+
+def _draw_verdict(verdict: str | None) -> str:
+    return f'<p class="verdict bad">{escape(verdict)}</p>' if verdict else ""
 
 
 def _draw_matrix(shares: np.ndarray, labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> str:

@@ -44,6 +44,7 @@ RESULTS: Plots = (
             "val_largest_class": "largest class",
         },
     ),
+    ("Mean average precision", "%", {"val_map": "validation mAP", "val_chance_map": "chance"}),
     ("Average precision", "%", {"val_box_ap": "box AP", "val_mask_ap": "mask AP", "val_box_ap50": "box AP50"}),
     ("Overlap", "%", {"val_miou": "mIoU", "val_largest_class_miou": "largest class"}),
     ("Accuracy of pixels", "%", {"val_aacc": "validation", "train_aacc": "training"}),
@@ -57,7 +58,7 @@ TRAINING: Plots = (
     ("Speed", "clips/s", {"clips_per_second": "clips/s"}),
     ("Waiting for data", "%", {"data_wait": "share of the time"}),
 )
-BASELINES = ("loss_nothing", "val_largest_class", "val_largest_class_miou")
+BASELINES = ("loss_nothing", "val_largest_class", "val_chance_map", "val_largest_class_miou")
 COUNTS = ("step", "epoch", "eta_seconds", "val_scored", "val_failed", "probe_scored", "probe_failed", "bad_records")
 
 
@@ -131,6 +132,16 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def files_read(run: Run) -> list[Path]:
+    """Return the files that a page of a run is made of: everything in its folder but pages, and its lists."""
+    data, probe = run.config["data"], run.config.get("probe") or {}
+    train = data.get("train")
+    listed = [each["list"] for each in train] if isinstance(train, list) else [train]
+    listed += [data.get("validation"), probe.get("list")]
+    own = [path for path in run.folder.rglob("*") if path.is_file() and path.suffix != ".html"]
+    return own + [Path(path) for path in listed if path]
+
+
 # Head
 
 
@@ -200,6 +211,8 @@ def _trivial(run: Run) -> str:
     """Return what a run that learned is better than."""
     if run.kind == "pretrain":
         return "predicting nothing, and its features have not died"
+    if run.config["data"].get("multi_label"):
+        return "scores that tell nothing"
     return {"detection": "finding nothing", "segmentation": "always predicting the largest class"}.get(
         run.kind, "always answering the most frequent class"
     )
@@ -216,6 +229,8 @@ def head_numbers(run: Run) -> list[tuple[str, str, str]]:
             best, step = max(scores, key=lambda each: each[0])
             largest = last.get("val_largest_class" if name == "top1" else f"val_largest_class_{name}")
             compared = [] if largest is None else [f"largest class {show(largest, '%')}"]
+            chance = last.get(f"val_chance_{name}")
+            compared += [] if chance is None else [f"chance {show(chance, '%')}"]
             compared += [] if step == scores[-1][1] else [f"best {show(best, '%')} at step {step:,}"]
             numbers.append((f"Validation {words}", show(scores[-1][0], "%"), "; ".join(compared)))
     if last.get("train_top1") is not None:
@@ -309,7 +324,7 @@ def draw_last_values(run: Run) -> str:
 def _unit(name: str) -> str:
     if name in COUNTS:
         return ""
-    ends = ("top1", "top5", "accuracy", "_class", "largest", "data_wait", "miou", "macc", "aacc")
+    ends = ("top1", "top5", "accuracy", "_class", "largest", "data_wait", "miou", "macc", "aacc", "_map", "_f1")
     return "%" if name.endswith(ends) or "_ap" in name or "_ar" in name else ""
 
 

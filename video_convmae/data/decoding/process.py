@@ -133,11 +133,20 @@ class RemoteReader(contextlib.AbstractContextManager["RemoteReader"]):
         frames, self.name, self.note = self._ask(indices)
         return frames
 
-    @cached_property
+    @property
     def times(self) -> np.ndarray | None:
         """As in `FrameReader`; sent by the child when first asked for."""
-        times, self.name, self.note = self._ask(_TIMES)
-        return times
+        return self._timing[0]
+
+    @property
+    def rate(self) -> float | None:
+        """As in `FrameReader`; sent with the times."""
+        return self._timing[1]
+
+    @cached_property
+    def _timing(self) -> tuple[np.ndarray | None, float | None]:
+        timing, self.name, self.note = self._ask(_TIMES)
+        return timing
 
     def stream(self, indices: np.ndarray) -> Iterator[np.ndarray]:
         """Yield frames as `FrameReader.stream` does; each process holds some `STREAM_BYTES` of them."""
@@ -230,7 +239,7 @@ def serve_frames(
             return None, opened.name, opened.note
         if isinstance(request, str):
             if request == _TIMES:
-                return opened.times, opened.name, opened.note
+                return (opened.times, opened.rate), opened.name, opened.note
             assert stream is not None  # the parent takes frames only of a stream that it has begun
             return stream.take(), opened.name, opened.note
         frames = np.ascontiguousarray(opened.read(request))  # first: a failure of its library changes the name

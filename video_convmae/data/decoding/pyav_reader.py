@@ -63,6 +63,11 @@ class PyAVReader(FrameReader):
         """Seconds at which each frame is shown; None: the file does not say, not even a rate."""
         return self.scan.seconds()
 
+    @property
+    def rate(self) -> float | None:  # type: ignore[override]  # as `times`
+        """Frames a second; None: the file does not say."""
+        return float(self.scan.rate) if self.scan.rate else None
+
     def close(self) -> None:
         self._container.close()
 

@@ -28,6 +28,7 @@ class FrameReader(ABC):
         note: what a user should know of the frames that were read; None: nothing.
         damaged: a part of the file is missing, as `note` says; the frames that can be read are right.
         times: `(len(self),)` seconds at which each frame is shown, ascending from 0; None: nothing says them.
+        rate: frames a second, as far as the file says: for how long a single frame is shown; None: it does not.
     """
 
     path: str
@@ -35,6 +36,7 @@ class FrameReader(ABC):
     note: str | None = None
     damaged: bool = False
     times: np.ndarray | None = None
+    rate: float | None = None
 
     @abstractmethod
     def __len__(self) -> int:

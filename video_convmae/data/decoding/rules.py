@@ -181,7 +181,7 @@ def _open_video(path: str, reader: str, max_side: int | None) -> FrameReader:
         other.close()
         return pyav
     pyav.close()
-    other.times = pyav.times
+    other.times, other.rate = pyav.times, pyav.rate
     return other
 
 
