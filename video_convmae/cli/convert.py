@@ -49,9 +49,8 @@ def main(arguments: Sequence[str]) -> None:
     if args.to == "ours":
         save_ours(weights, output)
         return
-    weights = replace(
-        weights, grid=whole.grid
-    )  # in place of excluded positions it has the fixed table, over their grid
+    # In place of excluded positions the file has the fixed table over their grid.
+    weights = replace(weights, grid=whole.grid)
     try:
         tensors = to_format(weights, args.to, args.image_size)
     except ValueError as error:
