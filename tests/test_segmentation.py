@@ -468,7 +468,7 @@ def test_a_segmenter_starts_from_another(folder: Path, tmp_path: Path, capsys: p
         kept = [n for n in kept if name == "same" or not n.startswith(Segmenter.OF_CLASSES)]
         assert all(torch.equal(after[n], before[n]) for n in kept)
     detection = parse(TrainDetectionConfig, ["--config=debug/detection", f"--init.weights={tmp_path / 'first'}"])
-    with pytest.raises(UserError, match="is a run of segmentation; expected one of the same task, or an encoder's"):
+    with pytest.raises(UserError, match="is a run of segmentation; expected one of the same task, or an encoder"):
         load_dense_weights(detection, Detector(detection.model, 2))
 
 

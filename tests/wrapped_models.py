@@ -24,6 +24,7 @@ from video_convmae.engine.ema import EMA
 from video_convmae.engine.options import OptimConfig, TrainConfig
 from video_convmae.engine.parallel import full_tensor, no_sync, parallelize, unwrap
 from video_convmae.engine.tasks import Classification, Normalizer, Pretraining, Task
+from video_convmae.engine.watchdog import heartbeat
 from video_convmae.models.probe import create_probe
 
 RECORDS, STEPS, CLASSES = 8, 2, 5
@@ -134,6 +135,7 @@ def main() -> None:
                     continue  # its statistics are those of one forward pass
                 if "compile" in way and name not in ("pretrain", "finetune, LoRA"):
                     continue
+                heartbeat(f"{name}, {title}")
                 torch._dynamo.reset()
                 GRAPHS.clear()
                 wrapped = steps(name, info, way)

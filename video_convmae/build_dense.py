@@ -110,52 +110,53 @@ def load_dense_weights(
         FileNotFoundError: there is no such file.
         UserError: the weights do not fit, or were trained on pixels that were normalised otherwise.
     """
-    place = config.init.weights
-    kind = None if place is None else run_kind(find_weights(place))
-    if place is None or kind not in ("detection", "segmentation"):
-        return load_initial_weights(config.init, model.backbone, config.data)
-    trained: Detector | Segmenter
-    theirs: TrainDetectionConfig | TrainSegmentationConfig
-    if isinstance(model, Detector) and kind == "detection":
-        trained, theirs = load_detector(place)
-    elif isinstance(model, Segmenter) and kind == "segmentation":
-        trained, theirs = load_segmenter(place)
-    else:
-        raise UserError(f"init.weights {place} is a run of {kind}; expected one of the same task, or an encoder's")
-    if others := sorted(set(config.init.exclude) - {"head"}):
+    init, data = config.init, config.data
+    kind = None if init.weights is None else run_kind(find_weights(init.weights))
+    if init.weights is None or kind not in ("detection", "segmentation"):
+        return load_initial_weights(init, model.backbone, data)
+    if kind != ("detection" if isinstance(model, Detector) else "segmentation"):
+        raise UserError(f"init.weights {init.weights} is a run of {kind}; expected one of the same task, or an encoder")
+    if others := sorted(set(init.exclude) - {"head"}):
         raise UserError(f"init.exclude has {', '.join(others)}; of a run of {kind} only head can be excluded")
+    before, theirs = load_detector(init.weights) if kind == "detection" else load_segmenter(init.weights)
+    taken, note = before.state_dict(), None
+    if init.exclude:
+        taken, note = _only(taken, "backbone."), "excluded as asked: head"
+    elif (before.num_classes, theirs.data.labels) != (model.num_classes, data.labels):
+        taken = {name: tensor for name, tensor in taken.items() if not name.startswith(model.OF_CLASSES)}
+        note = "the layers of single classes are new: the run's classes are others"
     try:
-        check_pixels({"mean": theirs.data.mean, "std": theirs.data.std}, config.data)
+        check_pixels({"mean": theirs.data.mean, "std": theirs.data.std}, data)
+        return _fill(model, taken, f"VideoConvMAE {kind} run", note)
     except UserError as error:
-        raise UserError(f"init.weights {place}: {error}") from error
-    ours, given, notes = model.state_dict(), trained.state_dict(), []
-    if config.init.exclude:
-        given = {name: tensor for name, tensor in given.items() if name.startswith("backbone.")}
-        notes.append("excluded as asked: head")
-    elif theirs.data.labels != config.data.labels or trained.num_classes != model.num_classes:
-        given = {name: tensor for name, tensor in given.items() if not name.startswith(model.OF_CLASSES)}
-        notes.append("the layers of single classes are new: the run's classes are others")
-    wrong = [
-        f"{n} is {tuple(t.shape)}, expected {tuple(ours[n].shape)}"
-        for n, t in given.items()
-        if n in ours and t.shape != ours[n].shape
+        raise UserError(f"init.weights {init.weights}: {error}") from error
+
+
+def _fill(model: nn.Module, taken: dict[str, Tensor], format: str, note: str | None) -> LoadReport:
+    """Fill what a model has of a run's tensors. Raises a UserError if it is another model, and changes nothing."""
+    own = model.state_dict()
+    loaded = {name: tensor for name, tensor in taken.items() if name in own}
+    faults = [
+        f"{name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+        for name, tensor in loaded.items()
+        if tensor.shape != own[name].shape
     ]
-    wrong += [f"{n} is in one alone" for n in sorted(ours.keys() ^ given.keys()) if n.startswith("backbone.")]
-    if wrong:
-        raise UserError(
-            f"init.weights {place}: another model than this run's ({wrong[0]}{', ...' if len(wrong) > 1 else ''}); "
-            "set --model as its config.yaml does"
-        )
-    loaded = [name for name in given if name in ours]
-    model.load_state_dict({name: given[name] for name in loaded}, strict=False)
+    faults += [f"{name} is in one alone" for name in _only(own, "backbone.").keys() ^ _only(taken, "backbone.").keys()]
+    if faults:
+        raise UserError(f"another model than this run's ({faults[0]}); set --model as its config.yaml does")
+    model.load_state_dict(loaded, strict=False)
     return LoadReport(
-        format=f"VideoConvMAE {kind} run",
+        format=format,
         loaded=tuple(loaded),
-        missing=tuple(name for name in ours if name not in given),
-        unexpected=tuple(name for name in given if name not in ours),
+        missing=tuple(name for name in own if name not in loaded),
+        unexpected=tuple(name for name in taken if name not in loaded),
         reshaped=(),
-        notes=tuple(notes),
+        notes=() if note is None else (note,),
     )
+
+
+def _only(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def try_pictures(data: SourceConfig, dataset: Dataset[Any], info: DistInfo) -> None:
