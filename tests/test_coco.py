@@ -225,6 +225,12 @@ def test_a_usable_mask_covers_a_pixel_and_others_do_not(seed: int, spread: float
             assert np.array_equal(mask_api().decode(encoded), mask[..., 0])
 
 
+def test_damaged_coordinates_are_no_mask() -> None:
+    """COCO's code would follow such an outline for seconds, or take all memory."""
+    for number in (1e7, 1e9, -1e30):
+        assert usable_segmentation([[3.0, 3, number, 9, 9, 9], SQUARE], 30, 40) == [SQUARE]
+
+
 def test_missing_pictures_are_counted(tmp_path: Path) -> None:
     path, content = write_coco(tmp_path)
     for image in content["images"][1:3]:

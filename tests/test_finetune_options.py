@@ -299,6 +299,6 @@ def test_a_probe_that_is_fitted_at_once_refuses_weights_of_a_mixture(videos: Pat
         data = LabelledDataConfig(tuple(ListConfig(one, str(videos), weight) for weight in weights))
         return FinetuneConfig(output=str(tmp_path / "run"), data=data, model=model, device="cpu")
 
-    with pytest.raises(UserError, match=r"data\.train has lists whose weight is 2 and"):
+    with pytest.raises(UserError, match=r"the weight of a list of data\.train is 2 and"):
         finetune(config(2, 1))
     config(None, None).check_fitted()

@@ -158,11 +158,12 @@ def test_a_run_starts_from_another(trained: Path, data: Path, tmp_path: Path, ca
         ("others", [f"--data.train={others}"], lambda name: name.startswith(Detector.OF_CLASSES)),
         ("backbone", ["--init.exclude=[head]"], lambda name: not name.startswith("backbone.")),
         ("boxes", ["--model.masks=false"], lambda name: False),
+        ("larger", ["--model.image_size=96"], lambda name: name == "backbone.positions"),
     ):
         train(data, tmp_path / name, *common, *edits)
         after = load_detector(tmp_path / name)[0].state_dict()
         learnt = [each for each in after if "running_" not in each and "num_batches" not in each]
-        changed = {each for each in learnt if not torch.equal(after[each], before[each])}
+        changed = {each for each in learnt if not torch.equal(after[each], before[each])}  # or is of another shape
         assert changed == {each for each in learnt if is_new(each)}
         assert "VideoConvMAE detection run: " in capsys.readouterr().out
     with pytest.raises(UserError, match=r"another model than this run's \(.* set --model as its config\.yaml does"):

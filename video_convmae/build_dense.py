@@ -30,7 +30,7 @@ from video_convmae.data.decoding import DecodeError
 from video_convmae.data.decoding.memory import MemoryReader
 from video_convmae.data.decoding.process import ReaderProcess
 from video_convmae.data.detection import DetectionDataset, DetectionTestDataset
-from video_convmae.data.labels import read_names
+from video_convmae.data.labels import find_names
 from video_convmae.data.loader import collate_pictures
 from video_convmae.data.options import JitterConfig
 from video_convmae.data.records import ListError
@@ -56,10 +56,11 @@ from video_convmae.engine.tasks import Task
 from video_convmae.engine.trainer import Trainer
 from video_convmae.engine.validation import Validation
 from video_convmae.errors import UserError
+from video_convmae.models import positions
 from video_convmae.runs import load_detector, load_segmenter, run_kind
-from video_convmae.shipped import find_labels
 from video_convmae.weights.load import LoadReport
 
+POSITIONS = "backbone.positions"
 COARSEST = 64  # stride of the coarsest level that anchors lie on
 
 # What both tasks need
@@ -82,7 +83,7 @@ def picture_parts(
     task: Callable[[nn.Module], Task],
     validation: Validation | None,
 ) -> Parts:
-    """Return the parts of a run on pictures, as `Parts` has them; initial weights are the backbone's."""
+    """Return the parts of a run on pictures, as `Parts` has them."""
     data = config.data
     return Parts(
         model=model,
@@ -119,10 +120,14 @@ def load_dense_weights(
     if others := sorted(set(init.exclude) - {"head"}):
         raise UserError(f"init.exclude has {', '.join(others)}; of a run of {kind} only head can be excluded")
     before, theirs = load_detector(init.weights) if kind == "detection" else load_segmenter(init.weights)
+    grid, own_grid = before.backbone.config.grid, model.backbone.config.grid
+    names = {each.labels for each in (theirs.data, data) if each.labels}  # a segmenter's classes may have none
     taken, note = before.state_dict(), None
+    if grid != own_grid:
+        taken[POSITIONS] = positions.resize(taken[POSITIONS][0], grid, own_grid)[None]
     if init.exclude:
         taken, note = _only(taken, "backbone."), "excluded as asked: head"
-    elif (before.num_classes, theirs.data.labels) != (model.num_classes, data.labels):
+    elif before.num_classes != model.num_classes or len(names) == 2:
         taken = {name: tensor for name, tensor in taken.items() if not name.startswith(model.OF_CLASSES)}
         note = "the layers of single classes are new: the run's classes are others"
     try:
@@ -303,7 +308,7 @@ def resolve_segmentation(
         validation = read_pairs(data.validation, data.root, data.validation_maps)
     names = data.labels if isinstance(data.labels, tuple) else None
     if isinstance(data.labels, str):
-        names = tuple(read_names(find_labels(data.labels)))
+        names = tuple(find_names(data.labels))
     count = data.num_classes or (None if names is None else len(names))
     if count is None:
         raise ListError(

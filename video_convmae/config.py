@@ -383,7 +383,7 @@ class FinetuneConfig(RunConfig):
         asked: dict[str, tuple[Any, Any]] = {
             "data.balanced": (self.data.balanced, False),
             "data.repeats": (self.data.repeats, 1),
-            "data.train has lists whose weight": (next(filter(None, weights), None), None),
+            "the weight of a list of data.train": (next(filter(None, weights), None), None),
         }
         for name, (value, expected) in asked.items():
             if value != expected:

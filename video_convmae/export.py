@@ -137,9 +137,7 @@ def _load(
     image_size: int | tuple[int, int] | None,
     ema: bool | None,
 ) -> tuple[Model, tuple[int, ...], dict[str, Any]]:
-    """Load what a source was found to mean, for clips of a size; return it, the shape of its input, and what a user of
-    the file must know.
-    """
+    """Load what was found, for clips of a size; return model, shape of its input, and what a user must know."""
     kind = run_kind(found)
     if kind == "detection":
         raise UserError(

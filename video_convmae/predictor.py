@@ -138,8 +138,8 @@ class Predictor(hub.Pretrained):
 
         Args:
             path: the file, or a folder of frames.
-            hop: frames of the file between the starts of two windows; None: a window's frames times the stride, of fps
-                an error.
+            hop: frames of the file between the starts of two windows; None: a window's frames times the stride. With
+                fps it is required.
             stride: frames of the file from one of a window to the next; None: the run's.
             fps: frames a second of a window, in place of the stride; None: the run's.
             top: number of classes.

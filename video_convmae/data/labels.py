@@ -49,7 +49,7 @@ def class_names(path: str | Path, root: str | Path = "", labels: str | Path | No
         folders = [readable(name) for name in class_folders(Path(root, path))]
         if labels is None:
             return folders
-        names = _named_by(labels)
+        names = find_names(labels)
         if len(names) != len(folders):
             raise ListError(
                 f"{labels} names {len(names)} classes and {Path(root, path)} holds {len(folders)} class folders; "
@@ -69,10 +69,11 @@ def class_names(path: str | Path, root: str | Path = "", labels: str | Path | No
         labels = beside if beside.exists() else Path(path).with_suffix(".labels.txt")  # one for k400.train and k400.val
         if not labels.exists():
             return None
-    return _named_by(labels)
+    return find_names(labels)
 
 
-def _named_by(labels: str | Path) -> list[str]:
+def find_names(labels: str | Path) -> list[str]:
+    """Read class names: of a file, of its URL, or those that are shipped under a name. Raises as `class_names` does."""
     return read_names(labels if is_url(labels) else find_labels(labels))
 
 

@@ -41,6 +41,8 @@ def _covers_pixels(polygon: Any, height: int, width: int) -> bool:
         return False
     if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in polygon):
         return False
+    if max(map(abs, polygon)) > 10 * max(height, width):
+        return False  # a damaged number; COCO's code would follow the outline for seconds, or take all memory
     xs, ys = polygon[::2], polygon[1::2]
     spans = max(xs) - min(xs), max(ys) - min(ys)
     is_inside = min(*xs, *ys) >= 0 and max(xs) <= width and max(ys) <= height

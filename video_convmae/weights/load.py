@@ -182,7 +182,7 @@ def load_weights(
     plan.add_positions()
     report = plan.load()
     if isinstance(model, FusedEncoder):
-        model.may_lack_fusion = _may_lack_fusion(model, whole)
+        model.may_lack_fusion = "norm" not in exclude and _may_lack_fusion(model, whole)
     added = sorted(model.added) if isinstance(model, EncoderParts) else ()
     return replace(report, missing=(*report.missing, *added))
 
@@ -260,7 +260,7 @@ def _notes_on_parts(model: nn.Module, whole: Weights, exclude: Collection[str]) 
             "as always where a classifier starts from pretraining, its norm and head are new, and pretraining's norm "
             "over tokens, fusion and decoder are left out"
         )
-    if _may_lack_fusion(model, whole):
+    if "norm" not in exclude and _may_lack_fusion(model, whole):
         notes.append(f"the {'probe' if isinstance(model, Probe) else 'model'} {READS_NO_FUSION}")
     return [*notes, f"excluded as asked: {', '.join(exclude)}"] if exclude else notes
 
@@ -532,7 +532,10 @@ def _find_grid(weights: Weights, config: EncoderConfig) -> tuple[Grid, bool]:
     if tokens == prod(config.grid) and weights.fixed_grids(name, "flat"):
         return config.grid, False  # the flat table is the same over any grid of as many tokens
     grids = _plausible_grids(weights, config)
-    counts = {1, *(grid[0] for grid in grids)} if weights.frames is None else {weights.frames}
+    counts = {weights.frames}
+    if weights.frames is None:  # a fixed table says its grid, of whatever clip it is
+        squares = {tokens // side**2 for side in range(4, isqrt(tokens // 2) + 1)}
+        counts = {1, *squares, *(grid[0] for grid in grids)}
     evident = {grid for count in counts for grid in weights.fixed_grids(name, frames=count)}
     if len(evident) == 1:
         return evident.pop(), False
@@ -551,20 +554,18 @@ def _plausible_grids(weights: Weights, config: EncoderConfig) -> list[Grid]:
     """Return grids that the file's positions, of unknown grid, may be over.
 
     Those are the usual one (16 frames, or one, of 224 x 224 pixels) and those with the frames or the pixels of the
-    model's. Positions that fill the model's grid, unless it is the usual one, may have been of another clip altogether:
-    of any square pictures of at least 4 x 4 tokens.
+    model's; of positions that fill the model's grid, that and the usual one.
     """
     name, patch, (_, h, w) = POSITIONS[0], prod(weights.strides), config.grid
     tokens = weights.tensors[name].shape[-2]
     frames = weights.frames or (1 if weights.is_image else max(1, 16 // weights.tubelet))
     usual = (frames, 224 // patch, 224 // patch)
-    if tokens == prod(config.grid) and config.grid == usual:
-        return [usual]
-    counts = _possible_frames(weights, name, config.grid)
-    grids = {usual, *((count, h, w) for count in counts)}
-    if tokens == prod(config.grid) and weights.frames is None:
-        counts = counts | {tokens // side**2 for side in range(4, isqrt(tokens // 2) + 1)}
-    grids |= {(count, side, side) for count in counts for side in [isqrt(tokens // count)]}
+    if tokens == prod(config.grid):
+        grids = {usual, config.grid}
+    else:
+        counts = _possible_frames(weights, name, config.grid)
+        grids = {usual, *((count, h, w) for count in counts)}
+        grids |= {(count, side, side) for count in counts for side in [isqrt(tokens // count)]}
     return sorted(grid for grid in grids if prod(grid) == tokens)
 
 
