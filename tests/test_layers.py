@@ -32,8 +32,9 @@ ALLOWED = {
     "lists": {"config", *PARTS},
     "build_trainer": {"config", *PARTS},
     "build": {"build_trainer", "lists", "config", *PARTS},
-    "build_dense": {"build", "build_trainer", "lists", "config", "config_dense", "dense", *PARTS},
-    "runs": {"build", "build_dense", "config", "config_dense", "dense", *PARTS},
+    "runs": {"build", "config", "config_dense", "dense", *PARTS},
+    # A detector's or a segmenter's run may start another.
+    "build_dense": {"build", "build_trainer", "lists", "config", "config_dense", "dense", "runs", *PARTS},
     "predictor": {"lists", "build", "runs", "config", *PARTS},
     "timm": {"models", "dense", "weights"},
     "export": {"runs", "predictor", "config", "dense", *PARTS},
