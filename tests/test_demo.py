@@ -21,7 +21,7 @@ from tools.study.demo import (
     shown_clips,
 )
 from tools.study.study import FEW_LABELS, MEASUREMENTS, MODELS, collect_curves, collect_rows, table, write_results
-from tools.study.training import remove_runs_of_other_settings
+from tools.study.training import remove_runs_of_other_settings, write_labelled
 from video_convmae.cli.finetune import finetune
 from video_convmae.cli.parser import parse
 from video_convmae.config import FinetuneConfig
@@ -49,6 +49,20 @@ def test_a_demo_that_has_not_learned_says_what_failed() -> None:
     )
     worse = METRICS["reconstruction"] | {"mse": 0.019}
     assert "pretraining has not learned" in find_failure(METRICS | {"reconstruction": worse})
+
+
+def test_runs_side_by_side_do_not_write_the_list_that_they_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each renamed the same half-written file, and a demo failed now and then."""
+    (tmp_path / "train_how.txt").write_text("a.mp4 0\nb.mp4 1\nc.mp4 2\n")
+    path = write_labelled(tmp_path, "how", 2)
+    assert path.read_text() == "a.mp4 0\nb.mp4 1\n"
+    with monkeypatch.context() as patch:
+        patch.setattr("tools.study.training.write_text", None)
+        assert write_labelled(tmp_path, "how", 2) == path
+    (tmp_path / "train_how.txt").write_text("d.mp4 0\nb.mp4 1\n")
+    assert write_labelled(tmp_path, "how", 2).read_text() == "d.mp4 0\nb.mp4 1\n"
 
 
 def test_an_interrupted_demo_keeps_its_runs_a_finished_one_or_one_of_other_settings_does_not(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ from tools.study.training import (
     pretrain_on,
     remove_runs_of_other_settings,
     side_by_side,
+    write_labelled,
 )
 from video_convmae.atomic import write_text
 from video_convmae.cli import run_tool
@@ -88,6 +89,7 @@ def main() -> None:
     pretrain_on(data, output / "pretrain", f"--train.max_steps={PRETRAIN_STEPS}", probe)
     errors = draw_reconstructions(output / "pretrain", data, output)
     print(f"Finetuning from the pretrained weights and from scratch, {FINETUNE_STEPS} steps each:", flush=True)
+    write_labelled(data, "how", LABELLED)
     runs = {output / "finetuned": output / "pretrain", output / "scratch": None}
     calls = [partial(_finetune, data, run, weights) for run, weights in runs.items()]
     print(*side_by_side(calls, list(runs)), sep="\n", flush=True)

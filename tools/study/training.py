@@ -86,6 +86,20 @@ def pretrain_on(data: Path, run: Path, *edits: str) -> None:
     require_finished(run)
 
 
+def write_labelled(data: Path, task: str, labelled: int) -> Path:
+    """Write the list of the first labelled training clips, unless it is there; arguments as of `finetune_on`.
+
+    Runs that are side by side take it from the same place: write it before they start, so that none of them does.
+    """
+    lines = (data / f"train_{task}.txt").read_text().splitlines(keepends=True)
+    if len(lines) < labelled:
+        raise ValueError(f"{data} has {len(lines)} training clips; expected {labelled} or more")
+    path, text = data / f"labelled_{task}_{labelled}.txt", "".join(lines[:labelled])
+    if not path.exists() or path.read_text() != text:
+        write_text(path, text)
+    return path
+
+
 def finetune_on(
     data: Path, task: str, labelled: int, steps: int, run: Path, weights: Path | None, *edits: str
 ) -> dict[str, Any]:
@@ -101,15 +115,10 @@ def finetune_on(
         edits: of the configuration.
     """
     if not is_finished(run):
-        lines = (data / f"train_{task}.txt").read_text().splitlines(keepends=True)
-        if len(lines) < labelled:
-            raise ValueError(f"{data} has {len(lines)} training clips; expected {labelled} or more")
-        labels = data / f"labelled_{task}_{labelled}.txt"
-        write_text(labels, "".join(lines[:labelled]))
         arguments = [
             f"--config={CONFIGS / 'finetune_demo.yaml'}",
             f"--output={run}",
-            f"--data.train={labels}",
+            f"--data.train={write_labelled(data, task, labelled)}",
             f"--data.validation={data / f'validation_{task}.txt'}",
             f"--data.labels={data / f'train_{task}.labels.txt'}",
             f"--data.root={data}",
