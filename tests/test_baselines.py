@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import ENVIRONMENT
+from processes import ENVIRONMENT, torchrun
 
 from video_convmae.cli.evaluate import evaluate
 from video_convmae.cli.finetune import finetune
@@ -117,10 +116,9 @@ def test_motion_is_read_from_the_motion_energy(moving: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_numbers(moving: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *launcher, str(ROOT / "tools" / "evaluate.py")]
         arguments = [*options(moving, tmp_path / str(processes)), "--batch_size=2"]
-        subprocess.run([*command, *arguments], env=ENVIRONMENT, check=True, capture_output=True, timeout=500)
+        command = torchrun(processes, str(ROOT / "tools" / "evaluate.py"), *arguments)
+        subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=500)
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("1", "2"))
     for name in ("top1", "baselines", "baselines_verdict", "scored", "failed"):
         assert one[name] == two[name]

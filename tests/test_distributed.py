@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import ENVIRONMENT, torchrun
 from states import load_state
-from test_pretrain import ENVIRONMENT, ROOT, command, log, model_of, run
+from test_pretrain import ROOT, command, log, model_of, run
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_state
@@ -26,11 +27,6 @@ from video_convmae.engine.options import TrainConfig
 from video_convmae.engine.parallel import shard
 from video_convmae.models.sizes import AutoencoderConfig, ClassifierConfig
 from video_convmae.runs import load_autoencoder
-
-
-def torchrun(count: int, *program: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *program]
-
 
 # Wrapped models
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from clips import encode
-from processes import ENVIRONMENT
+from processes import ENVIRONMENT, torchrun
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 from states import interrupt_and_resume, load_state
 
@@ -82,8 +82,8 @@ def options(trained: Path, videos: Path, output: Path, *edits: str, name: str = 
 
 
 def in_processes(arguments: list[str], processes: int) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "tools" / "evaluate.py"), *arguments]
+    program = (str(ROOT / "tools" / "evaluate.py"), *arguments)
+    command = torchrun(processes, *program) if processes > 1 else [sys.executable, *program]
     return subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, text=True, timeout=300)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from clips import encode, pictures, save_series
 from PIL import Image
-from processes import ENVIRONMENT
+from processes import ENVIRONMENT, torchrun
 from states import interrupt_and_resume
 from torch import nn
 
@@ -237,9 +237,8 @@ def test_a_bad_record_is_reported_and_its_row_is_zeros(alone: Path, videos: Path
 
 def test_two_processes_write_the_same_file(runs: dict[str, Path], videos: Path, alone: Path, tmp_path: Path) -> None:
     arguments = options(runs["pretrained"], videos, tmp_path, "--kind=tokens", "--workers=1", name="with_bad.txt")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     tool = str(ROOT / "tools" / "extract_features.py")
-    subprocess.run([sys.executable, *command, tool, *arguments], env=ENVIRONMENT, check=True, timeout=300)
+    subprocess.run(torchrun(2, tool, *arguments), env=ENVIRONMENT, check=True, timeout=300)
     ours, theirs = (features.read_features(folder / "features.npz") for folder in (tmp_path, alone))
     for name in ("features", "labels", "failed", "records"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from clips import encode
-from processes import ENVIRONMENT
+from processes import ENVIRONMENT, torchrun
 from states import load_state
 
 from video_convmae import create_autoencoder, create_classifier, load
@@ -266,9 +266,8 @@ def test_settings_that_cannot_work_are_errors(
 def test_two_processes_take_the_same_steps(videos: Path, tmp_path: Path, edits: tuple[str, ...], parallel: str) -> None:
     edits = (*PLAIN, "--train.epochs=1", "--optim.warmup_epochs=0", "--validate.batch_size=8", *edits)
     run(videos, tmp_path / "one", *edits, "--train.batch_size=4")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "tools/finetune.py")]
     edits = (*edits, f"--train.parallel={parallel}")
-    command = [sys.executable, *launcher, *arguments(videos, tmp_path / "two", *edits)]
+    command = torchrun(2, str(ROOT / "tools" / "finetune.py"), *arguments(videos, tmp_path / "two", *edits))
     subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)

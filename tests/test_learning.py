@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from clips import encode
-from test_distributed import torchrun
+from processes import torchrun
 from test_finetune import ENVIRONMENT, ROOT, load_state
 
 from video_convmae import create_autoencoder, masking

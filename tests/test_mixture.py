@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from clips import encode, pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from processes import ENVIRONMENT
+from processes import ENVIRONMENT, torchrun
 from states import load_state
 from test_loader import clips_of
 
@@ -321,8 +320,7 @@ def test_two_processes_take_the_same_steps(folder: Path, tmp_path: Path) -> None
         output = tmp_path / str(processes)
         batch = f"--train.batch_size={4 // processes}"
         edits = edits_of(folder, output, value, "--train.max_steps=8", "--optim.warmup_epochs=0", batch)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        program = [sys.executable, *launcher, "-m", "video_convmae", "pretrain", "--config=debug/pretrain", *edits]
+        program = torchrun(processes, "-m", "video_convmae", "pretrain", "--config=debug/pretrain", *edits)
         subprocess.run(program, env=ENVIRONMENT, check=True, timeout=300)
         return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 

@@ -30,6 +30,7 @@ from video_convmae.engine.evaluation import Evaluation, macro_f1, mean_average_p
 from video_convmae.lists import has_several_labels
 from video_convmae.models.sizes import ClassifierConfig
 from video_convmae.visualize.report import make_report
+from video_convmae.visualize.run_facts import read_run
 
 SMALL = ("--model.widths=[16,24,32]", "--model.depths=[1,1,1]", "--model.heads=2", "--validate.batch_size=8")
 
@@ -201,7 +202,7 @@ def test_a_record_without_a_class_among_others_is_an_error(trained: Path, videos
 
 def test_a_report_has_the_precision_of_several_classes(trained: Path) -> None:
     with init_distributed("cpu") as info:
-        report = make_report(trained, info, records=8)
+        report = make_report(read_run(trained), info, records=8)
     assert "mAP" in report.html
     assert [title for title, _ in report.missing] == ["Confusion", "Most confident mistakes"]
     rows = re.findall(r'<tr><th scope="row">(\d)</th><td[^>]*>(\d)</td>.*?</tr>', report.html, re.DOTALL)

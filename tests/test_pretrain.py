@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ENVIRONMENT
+from processes import ENVIRONMENT, torchrun
 from states import load_state
 
 from video_convmae.engine import checkpoint
@@ -23,11 +23,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def command(videos: Path, output: Path, *edits: str, processes: int = 1) -> list[str]:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [
-        *launcher,
+        *(torchrun(processes) if processes > 1 else [sys.executable]),
         str(ROOT / "tools" / "pretrain.py"),
         f"--config={ROOT / 'configs' / 'debug' / 'pretrain.yaml'}",
         f"--data.train={videos / 'list.txt'}",

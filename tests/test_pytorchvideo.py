@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from clips import encode
-from processes import ENVIRONMENT
+from processes import ENVIRONMENT, torchrun
 from states import load_state
 from torch import Tensor, nn
 
@@ -326,7 +326,6 @@ def test_one_and_two_processes_agree(x3d: Path, videos: Path, tmp_path: Path) ->
     losses, predictions = [], []
     for count in (1, 2):
         folder = tmp_path / str(count)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
         edits = [
             "--train.effective_batch=4",
             "--train.batch_size=4",
@@ -334,14 +333,14 @@ def test_one_and_two_processes_agree(x3d: Path, videos: Path, tmp_path: Path) ->
             "--mixing.cutmix=0",
             f"--init.weights={x3d}",
         ]
-        program = [*torchrun, "-m", "video_convmae", "finetune", *arguments(videos, folder, *edits)]
+        program = torchrun(count, "-m", "video_convmae", "finetune", *arguments(videos, folder, *edits))
         program.append("--data.augmentation.reprob=0")
         done = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines if "loss" in line])
         options = [f"--weights={tmp_path / '1'}", f"--output={folder / 'test'}", "--device=cpu", "--workers=0"]
-        done = subprocess.run([*torchrun, "-m", "video_convmae", "evaluate", *options], env=ENVIRONMENT)
+        done = subprocess.run(torchrun(count, "-m", "video_convmae", "evaluate", *options), env=ENVIRONMENT)
         assert done.returncode == 0
         predictions.append((folder / "test" / "predictions.csv").read_bytes())
     (first, second), (also_first, also_second) = losses

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from processes import ENVIRONMENT
+from processes import ENVIRONMENT, torchrun
 from torch import Tensor, nn
 from weight_cases import TINY, golden, scrambled
 
@@ -445,9 +444,8 @@ def test_two_processes_take_the_steps_of_one(folder: Path, tmp_path: Path) -> No
     for processes in (1, 2):
         output = tmp_path / str(processes)
         edits = ("--train.batch_size", str(4 // processes), "--train.max_steps", "4")
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [*launcher, "-m", "video_convmae", "train-segmentation", *run_command(folder, output, *edits)]
-        subprocess.run([sys.executable, *command], env=ENVIRONMENT, check=True, timeout=300)
+        command = ("-m", "video_convmae", "train-segmentation", *run_command(folder, output, *edits))
+        subprocess.run(torchrun(processes, *command), env=ENVIRONMENT, check=True, timeout=300)
         logs.append([json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()])
     for one, two in zip(*logs, strict=True):
         for name in ("loss", "loss_decode", "loss_auxiliary", "train_aacc"):

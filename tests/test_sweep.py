@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,9 @@ import torch
 from clips import encode
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import ENVIRONMENT, torchrun
 from states import load_state
-from test_finetune import ENVIRONMENT, PLAIN, ROOT, arguments, run
+from test_finetune import PLAIN, ROOT, arguments, run
 from torch import Tensor, nn
 
 from video_convmae import load
@@ -144,11 +144,9 @@ def test_a_sweep_that_was_stopped_ends_with_the_same_bits(
 @pytest.mark.slow
 def test_two_processes_choose_the_same_head(swept: tuple[str, Path], videos: Path, tmp_path: Path) -> None:
     kind, one = swept
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "tools/finetune.py")]
     edits = (*PLAIN, *PROBE, *SWEEP, f"--model.probe={kind}", "--train.batch_size=2")
-    subprocess.run(
-        [sys.executable, *launcher, *arguments(videos, tmp_path, *edits)], env=ENVIRONMENT, check=True, timeout=300
-    )
+    command = torchrun(2, str(ROOT / "tools" / "finetune.py"), *arguments(videos, tmp_path, *edits))
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
     ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, one))
     assert ours["sweep"] == theirs["sweep"]
     assert ours["val_top1"] == theirs["val_top1"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 import yaml
 from coco_files import rewrite, write_coco
 from PIL import ExifTags, Image
+from processes import ENVIRONMENT, torchrun
 from states import load_state
-from test_pretrain import ENVIRONMENT
 
 from video_convmae import create_classifier
 from video_convmae.cli.evaluate import evaluate
@@ -42,10 +41,8 @@ def options(data: Path, output: Path) -> list[str]:
 
 
 def command(name: str, *arguments: str, processes: int) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    subprocess.run(
-        [sys.executable, *launcher, "-m", "video_convmae", name, *arguments], env=ENVIRONMENT, check=True, timeout=300
-    )
+    program = torchrun(processes, "-m", "video_convmae", name, *arguments)
+    subprocess.run(program, env=ENVIRONMENT, check=True, timeout=300)
 
 
 def log(run: Path) -> list[dict[str, Any]]:

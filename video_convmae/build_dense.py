@@ -58,9 +58,9 @@ from video_convmae.engine.validation import Validation
 from video_convmae.errors import UserError
 from video_convmae.models import positions
 from video_convmae.runs import load_detector, load_segmenter, run_kind
-from video_convmae.weights.load import LoadReport
+from video_convmae.weights.load import LoadReport, compare_shapes
 
-POSITIONS = "backbone.positions"
+BACKBONE = "backbone."
 COARSEST = 64  # stride of the coarsest level that anchors lie on
 
 # What both tasks need
@@ -112,21 +112,24 @@ def load_dense_weights(
         UserError: the weights do not fit, or were trained on pixels that were normalised otherwise.
     """
     init, data = config.init, config.data
-    kind = None if init.weights is None else run_kind(find_weights(init.weights))
-    if init.weights is None or kind not in ("detection", "segmentation"):
+    found = None if init.weights is None else find_weights(init.weights)
+    kind = None if found is None else run_kind(found)
+    if found is None or kind not in ("detection", "segmentation"):
         return load_initial_weights(init, model.backbone, data)
     if kind != ("detection" if isinstance(model, Detector) else "segmentation"):
         raise UserError(f"init.weights {init.weights} is a run of {kind}; expected one of the same task, or an encoder")
     if others := sorted(set(init.exclude) - {"head"}):
         raise UserError(f"init.exclude has {', '.join(others)}; of a run of {kind} only head can be excluded")
-    before, theirs = load_detector(init.weights) if kind == "detection" else load_segmenter(init.weights)
+    before, theirs = load_detector(found) if kind == "detection" else load_segmenter(found)
     grid, own_grid = before.backbone.config.grid, model.backbone.config.grid
     names = {each.labels for each in (theirs.data, data) if each.labels}  # a segmenter's classes may have none
     taken, note = before.state_dict(), None
     if grid != own_grid:
-        taken[POSITIONS] = positions.resize(taken[POSITIONS][0], grid, own_grid)[None]
+        table = f"{BACKBONE}positions"
+        taken[table] = positions.resize(taken[table][0], grid, own_grid)[None]
     if init.exclude:
-        taken, note = _only(taken, "backbone."), "excluded as asked: head"
+        taken = {name: tensor for name, tensor in taken.items() if name.startswith(BACKBONE)}
+        note = "excluded as asked: head"
     elif before.num_classes != model.num_classes or len(names) == 2:
         taken = {name: tensor for name, tensor in taken.items() if not name.startswith(model.OF_CLASSES)}
         note = "the layers of single classes are new: the run's classes are others"
@@ -141,13 +144,9 @@ def _fill(model: nn.Module, taken: dict[str, Tensor], format: str, note: str | N
     """Fill what a model has of a run's tensors. Raises a UserError if it is another model, and changes nothing."""
     own = model.state_dict()
     loaded = {name: tensor for name, tensor in taken.items() if name in own}
-    faults = [
-        f"{name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
-        for name, tensor in loaded.items()
-        if tensor.shape != own[name].shape
-    ]
-    faults += [f"{name} is in one alone" for name in _only(own, "backbone.").keys() ^ _only(taken, "backbone.").keys()]
-    if faults:
+    compared = [n for n in {**own, **taken} if n in loaded or n.startswith(BACKBONE)]  # heads may differ
+    parts = ({name: tensors[name] for name in compared if name in tensors} for tensors in (own, taken))
+    if faults := compare_shapes(*parts):
         raise UserError(f"another model than this run's ({faults[0]}); set --model as its config.yaml does")
     model.load_state_dict(loaded, strict=False)
     return LoadReport(
@@ -158,10 +157,6 @@ def _fill(model: nn.Module, taken: dict[str, Tensor], format: str, note: str | N
         reshaped=(),
         notes=() if note is None else (note,),
     )
-
-
-def _only(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def try_pictures(data: SourceConfig, dataset: Dataset[Any], info: DistInfo) -> None:

@@ -151,7 +151,7 @@ def has_several_labels(config: FinetuneConfig, *lists: Records) -> bool:
     for records in lists:
         check_single(records, several)
     needs_one = {
-        f"model.probe {config.model.probe}": config.model.probe in ("knn", "logistic"),
+        f"model.probe {config.model.probe}": config.is_fitted,
         "a sweep": bool(config.sweep.heads),
         "data.balanced": data.balanced,
     }

@@ -34,6 +34,7 @@ import yaml
 
 from video_convmae.bounds import Bounds, bounds_of
 from video_convmae.config import flatten
+from video_convmae.data.remote import is_url
 from video_convmae.data.text import read_text
 from video_convmae.errors import UserError
 from video_convmae.shipped import find_config
@@ -255,7 +256,7 @@ def within(
 
 def local_path(text: str) -> Path:
     """Return the path of a file or folder of this machine: the `type` of an option that takes no URL."""
-    if "://" in text:
+    if is_url(text):
         raise argparse.ArgumentTypeError(
             f"it is {text!r}, a URL; expected a path on this machine (the lines of a list may be whole URLs)"
         )

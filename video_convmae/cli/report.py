@@ -31,9 +31,10 @@ def main(arguments: Sequence[str]) -> int:
     from video_convmae.visualize.run_facts import files_read, read_run
 
     output = args.output or args.run / "report.html"
-    refuse_overwriting([output], files_read(read_run(args.run)))
+    run = read_run(args.run)
+    refuse_overwriting([output], files_read(run))
     with init_distributed(args.device) as info:
-        report = make_report(args.run, info, args.records)
+        report = make_report(run, info, args.records)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, report.html, errors="xmlcharrefreplace")
     for title, reason in report.missing:

@@ -41,13 +41,13 @@ def _covers_pixels(polygon: Any, height: int, width: int) -> bool:
         return False
     if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in polygon):
         return False
-    if max(map(abs, polygon)) > 10 * max(height, width):
-        return False  # a damaged number; COCO's code would follow the outline for seconds, or take all memory
     xs, ys = polygon[::2], polygon[1::2]
-    spans = max(xs) - min(xs), max(ys) - min(ys)
-    is_inside = min(*xs, *ys) >= 0 and max(xs) <= width and max(ys) <= height
+    left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
+    if max(-left, right, -top, bottom) > 10 * max(height, width):
+        return False  # a damaged number; COCO's code would follow the outline for seconds, or take all memory
+    is_inside = left >= 0 and top >= 0 and right <= width and bottom <= height
     double_area = sum(x1 * y2 - x2 * y1 for x1, y1, x2, y2 in zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1]))
-    if is_inside and abs(double_area) > 4 * sum(spans):
+    if is_inside and abs(double_area) > 4 * (right - left + bottom - top):
         return True  # some two pixels thick on the average; drawing all of COCO's masks would take minutes
     masks = mask_api()
     return bool(masks.area(masks.frPyObjects([polygon], height, width)).any())

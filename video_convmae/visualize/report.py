@@ -66,7 +66,6 @@ from .run_facts import (
     draw_head,
     draw_last_values,
     draw_sweep,
-    read_run,
 )
 
 RECONSTRUCTIONS, MISTAKES = 6, 12  # shown at most
@@ -87,18 +86,14 @@ class Report:
     missing: tuple[tuple[str, str], ...]
 
 
-def make_report(folder: Path, info: DistInfo, records: int = 400) -> Report:
+def make_report(run: Run, info: DistInfo, records: int = 400) -> Report:
     """Make the page of a run.
 
     Args:
-        folder: of the run.
+        run: its folder, read.
         info: this process, and the device that models run on.
         records: of the validation list that are classified where the run has no evaluation; 0: none.
-
-    Raises:
-        UserError: the folder is no run.
     """
-    run = read_run(folder)
     shown = Shown(run, info, records)
     parts: list[tuple[str, Callable[[], str]]] = [("Curves", lambda: draw_curves(run, RESULTS))]
     if run.kind == "pretrain":

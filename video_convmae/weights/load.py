@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from math import isqrt, prod
 from typing import Any
 
 import torch
 from torch import nn
 
 from video_convmae.errors import UserError
-from video_convmae.masking import Grid
 from video_convmae.models import positions
 from video_convmae.models.autoencoder import Autoencoder, FusedEncoder, create_autoencoder
 from video_convmae.models.classifier import Classifier, create_classifier
@@ -34,6 +32,7 @@ from .formats import Source, read_weights
 from .formats.base import NO_CLS
 from .formats.ours import rename_norm
 from .formats.pytorchvideo import NET, clip_of, our_names
+from .grids import find_grid, possible_frames
 from .inflate import inflate
 from .options import EXCLUDABLE, Inflation
 from .state import PARTS, POSITIONS, Weights, embedding_weights, summarize_names
@@ -182,7 +181,7 @@ def load_weights(
     plan.add_positions()
     report = plan.load()
     if isinstance(model, FusedEncoder):
-        model.may_lack_fusion = "norm" not in exclude and _may_lack_fusion(model, whole)
+        model.may_lack_fusion = _may_lack_fusion(model, whole, exclude)
     added = sorted(model.added) if isinstance(model, EncoderParts) else ()
     return replace(report, missing=(*report.missing, *added))
 
@@ -218,7 +217,7 @@ def _resolve(weights: Weights, config: EncoderConfig, inflation: Inflation | Non
     if not ambiguous or not weights.is_image:
         return weights
     if POSITIONS[0] in weights.tensors:
-        grid, _ = _find_grid(weights, config)
+        grid, _ = find_grid(weights, config)
         return replace(weights, frames=grid[0])
     return replace(weights, frames=config.grid[0] if inflation is None else 1)
 
@@ -260,18 +259,19 @@ def _notes_on_parts(model: nn.Module, whole: Weights, exclude: Collection[str]) 
             "as always where a classifier starts from pretraining, its norm and head are new, and pretraining's norm "
             "over tokens, fusion and decoder are left out"
         )
-    if "norm" not in exclude and _may_lack_fusion(model, whole):
+    if _may_lack_fusion(model, whole, exclude):
         notes.append(f"the {'probe' if isinstance(model, Probe) else 'model'} {READS_NO_FUSION}")
     return [*notes, f"excluded as asked: {', '.join(exclude)}"] if exclude else notes
 
 
-def _may_lack_fusion(model: nn.Module, whole: Weights) -> bool:
+def _may_lack_fusion(model: nn.Module, whole: Weights, exclude: Collection[str]) -> bool:
     """Return True if a model without fusion takes a norm that may have been trained behind one.
 
     Of a plain ViT a fusion adds nothing. A decoder is trained with the fusion, and comes with it.
     """
     has_none = isinstance(model, FusedEncoder) and model.fusion is None and len(whole.strides) > 1
-    return has_none and whole.has("norm") and (whole.has("fusion") or not whole.has("decoder"))
+    takes_norm = whole.has("norm") and "norm" not in exclude
+    return has_none and takes_norm and (whole.has("fusion") or not whole.has("decoder"))
 
 
 def _targets(model: nn.Module) -> Tensors:
@@ -334,7 +334,7 @@ class _Plan:
         if part in ("fc_norm", "pooling", "head") and (difference := self._compare_pools()):
             self.notes.append(f"the {part.removeprefix('fc_')} is new: {difference}")
             return
-        faults = _compare_shapes(wanted, given)
+        faults = compare_shapes(wanted, given)
         if not faults and part == "encoder":
             self._check_encoder()
         if not faults and part == "decoder":
@@ -464,7 +464,7 @@ class _Plan:
         elif table is None and is_learnable and weights.position_table is not None:
             self.compared.append(name)  # the same, and the model started from it
         if table is not None and is_learnable:
-            grid, assumed = _find_grid(weights, config)
+            grid, assumed = find_grid(weights, config)
             self.assumed += [f"positions over the grid {grid}"] if assumed else []
             self.values[name] = positions.resize(table[0], grid, config.grid)[None]
             if grid != config.grid:
@@ -478,7 +478,7 @@ class _Plan:
     def _compare_table(self, name: str) -> None:
         """Check that positions of the file are the fixed table over their grid; the model has its own over its grid."""
         weights, table = self.weights, self.config.position_table
-        counts = _possible_frames(weights, name, self.config.grid) | ({1} if weights.frames is None else set())
+        counts = possible_frames(weights, name, self.config.grid) | ({1} if weights.frames is None else set())
         if not any(weights.fixed_grids(name, table, count) for count in counts):
             learn = ", or build the model with learnable_positions=True to load them" if name == POSITIONS[0] else ""
             raise ValueError(
@@ -488,7 +488,8 @@ class _Plan:
         self.compared.append(name)
 
 
-def _compare_shapes(wanted: Tensors, given: Tensors) -> list[str]:
+def compare_shapes(wanted: Tensors, given: Tensors) -> list[str]:
+    """Return in which tensors a model's and a file's differ, a phrase each; those of another shape first."""
     shapes = [
         f"{name} is {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in wanted.items()
@@ -517,61 +518,3 @@ def _other_sizes(weights: Weights, config: EncoderConfig) -> str:
 
 def _as_option(value: Any) -> str:
     return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else f"{value:g}"
-
-
-def _find_grid(weights: Weights, config: EncoderConfig) -> tuple[Grid, bool]:
-    """Return the grid of the file's positions, and whether it is assumed: neither stated nor evident from their values.
-
-    Raises:
-        ValueError: several grids, or none, are plausible.
-    """
-    if weights.grid is not None:
-        return weights.grid, False
-    name = POSITIONS[0]
-    tokens = weights.tensors[name].shape[-2]
-    if tokens == prod(config.grid) and weights.fixed_grids(name, "flat"):
-        return config.grid, False  # the flat table is the same over any grid of as many tokens
-    grids = _plausible_grids(weights, config)
-    counts = {weights.frames}
-    if weights.frames is None:  # a fixed table says its grid, of whatever clip it is
-        squares = {tokens // side**2 for side in range(4, isqrt(tokens // 2) + 1)}
-        counts = {1, *squares, *(grid[0] for grid in grids)}
-    evident = {grid for count in counts for grid in weights.fixed_grids(name, frames=count)}
-    if len(evident) == 1:
-        return evident.pop(), False
-    if weights.guessed and tokens == prod(config.grid):
-        return config.grid, True  # as of this very model
-    if len(grids) == 1:
-        return grids[0], True
-    fault = f"may be over the grid {' or '.join(map(str, grids))}" if grids else "are over no grid that is known here"
-    raise ValueError(
-        f"{weights.names.get(name, name)} has {tokens} tokens, which {fault}; the model's grid is {config.grid}. Set "
-        "dataclasses.replace(read_weights(path), grid=...), or exclude positions (--init.exclude [positions])"
-    )
-
-
-def _plausible_grids(weights: Weights, config: EncoderConfig) -> list[Grid]:
-    """Return grids that the file's positions, of unknown grid, may be over.
-
-    Those are the usual one (16 frames, or one, of 224 x 224 pixels) and those with the frames or the pixels of the
-    model's; of positions that fill the model's grid, that and the usual one.
-    """
-    name, patch, (_, h, w) = POSITIONS[0], prod(weights.strides), config.grid
-    tokens = weights.tensors[name].shape[-2]
-    frames = weights.frames or (1 if weights.is_image else max(1, 16 // weights.tubelet))
-    usual = (frames, 224 // patch, 224 // patch)
-    if tokens == prod(config.grid):
-        grids = {usual, config.grid}
-    else:
-        counts = _possible_frames(weights, name, config.grid)
-        grids = {usual, *((count, h, w) for count in counts)}
-        grids |= {(count, side, side) for count in counts for side in [isqrt(tokens // count)]}
-    return sorted(grid for grid in grids if prod(grid) == tokens)
-
-
-def _possible_frames(weights: Weights, name: str, model: Grid) -> set[int]:
-    """Return numbers of token frames: the stated one; else the model's, that of the model's height and width, and 1."""
-    if weights.frames is not None:
-        return {weights.frames}
-    t, h, w = model
-    return {t, weights.tensors[name].shape[-2] // (h * w), *([1] if weights.is_image else [])} - {0}
