@@ -375,6 +375,24 @@ def test_data_that_never_come_are_named(
     tell(capsys, f"a hanging file, {ranks} rank(s) -> {said.strip()}")
 
 
+def test_a_stopped_process_has_not_hung() -> None:
+    """Ctrl-Z or a laptop that sleeps: the watchdog counts what it has waited, not what a clock says."""
+    program = (
+        "import time\nfrom video_convmae.engine.watchdog import Watchdog\nwith Watchdog(0, 1, SECONDS, ''):\n"
+        "    print('watched', flush=True)\n    time.sleep(2)\n"
+    )
+    for seconds, expected in ((4, 0), (1, Watchdog.EXIT_CODE)):
+        code = program.replace("SECONDS", str(seconds))
+        with subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"watched\n"
+            if expected == 0:
+                process.send_signal(signal.SIGSTOP)
+                time.sleep(6)
+                process.send_signal(signal.SIGCONT)
+            assert process.wait(30) == expected
+
+
 # ---- two nodes -------------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ class Watchdog:
     last heartbeat to the group's key-value store every few seconds. Without a new heartbeat for `hang_timeout` seconds
     (a collective that a lost peer never joins, data that never arrive) it prints the last heartbeat of every rank and
     this process's stack, and exits with `EXIT_CODE`. torchrun then ends the other processes, and may restart them all.
+    Time in which this process was stopped (Ctrl-Z, a laptop that sleeps) does not count.
 
     Args:
         rank, world_size: of this process.
@@ -57,16 +58,19 @@ class Watchdog:
 
     def _watch(self) -> None:
         store = self._connect()
+        last, waited = _progress, 0.0  # the sum of this thread's own waits: no clock stands still with the process
         while True:
-            text, since = _progress
-            now = time.time()
+            if _progress is not last:
+                last, waited = _progress, 0.0
+            text, since = last
             if store is not None:
                 with contextlib.suppress(RuntimeError):  # the store's process has ended: no other rank can read it
-                    store.set(f"rank {self._rank}", json.dumps([text, since, now]))
-            if now - since > self.hang_timeout:
-                self._end(store, text, now - since)
+                    store.set(f"rank {self._rank}", json.dumps([text, since, time.time()]))
+            if waited >= self.hang_timeout:
+                self._end(store, text, waited)
             if self._ended.wait(self._interval):
                 return
+            waited += self._interval
 
     def _connect(self) -> dist.Store | None:
         """Connect this thread to the store that torchrun or rank 0 keeps for the group."""
