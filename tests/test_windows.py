@@ -14,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import clips
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ import torch
 from clips import encode, pictures, save_series
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import ENVIRONMENT
+from processes import ENVIRONMENT, torchrun
 from states import Interrupted
 
 from video_convmae import load
@@ -317,9 +318,8 @@ def test_features_of_nothing_are_a_failure(
 def test_two_processes_with_loading_processes_write_the_same_bytes(
     run: Path, videos: Path, alone: Path, tmp_path: Path
 ) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "video_convmae", "features"]
     arguments = options(run, videos, tmp_path, "--workers=1", name="with_bad.txt")
-    subprocess.run([sys.executable, *command, *arguments], env=ENVIRONMENT, check=True, timeout=300)
+    subprocess.run(torchrun(2, "-m", "video_convmae", "features", *arguments), env=ENVIRONMENT, check=True, timeout=300)
     assert contents(tmp_path) == contents(alone)
 
 
@@ -418,6 +418,55 @@ def test_a_kill_in_a_long_video_and_the_same_command_again(run: Path, tmp_path: 
     for name in ("killed", "undisturbed"):
         subprocess.run([*command, *arguments(name)], env=ENVIRONMENT, check=True, timeout=300)
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_two_hours_take_no_more_memory_than_two_minutes(run: Path, tmp_path: Path) -> None:
+    """Prints docs/evaluation.md's row: `pytest -m slow tests/test_windows.py -k two_hours -s`."""
+    encode(tmp_path / "part.mp4", 1152, tick=Fraction(1, 8), options={"g": "48", "bf": "0"})
+    repeat(tmp_path / "part.mp4", tmp_path / "long.mp4", 50)  # 57,600 frames, 7,200 windows
+    given = {"weights": run, "list": tmp_path / "long.mp4", "output": tmp_path / "features", "device": "cpu"}
+    options = (f"--{key}={value}" for key, value in given.items())
+    windows = ("--window=4", "--stride=2", "--hop=8", "--precision=fp32", "--workers=0")
+    command = [sys.executable, "-m", "video_convmae", "features", *options, *windows]
+    mebibytes = []
+    with subprocess.Popen(command, env=ENVIRONMENT) as process:
+        while process.poll() is None:
+            if any(path.stat().st_size for path in tmp_path.glob("features/partial/*/*.rows")):  # windows are stored
+                mebibytes.append(proportional_memory(process.pid))
+            time.sleep(0.2)
+    assert process.returncode == 0
+    features = read_features(tmp_path / "features" / "features.npz")
+    assert len(features.records) == 7200
+    at = {share: mebibytes[int(share * len(mebibytes))] for share in (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)}
+    print(" | ".join(f"{share:.0%} {value:.0f}" for share, value in at.items()), f"| peak {max(mebibytes):.0f} MiB")
+    assert len(mebibytes) > 40
+    assert max(mebibytes) < 1.1 * at[0.1]
+
+
+def repeat(source: Path, target: Path, times: int) -> None:
+    """Write the packets of a file so many times, one after the other."""
+    with av.open(str(target), "w") as output:
+        for place in range(times):
+            with av.open(str(source)) as file:
+                (video,) = file.streams.video
+                if place == 0:
+                    stream = output.add_stream_from_template(video)
+                for packet in file.demux(video):
+                    if packet.size:  # the last one is empty
+                        packet.pts, packet.dts = (at + place * video.duration for at in (packet.pts, packet.dts))
+                        packet.stream = stream
+                        output.mux(packet)
+
+
+def proportional_memory(pid: int) -> float:
+    """Return the memory of a process and its children, pages that they share counted once, in MiB (Linux)."""
+    total = 0
+    for each in [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]:
+        with contextlib.suppress(OSError):  # it has just ended
+            lines = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
 
 
 # ---- the timeline ---------------------------------------------------------------------------------------------------
