@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import http.server
 import os
@@ -213,6 +214,25 @@ def test_processes_share_a_folder_that_is_too_small(tmp_path: Path) -> None:
         done = [pool.submit(read_many, str(tmp_path / "shared"), "memory://data", seed) for seed in range(4)]
         assert [each.result(timeout=60) for each in done] == [60] * 4
     assert not any("partial" in path.name for path in copies(tmp_path / "shared"))
+
+
+def test_a_copy_that_was_made_again_is_not_taken_for_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process opens a copy to remove it; another has removed it, and a third reads the next one at its place."""
+    remote.use_cache(ObjectCache(str(tmp_path)))
+    copy = Path(remote.keep("memory://data/0", functools.partial(make, 0)))
+    flock = fcntl.flock
+
+    def others_first(file: Any, operation: int) -> None:
+        copy.unlink()
+        copy.write_bytes(b"the next")
+        flock(file, operation)
+
+    remote._state.held.clear()  # nobody reads the first
+    monkeypatch.setattr(fcntl, "flock", others_first)
+    assert not remote._remove(copy)
+    assert copy.read_bytes() == b"the next"
 
 
 def test_a_training_sample_from_file_urls_in_a_reader_process(folder: Path, tmp_path: Path) -> None:

@@ -257,15 +257,19 @@ def _hold(target: str) -> bool:
         if fcntl is not None:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_SH)
-        now, there = os.fstat(file.fileno()), os.stat(target)
+        if not _is_still(target, file):
+            return False
     except FileNotFoundError:
-        return False
-    if now.st_ino != there.st_ino:  # it was removed while we waited
         return False
     _state.held.append(file)
     with suppress(OSError):  # another's file
-        os.utime(target, (time.time(), there.st_mtime))  # the time of its last use
+        os.utime(target, (time.time(), os.fstat(file.fileno()).st_mtime))  # the time of its last use
     return True
+
+
+def _is_still(path: str | Path, file: Any) -> bool:
+    """Return whether a path leads to an open file: it may have been removed, and made again, while we waited."""
+    return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
 
 
 @contextmanager
@@ -317,8 +321,9 @@ def _remove(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
             if fcntl is not None:
-                with suppress(NotImplementedError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_still(path, file):
+                return False
             path.unlink()
     except OSError:  # read by a process, or removed by another
         return False
