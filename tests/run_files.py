@@ -29,7 +29,7 @@ def finished_run(model: Autoencoder | Classifier | Probe | Segmenter, folder: Pa
     config: Any
     if isinstance(model, Segmenter):
         test = SegmentationTestConfig(window=64, stride=32)
-        source = SegmentationDataConfig(train="", num_classes=model.classes, **data)
+        source = SegmentationDataConfig(train="", num_classes=model.num_classes, **data)
         config = TrainSegmentationConfig(output="runs/x", data=source, model=model.config, validate=test)
     else:
         shape = model.decoder.config if isinstance(model, Autoencoder) else model.encoder.config
